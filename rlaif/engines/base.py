@@ -1,0 +1,104 @@
+"""The interface between the project and whatever serves text: prompts in, text and log-probabilities out.
+
+An engine takes an iterable of requests and yields ``(index, result)`` as results come in, in any order, so that
+callers can store each one at once and memory stays flat. A request that fails yields a :class:`Failure`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rlaif.records import Message
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """Sample one completion. ``seed`` makes it repeatable where the engine allows."""
+
+    messages: tuple[Message, ...]
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class OptionRequest:
+    """Probability of each option as the next words.
+
+    ``options`` holds, for each option, its accepted spellings (" A" and "A"; a set of verdict words): their mass
+    is summed. ``stem`` is a text that the assistant's reply starts with, before the option.
+    """
+
+    messages: tuple[Message, ...]
+    options: tuple[tuple[str, ...], ...]
+    stem: str = ""
+    meta: Any = None
+    """What a scripted engine needs to know of the request's meaning; never part of what a model sees."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A completion. ``finish_reason`` is ``stop`` (the model ended) or ``length`` (it was cut)."""
+
+    text: str
+    finish_reason: str
+    tokens: int
+    prompt_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class OptionMass:
+    """Probability mass of each option, summed over its spellings; ``None`` where the engine cannot tell.
+
+    ``method`` says how it was found: ``logprob`` (log-probabilities), ``votes`` (share of sampled replies) or
+    ``text`` (one parsed reply).
+    """
+
+    masses: tuple[float | None, ...]
+    method: str
+    reply: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    latency_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request without a result, and why (``timeout``, ``http_500``, ``malformed`` ...)."""
+
+    reason: str
+    detail: str = ""
+    latency_s: float | None = None
+
+
+class Engine(ABC):
+    """Serves one model. Use as a context manager; ``close`` frees what it holds."""
+
+    identity: dict[str, Any]
+    """Everything about the engine that can change an answer: part of every cache key."""
+
+    @property
+    def name(self) -> str:
+        """Short name for tables and labels."""
+        return str(self.identity.get("model") or self.identity["engine"])
+
+    @abstractmethod
+    def sample(self, requests: Iterable[SampleRequest]) -> Iterator[tuple[int, Sampled | Failure]]:
+        """Sample a completion for each request."""
+
+    @abstractmethod
+    def score_options(self, requests: Iterable[OptionRequest]) -> Iterator[tuple[int, OptionMass | Failure]]:
+        """Probability mass of each request's options."""
+
+    def close(self) -> None:  # noqa: B027 - most engines hold nothing
+        """Free memory, connections and processes."""
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

@@ -1,0 +1,175 @@
+"""The in-process engine: any transformers causal language model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from rlaif.chat import encode_chat, encode_text
+from rlaif.config import LabelerConfig, ModelConfig
+from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
+from rlaif.generation import generate, left_pad
+from rlaif.models import eos_ids, load_causal_lm, load_tokenizer
+from rlaif.records import content_hash
+
+_WINDOW = 512
+# Spellings of several tokens whose first token is less likely than this are left out of an option's mass.
+_LOG_NEGLIGIBLE = math.log(1e-3)
+
+
+class HFEngine(Engine):
+    """Serves a model with transformers, on whatever device it is on."""
+
+    def __init__(
+        self, config: LabelerConfig | ModelConfig, batch_size: int = 64, batch_tokens: int = 4096
+    ) -> None:
+        if isinstance(config, LabelerConfig):
+            batch_tokens = config.batch_tokens
+            config = ModelConfig(
+                name=config.model,
+                revision=config.revision,
+                dtype=config.dtype,
+                device=config.device,
+                trust_remote_code=config.trust_remote_code,
+            )
+            key = "labeler"
+        else:
+            key = "policy"
+        self.tokenizer = load_tokenizer(config, key)
+        self.model = load_causal_lm(config, key)
+        self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
+        self.eos = eos_ids(self.model, self.tokenizer)
+        self.identity = {
+            "engine": "hf",
+            "model": config.name,
+            "revision": config.revision or getattr(self.model.config, "_commit_hash", None),
+            "adapter": config.adapter,
+            "dtype": str(self.model.dtype),
+            "template": content_hash(self.tokenizer.chat_template),
+        }
+
+    def sample(self, requests: Iterable[SampleRequest]) -> Iterator[tuple[int, Sampled | Failure]]:
+        """Sample in batches of prompts of similar length."""
+        for window in _windows(enumerate(requests), self.batch_size * 8):
+            encoded = [
+                (len(ids), index, ids, request)
+                for index, request in window
+                for ids in [encode_chat(self.tokenizer, request.messages)]
+            ]
+            encoded.sort(key=lambda row: (row[3].max_new_tokens, row[3].temperature, row[3].top_p, row[0]))
+            groups = itertools.groupby(
+                encoded, key=lambda row: (row[3].max_new_tokens, row[3].temperature, row[3].top_p)
+            )
+            for (max_new_tokens, temperature, top_p), group in groups:
+                for batch in _windows(group, self.batch_size):
+                    generations = generate(
+                        self.model,
+                        [ids for _, _, ids, _ in batch],
+                        [[request.seed] for _, _, _, request in batch],
+                        max_new_tokens=max_new_tokens,
+                        temperature=temperature,
+                        top_p=top_p,
+                        eos=self.eos,
+                        pad=self.tokenizer.pad_token_id,
+                    )
+                    for (length, index, _, _), generation in zip(batch, generations, strict=True):
+                        text = self.tokenizer.decode(generation.tokens, skip_special_tokens=True)
+                        yield (
+                            index,
+                            Sampled(text.strip(), generation.finish_reason, len(generation.tokens), length),
+                        )
+
+    def score_options(self, requests: Iterable[OptionRequest]) -> Iterator[tuple[int, OptionMass | Failure]]:
+        """One forward pass a request, and one more for each spelling of several tokens that may have mass."""
+        for window in _windows(enumerate(requests), _WINDOW):
+            encoded = []
+            for index, request in window:
+                ids = encode_chat(self.tokenizer, request.messages, request.stem)
+                encoded.append((len(ids), index, ids, request))
+            encoded.sort(key=lambda row: row[0])
+            for batch in _token_batches(encoded, self.batch_tokens):
+                started = time.perf_counter()
+                masses = self._masses([(ids, request.options) for _, _, ids, request in batch])
+                seconds = (time.perf_counter() - started) / len(batch)
+                for (length, index, _, _), mass in zip(batch, masses, strict=True):
+                    yield index, OptionMass(mass, "logprob", prompt_tokens=length, latency_s=seconds)
+
+    @torch.inference_mode()
+    def _masses(
+        self, rows: Sequence[tuple[list[int], tuple[tuple[str, ...], ...]]]
+    ) -> list[tuple[float | None, ...]]:
+        """Mass of each option of each row, summed over the distinct tokenisations of its spellings."""
+        device = self.model.device
+        padded, mask = left_pad([ids for ids, _ in rows], self.tokenizer.pad_token_id, device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = self.model(
+            input_ids=padded, attention_mask=mask, position_ids=positions, logits_to_keep=1
+        ).logits
+        logps = torch.log_softmax(logits[:, -1].float(), dim=-1)
+        spelled = {options: self._spellings(options) for options in {options for _, options in rows}}
+        results = []
+        for row, (ids, options) in enumerate(rows):
+            masses: list[float | None] = []
+            for spellings in spelled[options]:
+                single = [tokens[0] for tokens in spellings if len(tokens) == 1]
+                mass = float(logps[row, single].exp().sum()) if single else 0.0
+                for tokens in spellings:
+                    # A longer spelling has at most the mass of its first token.
+                    if len(tokens) > 1 and float(logps[row, tokens[0]]) > _LOG_NEGLIGIBLE:
+                        mass += math.exp(self._continuation_logp(ids, tokens))
+                masses.append(min(mass, 1.0))
+            results.append(tuple(masses))
+        return results
+
+    def _spellings(self, options: tuple[tuple[str, ...], ...]) -> list[list[tuple[int, ...]]]:
+        """Distinct token sequences of each option; one that another of them is a prefix of adds no mass."""
+        result = []
+        for spellings in options:
+            sequences = {tuple(encode_text(self.tokenizer, spelling)) for spelling in spellings}
+            sequences.discard(())
+            result.append(
+                sorted(
+                    tokens
+                    for tokens in sequences
+                    if not any(tokens[:size] in sequences for size in range(1, len(tokens)))
+                )
+            )
+        return result
+
+    def _continuation_logp(self, ids: list[int], tokens: tuple[int, ...]) -> float:
+        """log P(tokens | ids)."""
+        device = self.model.device
+        row = torch.tensor([[*ids, *tokens[:-1]]], device=device)
+        logits = self.model(input_ids=row, logits_to_keep=len(tokens)).logits[0]
+        logps = torch.log_softmax(logits.float(), dim=-1)
+        return float(logps[torch.arange(len(tokens)), torch.tensor(tokens, device=device)].sum())
+
+    def close(self) -> None:
+        """Free the model."""
+        self.model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _windows(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while window := list(itertools.islice(iterator, size)):
+        yield window
+
+
+def _token_batches(rows: Sequence[tuple[int, Any, Any, Any]], limit: int) -> Iterator[list[Any]]:
+    """Batches of rows sorted by length, with at most ``limit`` padded tokens (at least one row)."""
+    batch: list[Any] = []
+    for row in rows:
+        if batch and row[0] * (len(batch) + 1) > limit:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

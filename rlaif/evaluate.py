@@ -1,0 +1,146 @@
+"""``python -m rlaif.evaluate``: a policy on held-out prompts -> samples.jsonl and metrics.json."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlaif.artifacts import plain, run_stage
+from rlaif.cli import launch
+from rlaif.config import DataConfig, EvalConfig, EvaluateConfig, ModelConfig
+from rlaif.records import Prompt, UserError, existing_dir, existing_file, read_prompts
+from rlaif.splits import assign_splits
+
+log = logging.getLogger("rlaif")
+
+USAGE = """
+Measure a policy on held-out prompts against the policy it started from.
+
+  python -m rlaif.evaluate policy.name=DIR_OR_MODEL reference.name=MODEL prompts=FILE output_dir=DIR [key=value ...]
+
+  policy.name=DIR                 a trained policy folder (whole model or PEFT adapter) or any model name
+  reference.name=MODEL            where it started: baseline of gains, win rate and KL; null for the baseline itself
+  prompts=FILE                    JSONL prompts; eval.split=test picks the same prompts that training held out
+  preference_model=DIR            also report this PM's score
+  eval.gold=vader                 programmatic gold judge: vader, letters, length, brevity
+  eval.samples_per_prompt=1       eval.max_new_tokens=128      eval.max_prompts=100
+  baseline_samples=FILE           samples.jsonl of the reference, to save sampling it again
+  name=ppo feedback=ai            how the report calls the row
+"""
+
+
+def held_out_prompts(file: Path, data: DataConfig, config: EvalConfig) -> list[Prompt]:
+    """The prompts of the evaluation split.
+
+    Raises:
+        UserError: if there is none.
+    """
+    prompts = read_prompts(file)[: data.max_prompts]
+    splits = assign_splits(prompts, data)
+    chosen = [prompt for prompt in prompts if splits[prompt.prompt_id] is config.split]
+    if not chosen:
+        raise UserError(f"{file}: no prompt falls into eval.split={config.split.value}")
+    return chosen[: config.max_prompts]
+
+
+def run_evaluation(
+    output: Path,
+    *,
+    policy: ModelConfig,
+    reference: ModelConfig | None,
+    prompts: Sequence[Prompt],
+    prompts_file: Path,
+    config: EvalConfig,
+    row: dict[str, str | int | None],
+    seed: int,
+    baseline_samples: Path | None = None,
+    preference_model: Path | None = None,
+) -> Path:
+    """Evaluate into ``output``; ``row`` (name, method, feedback, seed) identifies it in reports."""
+    if config.gold is not None:
+        from rlaif.gold import check_gold
+
+        check_gold(config.gold)
+
+    def make(folder: Path) -> None:
+        from rlaif.evaluation.policy import (
+            policy_metrics,
+            read_samples,
+            sample_policy,
+            score_samples,
+            write_evaluation,
+        )
+
+        pm = str(preference_model) if preference_model else None
+        samples = sample_policy(policy, reference, prompts, config, seed)
+        score_samples(samples, config.gold, pm, policy.device)
+        if reference is None:
+            baseline = samples
+        elif baseline_samples is not None:
+            baseline = read_samples(baseline_samples)
+        else:
+            log.info("sampling the reference policy for comparison")
+            baseline = sample_policy(reference, None, prompts, config, seed)
+            score_samples(baseline, config.gold, pm, policy.device)
+        metrics = {
+            **row,
+            "gold": config.gold,
+            "preference_model": None if preference_model is None else preference_model.parent.name,
+            **policy_metrics(samples, baseline, config.resamples, seed),
+        }
+        if reference is None:
+            # Against itself there is nothing to estimate.
+            for name in ("gold_gain", "pm_gain", "win_rate", "kl"):
+                for suffix in ("", "_n", "_low", "_high"):
+                    metrics.pop(name + suffix, None)
+        write_evaluation(folder, samples, metrics)
+
+    inputs: dict[str, Path | str | None] = {
+        "policy": _source(policy),
+        "reference": _source(reference),
+        "prompts": prompts_file,
+        "preference_model": preference_model,
+        "baseline_samples": baseline_samples,
+    }
+    settings = plain(eval=config, row=row, prompt_ids=[prompt.prompt_id for prompt in prompts])
+    return run_stage("evaluate", output, settings, inputs, make, seed)
+
+
+def _source(model: ModelConfig | None) -> Path | str | None:
+    if model is None:
+        return None
+    folder = Path(model.name or "")
+    return folder if model.name and folder.is_dir() else f"{model.name}@{model.revision}+{model.adapter}"
+
+
+def main(config: EvaluateConfig, output: Path) -> None:
+    """Entry of the command."""
+    file = existing_file(config.prompts, "prompts")
+    if not config.policy.name:
+        raise UserError("policy.name is not set: name a policy folder or a model")
+    run_evaluation(
+        output,
+        policy=config.policy,
+        reference=config.reference if config.reference.name else None,
+        prompts=held_out_prompts(file, config.data, config.eval),
+        prompts_file=file,
+        config=config.eval,
+        row={
+            "name": config.name,
+            "method": None,
+            "feedback": config.feedback.value if config.feedback else None,
+            "seed": config.seed,
+        },
+        seed=config.seed,
+        baseline_samples=existing_file(config.baseline_samples, "baseline_samples")
+        if config.baseline_samples
+        else None,
+        preference_model=existing_dir(config.preference_model, "preference_model")
+        if config.preference_model
+        else None,
+    )
+
+
+if __name__ == "__main__":
+    launch("evaluate", main, USAGE)

@@ -1,0 +1,173 @@
+"""Measuring a policy on held-out prompts against the policy it started from."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rlaif.chat import encode_chat
+from rlaif.config import EvalConfig, ModelConfig
+from rlaif.evaluation.statistics import bootstrap_mean
+from rlaif.generation import generate
+from rlaif.gold import gold_score
+from rlaif.models import eos_ids, load_causal_lm, load_tokenizer
+from rlaif.policy import completion_logps
+from rlaif.preference_model import PreferenceModel
+from rlaif.progress import progress
+from rlaif.records import Message, Prompt, UserError, read_jsonl, write_json, write_jsonl
+
+log = logging.getLogger("rlaif")
+
+
+@dataclass
+class Sample:
+    """One evaluated completion: a line of ``samples.jsonl``. ``kl`` is log pi/ref summed over its tokens."""
+
+    prompt_id: str
+    prompt: list[Message]
+    sample: int
+    completion: str
+    tokens: int
+    finish_reason: str
+    kl: float = 0.0
+    gold_score: float | None = None
+    pm_score: float | None = None
+
+
+def sample_policy(
+    policy: ModelConfig,
+    reference: ModelConfig | None,
+    prompts: Sequence[Prompt],
+    config: EvalConfig,
+    seed: int,
+) -> list[Sample]:
+    """Sample completions and measure the KL of each to the reference (None: the policy is the reference).
+
+    The random numbers of a completion depend on the seed, the prompt's place and the sample's number only, so
+    two policies are compared under common random numbers.
+    """
+    tokenizer = load_tokenizer(policy)
+    model = load_causal_lm(policy)
+    pad, eos = tokenizer.pad_token_id, eos_ids(model, tokenizer)
+    jobs = [(index, number) for index in range(len(prompts)) for number in range(config.samples_per_prompt)]
+    encoded = [encode_chat(tokenizer, prompt.messages) for prompt in prompts]
+    jobs.sort(key=lambda job: (len(encoded[job[0]]), job))
+    samples, tokens = [], []
+    with progress(len(jobs), "evaluating", "completion") as bar:
+        for start in range(0, len(jobs), config.batch_size):
+            part = jobs[start : start + config.batch_size]
+            generations = generate(
+                model,
+                [encoded[index] for index, _ in part],
+                [(seed, 3, index, number) for index, number in part],
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                eos=eos,
+                pad=pad,
+            )
+            for (index, number), generation in zip(part, generations, strict=True):
+                text = tokenizer.decode(generation.tokens, skip_special_tokens=True).strip()
+                samples.append(
+                    Sample(
+                        prompts[index].prompt_id,
+                        list(prompts[index].messages),
+                        number,
+                        text,
+                        len(generation.tokens),
+                        generation.finish_reason,
+                    )
+                )
+                tokens.append(generation.tokens)
+            bar.update(len(part))
+    if reference is not None:
+        rows = [encoded[index] for index, _ in jobs]
+        temperature = config.temperature or 1.0
+        own = completion_logps(model, rows, tokens, pad, temperature=temperature)
+        del model
+        base = completion_logps(load_causal_lm(reference), rows, tokens, pad, temperature=temperature)
+        for sample, left, right in zip(samples, own, base, strict=True):
+            sample.kl = sum(left) - sum(right)
+    return samples
+
+
+def score_samples(
+    samples: Sequence[Sample], gold: str | None, preference_model: str | None, device: str
+) -> None:
+    """Fill in gold and PM scores."""
+    if gold is not None:
+        for sample in samples:
+            sample.gold_score = gold_score(gold, sample.completion)
+    if preference_model is not None:
+        scores = PreferenceModel(preference_model, device).score(
+            [(sample.prompt, sample.completion) for sample in samples]
+        )
+        for sample, score in zip(samples, scores, strict=True):
+            sample.pm_score = score
+
+
+def policy_metrics(
+    samples: Sequence[Sample], baseline: Sequence[Sample], resamples: int, seed: int
+) -> dict[str, Any]:
+    """Estimates with intervals that resample prompts; gains and win rate are paired with the baseline by prompt.
+
+    ``win_rate`` is judged by the gold score; a tie counts half.
+
+    Raises:
+        UserError: if the baseline lacks some of the prompts.
+    """
+    prompts = [sample.prompt_id for sample in samples]
+    other = {(sample.prompt_id, sample.sample): sample for sample in baseline}
+    missing = [sample.prompt_id for sample in samples if (sample.prompt_id, sample.sample) not in other]
+    if missing:
+        raise UserError(f"baseline_samples lacks {len(missing)} of the evaluated prompts, first {missing[0]}")
+    pairs = [other[sample.prompt_id, sample.sample] for sample in samples]
+    columns: dict[str, list[float]] = {
+        "length": [float(sample.tokens) for sample in samples],
+        "eos_rate": [float(sample.finish_reason == "stop") for sample in samples],
+        "kl": [sample.kl for sample in samples],
+    }
+    for name in ("gold", "pm"):
+        scores = [getattr(sample, f"{name}_score") for sample in samples]
+        if any(score is None for score in scores):
+            continue
+        columns[f"{name}_score"] = scores
+        against = [getattr(sample, f"{name}_score") for sample in pairs]
+        if any(score is None for score in against):
+            continue
+        columns[f"{name}_gain"] = [left - right for left, right in zip(scores, against, strict=True)]
+        if name == "gold":
+            gains = columns["gold_gain"]
+            columns["win_rate"] = [0.5 if gain == 0 else float(gain > 0) for gain in gains]
+    result: dict[str, Any] = {"n_prompts": len(set(prompts)), "n_samples": len(samples)}
+    for name, values in columns.items():
+        estimate = bootstrap_mean(values, prompts, resamples, seed)
+        if estimate is not None:
+            result |= estimate.flat(name)
+    return result
+
+
+def write_evaluation(folder: Path, samples: Sequence[Sample], metrics: dict[str, Any]) -> None:
+    """Write ``samples.jsonl`` (in a fixed order) and ``metrics.json``."""
+    ordered = sorted(samples, key=lambda sample: (sample.prompt_id, sample.sample))
+    write_jsonl(folder / "samples.jsonl", (asdict(sample) for sample in ordered))
+    write_json(folder / "metrics.json", metrics)
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Read ``samples.jsonl``.
+
+    Raises:
+        UserError: naming file and line.
+    """
+
+    def parse(line: dict[str, Any]) -> Sample:
+        try:
+            return Sample(**{key: line[key] for key in Sample.__dataclass_fields__ if key in line})
+        except TypeError:
+            raise ValueError("is not a line of samples.jsonl as rlaif.evaluate writes it") from None
+
+    return list(read_jsonl(path, parse))

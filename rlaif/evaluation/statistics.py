@@ -1,0 +1,92 @@
+"""Estimates with their n and 95 % interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its percentile-bootstrap 95 % interval; ``n`` counts the clusters that were resampled."""
+
+    value: float
+    n: int
+    low: float
+    high: float
+
+    def flat(self, name: str) -> dict[str, float | int]:
+        """The four keys of this estimate in a metrics file."""
+        return {
+            name: round(self.value, 6),
+            f"{name}_n": self.n,
+            f"{name}_low": round(self.low, 6),
+            f"{name}_high": round(self.high, 6),
+        }
+
+
+def bootstrap_mean(
+    values: Sequence[float], clusters: Sequence[Any] | None = None, resamples: int = 2000, seed: int = 0
+) -> Estimate | None:
+    """Mean of ``values``, with an interval that resamples whole clusters (prompts).
+
+    Args:
+        values: one number an observation.
+        clusters: the cluster of each observation; without it each observation is its own.
+        resamples: bootstrap resamples.
+        seed: of the resampling.
+
+    Returns:
+        The estimate, or None where there are no values. With one cluster the interval is the whole line.
+    """
+    if not len(values):
+        return None
+    data = np.asarray(values, dtype=np.float64)
+    names = range(len(data)) if clusters is None else clusters
+    order: dict[Any, int] = {}
+    index = np.array([order.setdefault(name, len(order)) for name in names])
+    n = len(order)
+    sums = np.bincount(index, weights=data, minlength=n)
+    counts = np.bincount(index, minlength=n).astype(np.float64)
+    mean = float(data.mean())
+    if n < 2:
+        return Estimate(mean, n, float("-inf"), float("inf"))
+    generator = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for start in range(0, resamples, 256):
+        draws = generator.integers(0, n, size=(min(256, resamples - start), n))
+        means[start : start + len(draws)] = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Estimate(mean, n, float(low), float(high))
+
+
+def expected_calibration_error(p: Sequence[float], outcome: Sequence[float], bins: int = 10) -> float | None:
+    """Mean gap between confidence and frequency over equal-width bins (Guo et al. 2017, eq. 3).
+
+    Args:
+        p: predicted probabilities.
+        outcome: what happened, in [0, 1] (a soft outcome counts as its probability).
+        bins: number of bins on [0, 1].
+    """
+    if not len(p):
+        return None
+    predicted, happened = np.asarray(p, float), np.asarray(outcome, float)
+    place = np.minimum((predicted * bins).astype(int), bins - 1)
+    gap = 0.0
+    for number in range(bins):
+        inside = place == number
+        if inside.any():
+            gap += inside.mean() * abs(predicted[inside].mean() - happened[inside].mean())
+    return float(gap)
+
+
+def pairs_agreement(logits: Sequence[float], truth: Sequence[float]) -> list[float]:
+    """1 where the sign of the logit is that of the truth, 0 where not, 0.5 for a logit of 0; true ties left out."""
+    return [
+        0.5 if logit == 0 else float((logit > 0) == (true > 0))
+        for logit, true in zip(logits, truth, strict=True)
+        if true != 0
+    ]

@@ -1,0 +1,1 @@
+"""Candidates -> verdicts of a labeler under written principles."""

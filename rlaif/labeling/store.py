@@ -1,0 +1,64 @@
+"""Verdicts in one SQLite file, content-addressed: what was paid for once is never asked again."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rlaif.records import UserError
+
+_BATCH = 500
+
+
+class VerdictStore:
+    """Key -> verdict. Every ``put`` is on disk when it returns (WAL, synchronous commits)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.connection = sqlite3.connect(path, isolation_level=None, timeout=60)
+            self.connection.execute("PRAGMA journal_mode=WAL")
+            self.connection.execute("PRAGMA synchronous=NORMAL")
+            self.connection.execute(
+                "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
+            )
+        except sqlite3.Error as error:
+            raise UserError(f"{path}: the label store cannot be opened ({error})") from None
+
+    def get(self, keys: Iterable[str]) -> dict[str, Any]:
+        """The verdicts that are known."""
+        wanted = list(keys)
+        found: dict[str, Any] = {}
+        for start in range(0, len(wanted), _BATCH):
+            part = wanted[start : start + _BATCH]
+            marks = ",".join("?" * len(part))
+            rows = self.connection.execute(f"SELECT key, value FROM verdicts WHERE key IN ({marks})", part)
+            found.update((key, json.loads(value)) for key, value in rows)
+        return found
+
+    def put(self, key: str, value: Any) -> None:
+        """Store one verdict.
+
+        Raises:
+            UserError: if the disk is full or the file cannot be written; everything stored so far is safe.
+        """
+        try:
+            self.connection.execute(
+                "INSERT OR REPLACE INTO verdicts VALUES (?, ?)", (key, json.dumps(value, sort_keys=True))
+            )
+        except sqlite3.Error as error:
+            raise UserError(f"{self.path}: a verdict cannot be stored ({error})") from None
+
+    def close(self) -> None:
+        """Fold the write-ahead log into the file and close it."""
+        self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self.connection.close()
+
+    def __enter__(self) -> VerdictStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

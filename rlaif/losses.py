@@ -1,0 +1,175 @@
+"""The maths of preference models, DPO and PPO as pure tensor functions.
+
+Shapes: B examples, T completion tokens. Masks are 1.0 on completion tokens and 0.0 elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+def soft_bradley_terry(margin: Tensor, p_chosen: Tensor) -> Tensor:
+    """Cross entropy between a soft label and the Bradley-Terry probability of a score margin.
+
+    -[p log sigmoid(m) + (1 - p) log sigmoid(-m)]; with p = 1 it is eq. 1 of Ouyang et al. (2022), the soft form is
+    the one of Lee et al. (2023), section 2.2.
+
+    Args:
+        margin: (B,) score of chosen minus score of rejected.
+        p_chosen: (B,) probability that chosen is better.
+
+    Returns:
+        (B,) losses.
+    """
+    return -(p_chosen * F.logsigmoid(margin) + (1 - p_chosen) * F.logsigmoid(-margin))
+
+
+def token_logps(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of each token, in float32.
+
+    Args:
+        logits: (B, T, V), already divided by the sampling temperature.
+        tokens: (B, T).
+
+    Returns:
+        (B, T).
+    """
+    logits = logits.float()
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of each next-token distribution: (B, T, V) -> (B, T)."""
+    logps = torch.log_softmax(logits.float(), dim=-1)
+    return -(logps.exp() * logps).sum(dim=-1)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over all positions where the mask is 1: (B, T), (B, T) -> scalar."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """Scale to unit variance over completion tokens; ``shift_mean=False`` keeps the mean (rewards).
+
+    Huang et al. (2024), "The N Implementation Details of RLHF with PPO", details 9 and 18. Masked positions of
+    the result are 0.
+    """
+    mean = masked_mean(values, mask)
+    variance = masked_mean((values - mean) ** 2, mask)
+    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    if not shift_mean:
+        whitened = whitened + mean
+    return whitened * mask
+
+
+def kl_k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """Signed, unbiased estimate of KL(policy || reference) from the policy's own samples: log p - log q.
+
+    Schulman (2020), "Approximating KL divergence". Single values may be negative; do not clamp them.
+    """
+    return logps - ref_logps
+
+
+def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """Non-negative, unbiased, low-variance estimate: (q/p - 1) - log(q/p) (Schulman 2020)."""
+    log_ratio = ref_logps - logps
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """Per-token reward: -kl_coef * kl everywhere, plus the score at the last completion token.
+
+    Ziegler et al. (2019), eq. 2, spread over tokens as in Ouyang et al. (2022), section 3.5.
+
+    Args:
+        scores: (B,) one score per completion.
+        kl: (B, T) per-token KL estimate.
+        mask: (B, T); completions are right-padded and not empty.
+
+    Returns:
+        (B, T), zero where the mask is zero.
+    """
+    rewards = -kl_coef * kl * mask
+    last = mask.sum(dim=-1).long() - 1
+    rewards[torch.arange(len(scores), device=scores.device), last] += scores.to(rewards.dtype)
+    return rewards
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2015, eq. 16) over right-padded episodes that end.
+
+    delta_t = r_t + gamma * V_{t+1} - V_t, A_t = delta_t + gamma * lambda * A_{t+1}; the value after the last
+    completion token is 0.
+
+    Args:
+        rewards: (B, T).
+        values: (B, T) value before each token.
+        mask: (B, T).
+        gamma: discount.
+        gae_lambda: trade-off between bias (0) and variance (1).
+
+    Returns:
+        advantages (B, T) and returns (B, T) = advantages + values; both 0 where the mask is 0.
+    """
+    values = values * mask
+    advantages = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[:, 0])
+    for step in reversed(range(rewards.shape[1])):
+        next_value = values[:, step + 1] if step + 1 < rewards.shape[1] else torch.zeros_like(following)
+        delta = rewards[:, step] + gamma * next_value - values[:, step]
+        following = (delta + gamma * gae_lambda * following) * mask[:, step]
+        advantages[:, step] = following
+    return advantages, (advantages + values) * mask
+
+
+def ppo_policy_loss(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
+) -> tuple[Tensor, Tensor]:
+    """Clipped surrogate (Schulman et al. 2017, eq. 7), to be minimised.
+
+    Args:
+        logps, old_logps, advantages, mask: (B, T).
+        clip_range: epsilon.
+
+    Returns:
+        (B, T) loss per token, and (B, T) 1.0 where the clipped branch was taken.
+    """
+    ratio = torch.exp(logps - old_logps)
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(plain, clipped) * mask, (clipped > plain).float() * mask
+
+
+def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:
+    """Clipped value loss, half the larger squared error (Huang et al. 2024, detail 13): (B, T) -> (B, T)."""
+    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def dpo_margin(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
+    """Implicit reward margin of DPO: beta * [(log pi/ref of chosen) - (log pi/ref of rejected)].
+
+    Rafailov et al. (2023), eq. 6-7. DPO's loss on soft labels is ``soft_bradley_terry`` of this margin.
+
+    Args:
+        logps, ref_logps: (B, 2) summed log-probabilities of chosen and rejected.
+
+    Returns:
+        (B,).
+    """
+    log_ratio = logps - ref_logps
+    return beta * (log_ratio[:, 0] - log_ratio[:, 1])
+
+
+def adaptive_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
+    """The next KL coefficient of proportional control (Ziegler et al. 2019, section 2.2).
+
+    e = clip(kl / target - 1, -0.2, 0.2); kl_coef * (1 + e * episodes / horizon).
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * episodes / horizon)

@@ -1,0 +1,1 @@
+"""Training methods; each module owns its control flow and reads from top to bottom."""

@@ -1,0 +1,118 @@
+"""DPO with soft labels on TRL's DPOTrainer (Rafailov et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import DPOConfig as TRLDPOConfig
+from trl import DPOTrainer
+
+from rlaif.chat import encode_chat, encode_text
+from rlaif.config import DPOConfig, ModelConfig, Tuning
+from rlaif.losses import dpo_margin, soft_bradley_terry, token_logps
+from rlaif.methods.supervised import (
+    clear_checkpoints,
+    drop_long,
+    peft_arguments,
+    run_trainer,
+    trainer_arguments,
+)
+from rlaif.models import load_causal_lm, load_tokenizer, seed_everything
+from rlaif.policy import Policy, completion_logits, pack
+from rlaif.records import Preference
+
+
+def completion_ids(tokenizer: Any, completion: str, ended: bool) -> list[int]:
+    """Token ids of a completion, with its end token unless it was cut."""
+    return [*encode_text(tokenizer, completion), *([tokenizer.eos_token_id] if ended else [])]
+
+
+class SoftDPOTrainer(DPOTrainer):
+    """DPOTrainer on soft labels, with logits of completion tokens only."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Soft-label sigmoid loss; the first half of the rows is chosen, the second rejected."""
+        batch, p_chosen = inputs["batch"], inputs["p_chosen"]
+        logps = self._summed(model, batch)
+        with torch.no_grad():
+            if self.ref_model is None:
+                with self.accelerator.unwrap_model(self.model).disable_adapter():
+                    ref_logps = self._summed(self.model, batch)
+            else:
+                ref_logps = self._summed(self.ref_model, batch)
+        margin = dpo_margin(logps, ref_logps, self.beta)
+        loss = soft_bradley_terry(margin, p_chosen).mean()
+        metrics = self._metrics["train" if model.training else "eval"]
+        metrics["accuracy"].append((margin > 0).float().mean().item())
+        metrics["margin"].append(margin.mean().item())
+        metrics["chosen_log_ratio"].append((logps - ref_logps)[:, 0].mean().item())
+        return (loss, {"margin": margin}) if return_outputs else loss
+
+    def _summed(self, model: Any, batch: Any) -> torch.Tensor:
+        logps = token_logps(completion_logits(model, batch), batch.tokens)
+        return torch.stack((logps * batch.completion_mask).sum(dim=1).chunk(2), dim=1)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        device = self.accelerator.device
+        batch = pack(inputs["prompts"], inputs["completions"], self.processing_class.pad_token_id, device)
+        return {"batch": batch, "p_chosen": inputs["p_chosen"].to(device)}
+
+
+def train_dpo(
+    config: DPOConfig, start: ModelConfig, train: Sequence[Preference], folder: Path, seed: int
+) -> Path:
+    """Train a policy; writes ``policy/`` and ``training.jsonl`` into ``folder``."""
+    seed_everything(seed)
+    tokenizer = load_tokenizer(start)
+    rows = []
+    for preference in train:
+        rows.append(
+            {
+                "prompt_ids": encode_chat(tokenizer, preference.prompt),
+                "chosen_ids": completion_ids(tokenizer, preference.chosen, preference.chosen_ended),
+                "rejected_ids": completion_ids(tokenizer, preference.rejected, preference.rejected_ended),
+                "p_chosen": preference.p_chosen if config.soft_labels else float(preference.p_chosen >= 0.5),
+            }
+        )
+    kept = drop_long(
+        rows,
+        lambda row: len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])),
+        config.max_length,
+        "dpo",
+    )
+    full = config.tuning is Tuning.full
+    model = load_causal_lm(start, trainable=full)
+    reference = load_causal_lm(start) if full else None
+
+    def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "prompts": [row["prompt_ids"] for row in examples] * 2,
+            "completions": [row["chosen_ids"] for row in examples]
+            + [row["rejected_ids"] for row in examples],
+            "p_chosen": torch.tensor([row["p_chosen"] for row in examples]),
+        }
+
+    trainer = SoftDPOTrainer(
+        model=model,
+        ref_model=reference,
+        args=TRLDPOConfig(
+            **trainer_arguments(config, folder, seed, len(kept)), max_length=None, beta=config.beta
+        ),
+        train_dataset=Dataset.from_list(kept),
+        processing_class=tokenizer,
+        data_collator=collate,
+        **peft_arguments(config, model, "CAUSAL_LM"),
+    )
+    run_trainer(trainer, folder, "dpo")
+    Policy(trainer.model, tokenizer, config.tuning, start).save(folder / "policy")
+    clear_checkpoints(folder)
+    return folder / "policy"

@@ -1,0 +1,127 @@
+"""Preference model: soft-label Bradley-Terry on TRL's RewardTrainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import RewardConfig, RewardTrainer
+
+from rlaif.config import ModelConfig, PMConfig, Tuning
+from rlaif.evaluation.preference_model import preference_metrics
+from rlaif.generation import left_pad
+from rlaif.losses import soft_bradley_terry
+from rlaif.methods.supervised import (
+    clear_checkpoints,
+    drop_long,
+    peft_arguments,
+    run_trainer,
+    trainer_arguments,
+)
+from rlaif.models import load_sequence_scorer, load_tokenizer, seed_everything
+from rlaif.preference_model import (
+    PreferenceModel,
+    encode_example,
+    head_scores,
+    last_hidden,
+    separate_pad_token,
+)
+from rlaif.records import Preference, write_json
+
+log = logging.getLogger("rlaif")
+
+
+class SoftRewardTrainer(RewardTrainer):
+    """RewardTrainer whose loss takes ``p_chosen``, and which reads scores by position instead of by padding."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Soft Bradley-Terry plus centring; the first half of the rows is chosen, the second rejected."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        scores = head_scores(unwrapped, last_hidden(unwrapped, inputs["input_ids"], inputs["attention_mask"]))
+        chosen, rejected = scores.chunk(2)
+        loss = soft_bradley_terry(chosen - rejected, inputs["p_chosen"]).mean()
+        if self.args.center_rewards_coefficient:
+            loss = loss + self.args.center_rewards_coefficient * ((chosen + rejected) ** 2).mean()
+        mode = "train" if model.training else "eval"
+        self._metrics[mode]["accuracy"].append((chosen > rejected).float().mean().item())
+        self._metrics[mode]["margin"].append((chosen - rejected).mean().item())
+        return (loss, {"scores": scores}) if return_outputs else loss
+
+
+def train_pm(
+    config: PMConfig,
+    start: ModelConfig,
+    train: Sequence[Preference],
+    validation: Sequence[Preference],
+    folder: Path,
+    seed: int,
+    gold: str | None = None,
+) -> Path:
+    """Train a PM; writes ``preference_model/``, ``pm_metrics.json`` and ``training.jsonl`` into ``folder``."""
+    seed_everything(seed)
+    tokenizer = load_tokenizer(start)
+    separate_pad_token(tokenizer)
+    rows = [
+        {
+            "chosen_ids": encode_example(tokenizer, preference.prompt, preference.chosen),
+            "rejected_ids": encode_example(tokenizer, preference.prompt, preference.rejected),
+            "p_chosen": preference.p_chosen if config.soft_labels else float(preference.p_chosen >= 0.5),
+        }
+        for preference in train
+    ]
+    kept = drop_long(
+        rows, lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])), config.max_length, "pm"
+    )
+    model = load_sequence_scorer(start, new_head=True)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if config.tuning is Tuning.full:
+        model = model.float()
+
+    def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        sequences = [row["chosen_ids"] for row in examples] + [row["rejected_ids"] for row in examples]
+        ids, mask = left_pad(sequences, tokenizer.pad_token_id, torch.device("cpu"))
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "p_chosen": torch.tensor([row["p_chosen"] for row in examples]),
+        }
+
+    trainer = SoftRewardTrainer(
+        model=model,
+        args=RewardConfig(
+            **trainer_arguments(config, folder, seed, len(kept)),
+            max_length=None,
+            center_rewards_coefficient=config.center_coefficient,
+        ),
+        train_dataset=Dataset.from_list(kept),
+        processing_class=tokenizer,
+        data_collator=collate,
+        **peft_arguments(config, model, "SEQ_CLS", ["score"]),
+    )
+    run_trainer(trainer, folder, "pm")
+    target = folder / "preference_model"
+    trainer.model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    clear_checkpoints(folder)
+    metrics: dict[str, Any] = {
+        "seed": seed,
+        "feedback": train[0].feedback,
+        "labeler": train[0].labeler,
+        "train_pairs": len(kept),
+        "dropped_long": len(rows) - len(kept),
+    }
+    if validation:
+        metrics |= preference_metrics(PreferenceModel(target, start.device), validation, gold)
+    else:
+        log.warning("pm: the preference dataset has no validation split; the PM is not measured")
+    write_json(folder / "pm_metrics.json", metrics)
+    return target

@@ -1,0 +1,139 @@
+"""What SFT, PM and DPO share around TRL's trainers: arguments, interrupted runs, the training curve."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from rlaif.config import LoraSettings, TrainerSettings, Tuning
+from rlaif.models import lora_config
+from rlaif.progress import progress
+from rlaif.records import UserError
+
+log = logging.getLogger("rlaif")
+
+
+def trainer_arguments(config: TrainerSettings, folder: Path, seed: int, examples: int) -> dict[str, Any]:
+    """Arguments that every TRL configuration takes."""
+    steps = math.ceil(examples / (config.batch_size * config.gradient_accumulation_steps)) * config.epochs
+    total = config.max_steps if config.max_steps > 0 else math.ceil(steps)
+    return {
+        "output_dir": str(folder / "checkpoints"),
+        "learning_rate": config.learning_rate,
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps,
+        "per_device_train_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "warmup_steps": round(config.warmup_ratio * total),
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "bf16": torch.cuda.is_available() and config.tuning is Tuning.full,
+        "report_to": list(config.report_to) or "none",
+        "seed": seed,
+        "data_seed": seed,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": max(total // 5, 1),
+        "save_total_limit": 2,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+        "use_cpu": not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+    }
+
+
+def peft_arguments(
+    config: TrainerSettings, model: Any, task: str, keep: list[str] | None = None
+) -> dict[str, Any]:
+    """``peft_config`` for LoRA, nothing for all weights."""
+    if config.tuning is Tuning.full:
+        return {}
+    settings: LoraSettings = config.lora
+    return {"peft_config": lora_config(settings, model, task, keep)}
+
+
+def drop_long(
+    rows: Sequence[dict[str, Any]], length: Callable[[dict[str, Any]], int], limit: int, what: str
+) -> list[dict[str, Any]]:
+    """Rows of at most ``limit`` tokens; says how many were dropped.
+
+    Raises:
+        UserError: if none is left.
+    """
+    kept = [row for row in rows if length(row) <= limit]
+    if len(kept) < len(rows):
+        log.warning(
+            "%s: %d of %d examples exceed max_length=%d and are dropped",
+            what,
+            len(rows) - len(kept),
+            len(rows),
+            limit,
+        )
+    if not kept:
+        raise UserError(
+            f"{what}: all {len(rows)} training examples are longer than max_length={limit} tokens"
+        )
+    return kept
+
+
+class Curve(TrainerCallback):
+    """Progress with time left, and one line of ``training.jsonl`` per logged step."""
+
+    def __init__(self, file: Path, method: str) -> None:
+        self.file, self.method, self.bar = file, method, None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar; drop lines that a checkpoint does not know of."""
+        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.is_file() else []
+        self.file.write_text("".join(lines[: state.global_step]), encoding="utf-8")
+        self.bar = progress(state.max_steps, self.method, "step", initial=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Append to the curve."""
+        if "loss" not in logs:
+            return
+        line = {"method": self.method, "step": state.global_step}
+        line |= {key: value for key, value in logs.items() if isinstance(value, (int, float))}
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        self.bar.update()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        self.bar.close()
+
+
+def run_trainer(trainer: Any, folder: Path, method: str) -> None:
+    """Train from the newest complete checkpoint, if an interrupted run left one."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Curve(folder / "training.jsonl", method))
+    # A checkpoint without its trainer_state.json was cut while it was written.
+    checkpoints = [
+        path
+        for path in (folder / "checkpoints").glob("checkpoint-*")
+        if (path / "trainer_state.json").is_file()
+    ]
+    newest = max(checkpoints, key=lambda path: int(path.name.rsplit("-", 1)[-1]), default=None)
+    if newest is not None:
+        log.info("%s: going on from %s", method, newest.name)
+    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+
+
+def clear_checkpoints(folder: Path) -> None:
+    """Remove what only an interrupted run needs."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)

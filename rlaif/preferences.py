@@ -1,0 +1,230 @@
+"""Soft pair labels -> the preference dataset, and reading it (or a user's own) back."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlaif.config import AnnotatorConfig, Selection
+from rlaif.gold import gold_score
+from rlaif.labeling.aggregate import PairLabel, logit, sigmoid
+from rlaif.records import Candidates, Preference, Prompt, UserError, content_hash, parse_messages, read_jsonl
+
+log = logging.getLogger("rlaif")
+
+SPLITS = ("train", "validation", "test")
+
+
+def select_preferences(
+    lines: Sequence[Candidates],
+    pairs: Sequence[PairLabel],
+    selection: Selection,
+    min_margin: float,
+    labeler: str,
+    feedback: str,
+) -> tuple[dict[str, list[Preference]], dict[str, int]]:
+    """Choose pairs and orient them: chosen is the one with p >= 0.5.
+
+    ``best_worst`` keeps, per prompt, the pair with the largest margin between the candidates with the highest
+    and the lowest mean logit. Exact ties (p = 0.5) and pairs below ``min_margin`` are dropped.
+
+    Returns:
+        Preferences by split, and counts of dropped pairs by reason.
+    """
+    by_id = {line.prompt.prompt_id: line for line in lines}
+    grouped: dict[str, list[PairLabel]] = defaultdict(list)
+    for pair in pairs:
+        grouped[pair.prompt_id].append(pair)
+    result: dict[str, list[Preference]] = {}
+    dropped: Counter[str] = Counter()
+    for prompt_id, group in grouped.items():
+        line = by_id[prompt_id]
+        texts = {candidate.candidate_id: candidate.completion for candidate in line.candidates}
+        cut = {c.candidate_id for c in line.candidates if c.finish_reason == "length"}
+        chosen_pairs = [_best_worst(group)] if selection is Selection.best_worst else group
+        dropped["not_selected"] += len(group) - len(chosen_pairs)
+        for pair in chosen_pairs:
+            sign = 1 if pair.logit >= 0 else -1
+            p_chosen = sigmoid(abs(pair.logit))
+            if pair.logit == 0:
+                dropped["tie"] += 1
+                continue
+            if p_chosen - 0.5 < min_margin:
+                dropped["margin"] += 1
+                continue
+            winner, loser = (pair.one, pair.other) if sign > 0 else (pair.other, pair.one)
+            if not texts[winner].strip() or not texts[loser].strip():
+                dropped["empty_completion"] += 1
+                continue
+            result.setdefault(line.split or "train", []).append(
+                Preference(
+                    prompt_id=prompt_id,
+                    prompt=line.prompt.messages,
+                    chosen=texts[winner],
+                    rejected=texts[loser],
+                    chosen_id=winner,
+                    rejected_id=loser,
+                    p_chosen=p_chosen,
+                    labeler=labeler,
+                    feedback=feedback,
+                    principles={name: round(sign * value, 6) for name, value in pair.principles.items()},
+                    chosen_ended=winner not in cut,
+                    rejected_ended=loser not in cut,
+                )
+            )
+    return result, {reason: count for reason, count in dropped.items() if count}
+
+
+def _best_worst(group: Sequence[PairLabel]) -> PairLabel:
+    totals: dict[str, list[float]] = defaultdict(list)
+    for pair in group:
+        totals[pair.one].append(pair.logit)
+        totals[pair.other].append(-pair.logit)
+    means = {name: sum(values) / len(values) for name, values in totals.items()}
+    return max(group, key=lambda pair: abs(means[pair.one] - means[pair.other]))
+
+
+def simulated_human_pairs(
+    lines: Sequence[Candidates], gold: str, annotator: AnnotatorConfig, seed: int
+) -> list[PairLabel]:
+    """Draw a label for every pair from a Bradley-Terry model of the gold judge, with label noise.
+
+    P(one beats other) = sigmoid(scale * (gold(one) - gold(other))); a share ``flip`` of the draws is inverted.
+    Every draw is a hard label, as a person would give, and a function of the seed and the pair alone. Ties in
+    gold are drawn like any other pair.
+    """
+    result = []
+    for line in lines:
+        scores = {
+            candidate.candidate_id: gold_score(gold, candidate.completion) for candidate in line.candidates
+        }
+        names = sorted(scores)
+        for place, one in enumerate(names):
+            for other in names[place + 1 :]:
+                p = sigmoid(annotator.scale * (scores[one] - scores[other]))
+                key = content_hash("simulated_human", seed, line.prompt.prompt_id, one, other)
+                choice, flip = np.random.default_rng(int(key[:15], 16)).random(2)
+                wins = (choice < p) != (flip < annotator.flip)
+                # The annotator's reliability is known to nobody downstream: its labels are hard.
+                hard = logit(1.0 if wins else 0.0)
+                result.append(PairLabel(line.prompt.prompt_id, one, other, hard, {gold: hard}))
+    return result
+
+
+def write_preferences(
+    folder: Path, by_split: Mapping[str, Sequence[Preference]], card: Mapping[str, Any]
+) -> None:
+    """Write one parquet file per split and a dataset card that ``datasets.load_dataset`` understands."""
+    from datasets import Dataset
+
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [split for split in SPLITS if by_split.get(split)]
+    for split in names:
+        rows = [preference.to_row() for preference in by_split[split]]
+        Dataset.from_list(rows).to_parquet(str(folder / f"{split}.parquet"))
+    files = "\n".join(f"  - split: {split}\n    path: {split}.parquet" for split in names)
+    counts = "\n".join(f"| {split} | {len(by_split[split])} |" for split in names)
+    facts = "\n".join(f"- {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in card.items())
+    (folder / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}\n"
+        "tags: [preference, rlaif]\n---\n\n# Preference dataset\n\n"
+        "Conversational preference format (`prompt`, `chosen`, `rejected`) with a soft label: `p_chosen` is the "
+        "labeler's probability that `chosen` is better. Splits are by prompt, near-duplicates together.\n\n"
+        f"| split | preferences |\n| --- | --- |\n{counts}\n\n{facts}\n",
+        encoding="utf-8",
+    )
+
+
+def read_preferences(folder: Path, split: str) -> list[Preference]:
+    """Read one split: ``SPLIT.parquet``, ``SPLIT.jsonl`` or ``SPLIT.jsonl.gz``; no file means no rows.
+
+    Takes this project's own datasets and any in TRL's preference format: texts or messages, with ``prompt``
+    apart or as the part that ``chosen`` and ``rejected`` share.
+
+    Raises:
+        UserError: naming file and row.
+    """
+    for name in (f"{split}.jsonl", f"{split}.jsonl.gz"):
+        if (folder / name).is_file():
+            return list(read_jsonl(folder / name, parse_preference))
+    file = folder / f"{split}.parquet"
+    if not file.is_file():
+        return []
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{file}: not a readable parquet file ({error})") from None
+    preferences = []
+    for number, row in enumerate(rows, 1):
+        try:
+            preferences.append(parse_preference(row))
+        except ValueError as error:
+            raise UserError(f"{file}, row {number}: {error}") from None
+    return preferences
+
+
+def parse_preference(row: Mapping[str, Any]) -> Preference:
+    """One row in TRL's preference format as a :class:`Preference`.
+
+    Raises:
+        ValueError: naming the column that is wrong.
+    """
+    for column in ("chosen", "rejected"):
+        if row.get(column) is None:
+            raise ValueError(f'has no "{column}" (found: {", ".join(sorted(map(str, row))) or "nothing"})')
+    chosen, rejected = row["chosen"], row["rejected"]
+    prompt = row.get("prompt")
+    if prompt is None:
+        if not isinstance(chosen, list) or not isinstance(rejected, list):
+            raise ValueError(
+                'has no "prompt", and "chosen" and "rejected" are not message lists that share one'
+            )
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+            shared += 1
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    messages = parse_messages(prompt)
+    texts = {"chosen": _reply(chosen, "chosen"), "rejected": _reply(rejected, "rejected")}
+    p_chosen = row.get("p_chosen")
+    p_chosen = 1.0 if p_chosen is None else p_chosen
+    if isinstance(p_chosen, bool) or not isinstance(p_chosen, (int, float)) or not 0 <= p_chosen <= 1:
+        raise ValueError(f'"p_chosen" must be between 0 and 1, found {p_chosen!r}')
+    return Preference(
+        prompt_id=str(row.get("prompt_id") or row.get("id") or content_hash(messages)),
+        prompt=messages,
+        chosen=texts["chosen"],
+        rejected=texts["rejected"],
+        chosen_id=str(row.get("chosen_id") or "chosen"),
+        rejected_id=str(row.get("rejected_id") or "rejected"),
+        p_chosen=float(p_chosen),
+        labeler=str(row.get("labeler") or "unknown"),
+        feedback=str(row.get("feedback") or "human"),
+        chosen_ended=row.get("chosen_ended") is not False,
+        rejected_ended=row.get("rejected_ended") is not False,
+    )
+
+
+def _reply(value: Any, what: str) -> str:
+    if isinstance(value, list):
+        if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
+            raise ValueError(f'"{what}" must be one assistant message after the prompt')
+        value = value[0].get("content")
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f'"{what}" must be a non-empty text or one assistant message')
+    return value
+
+
+def prompts_of(preferences: Sequence[Preference]) -> list[Prompt]:
+    """The distinct prompts of preferences, in order."""
+    seen = {
+        preference.prompt_id: Prompt(preference.prompt_id, preference.prompt) for preference in preferences
+    }
+    return list(seen.values())

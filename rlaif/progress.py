@@ -1,0 +1,34 @@
+"""Progress of long work, with a rate and an estimate of the time left."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def progress(total: int, what: str, unit: str = "it", initial: int = 0) -> Any:
+    """A tqdm bar on standard error: live in a terminal, one line every ten seconds in a log file."""
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        initial=initial,
+        dynamic_ncols=terminal,
+        ncols=None if terminal else 90,
+        mininterval=0.2 if terminal else 10,
+        ascii=not terminal,
+    )
+
+
+def tracked(items: Iterable[T], total: int, what: str, unit: str = "it") -> Iterator[T]:
+    """Yield ``items`` with a progress bar."""
+    with progress(total, what, unit) as bar:
+        for item in items:
+            yield item
+            bar.update()

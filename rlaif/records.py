@@ -1,0 +1,384 @@
+"""The shape of every file that stages exchange, and the only code that reads and writes them.
+
+Readers check each line and raise :class:`UserError` naming the file, the line and what would be right.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+Message = dict[str, str]
+T = TypeVar("T")
+ROLES = ("system", "user", "assistant")
+
+
+class UserError(Exception):
+    """Something the user can put right. Commands print its text as one line and exit with status 2."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that ends with a user turn."""
+
+    prompt_id: str
+    messages: tuple[Message, ...]
+
+    @property
+    def text(self) -> str:
+        """The conversation as plain text, for near-duplicate search and word counts."""
+        return "\n".join(message["content"] for message in self.messages if message["role"] != "system")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One candidate completion and how it was sampled (``None``: not known)."""
+
+    candidate_id: str
+    completion: str
+    model: str | None = None
+    style: str | None = None
+    system: str | None = None
+    temperature: float | None = None
+    seed: int | None = None
+    finish_reason: str | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A prompt with its candidate completions: one line of ``candidates.jsonl``."""
+
+    prompt: Prompt
+    candidates: tuple[Completion, ...]
+    split: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The line as a JSON object."""
+        line: dict[str, Any] = {"prompt_id": self.prompt.prompt_id, "prompt": list(self.prompt.messages)}
+        if self.split:
+            line["split"] = self.split
+        line["candidates"] = [
+            {k: v for k, v in asdict(candidate).items() if v is not None} for candidate in self.candidates
+        ]
+        return line
+
+
+@dataclass(frozen=True)
+class Label:
+    """One verdict of one labeler under one principle: one line of ``labels.jsonl``.
+
+    ``first`` and ``second`` are candidate ids in the order shown (pairwise); pointwise has ``candidate``.
+    ``p`` is P(first is better) or P(the completion satisfies the principle); ``None`` with a ``reason`` where
+    there is no verdict. A missing verdict is kept and counted, never guessed.
+    """
+
+    prompt_id: str
+    mode: str
+    principle: str
+    labeler: str
+    method: str
+    p: float | None
+    reason: str | None = None
+    option_mass: float | None = None
+    first: str | None = None
+    second: str | None = None
+    candidate: str | None = None
+    reply: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    latency_s: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The line as a JSON object: ``p`` is called ``p_first`` (pairwise) or ``score`` (pointwise)."""
+        line = {k: v for k, v in asdict(self).items() if v is not None and k != "p"}
+        line["p_first" if self.mode == "pairwise" else "score"] = self.p
+        return line
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A soft-labelled pair. ``p_chosen`` is P(chosen is better), at least 0.5 by construction."""
+
+    prompt_id: str
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    chosen_id: str
+    rejected_id: str
+    p_chosen: float
+    labeler: str
+    feedback: str
+    principles: dict[str, float] = field(default_factory=dict)
+    chosen_ended: bool = True
+    rejected_ended: bool = True
+    """False for a completion that was cut at the length limit: training then adds no end token."""
+
+    def to_row(self) -> dict[str, Any]:
+        """The row in TRL's conversational preference format, with the soft label beside it."""
+        return {
+            "prompt": list(self.prompt),
+            "chosen": [{"role": "assistant", "content": self.chosen}],
+            "rejected": [{"role": "assistant", "content": self.rejected}],
+            "p_chosen": self.p_chosen,
+            "prompt_id": self.prompt_id,
+            "chosen_id": self.chosen_id,
+            "rejected_id": self.rejected_id,
+            "labeler": self.labeler,
+            "feedback": self.feedback,
+            "principles": json.dumps(self.principles, sort_keys=True),
+            "chosen_ended": self.chosen_ended,
+            "rejected_ended": self.rejected_ended,
+        }
+
+
+def content_hash(*parts: Any) -> str:
+    """A short stable hash of JSON-able values."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+
+
+def existing_file(path: str | os.PathLike[str] | None, key: str) -> Path:
+    """The path of a file that must be there; ``key`` is the configuration key that named it."""
+    if path is None:
+        raise UserError(f"{key} is not set: give {key}=FILE")
+    file = Path(path)
+    if file.is_dir():
+        raise UserError(f"{key}={file}: is a folder, expected a file")
+    if not file.is_file():
+        raise UserError(f"{key}={file}: no such file")
+    return file
+
+
+def existing_dir(path: str | os.PathLike[str] | None, key: str) -> Path:
+    """The path of a folder that must be there; ``key`` is the configuration key that named it."""
+    if path is None:
+        raise UserError(f"{key} is not set: give {key}=DIR")
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{key}={folder}: no such folder")
+    return folder
+
+
+def read_jsonl(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
+    """Parse a JSONL file (gzip if it ends in ``.gz``) line by line; blank lines are skipped.
+
+    ``parse`` raises ``ValueError`` for a bad line.
+
+    Raises:
+        UserError: with file and line number.
+    """
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(
+                        f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})"
+                    ) from None
+                if not isinstance(value, dict):
+                    raise UserError(f"{path}, line {number}: expected a JSON object, found {_kind(value)}")
+                try:
+                    yield parse(value)
+                except ValueError as error:
+                    raise UserError(f"{path}, line {number}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, after line {number}: not UTF-8 ({error.reason})") from None
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def write_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write a JSONL file so that it appears complete or not at all."""
+    with atomic_file(path) as file:
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+class atomic_file:  # noqa: N801 - used as a context manager function
+    """Open a text file for writing that replaces ``path`` only when the block ends without an error."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Any:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, self.temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        self.file = os.fdopen(handle, "w", encoding="utf-8", errors="surrogatepass", newline="\n")
+        return self.file
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        try:
+            self.file.close()
+            if kind is None:
+                mask = os.umask(0)
+                os.umask(mask)
+                os.chmod(self.temporary, 0o666 & ~mask)
+                os.replace(self.temporary, self.path)
+        finally:
+            if os.path.exists(self.temporary):
+                os.unlink(self.temporary)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON so that it appears complete or not at all."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that this project wrote.
+
+    Raises:
+        UserError: if it is missing or broken.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON (line {error.lineno}: {error.msg})") from None
+
+
+def _kind(value: Any) -> str:
+    names = {str: "a text", int: "a number", float: "a number", bool: "true/false", list: "a list"}
+    return "null" if value is None else names.get(type(value), "an object")
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be a text, found {_kind(value)}")
+    if not value.strip():
+        raise ValueError(f"{what} is empty")
+    return value
+
+
+def parse_messages(value: Any, what: str = "prompt") -> tuple[Message, ...]:
+    """A prompt as messages: from a text, or from a list of ``{"role", "content"}`` ending with a user turn.
+
+    Raises:
+        ValueError: naming the part that is wrong.
+    """
+    if isinstance(value, str):
+        return ({"role": "user", "content": _text(value, what)},)
+    if not isinstance(value, list):
+        raise ValueError(f"{what} must be a text or a list of messages, found {_kind(value)}")
+    if not value:
+        raise ValueError(f"{what} is an empty list")
+    messages = []
+    for index, message in enumerate(value):
+        where = f"{what}[{index}]"
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise ValueError(f'{where} must be an object with "role" and "content"')
+        if message["role"] not in ROLES:
+            raise ValueError(f"{where}.role is {message['role']!r}, expected one of {', '.join(ROLES)}")
+        if message["role"] == "system" and index > 0:
+            raise ValueError(f"{where}: a system message must come first")
+        messages.append({"role": message["role"], "content": _text(message["content"], f"{where}.content")})
+    if messages[-1]["role"] != "user":
+        raise ValueError(f"{what} must end with a user turn, ends with {messages[-1]['role']}")
+    return tuple(messages)
+
+
+def _prompt(line: dict[str, Any]) -> Prompt:
+    if "prompt" not in line:
+        found = ", ".join(sorted(line)) or "nothing"
+        raise ValueError(f'has no "prompt" (found: {found})')
+    messages = parse_messages(line["prompt"])
+    name = line.get("prompt_id", line.get("id"))
+    if name is None:
+        name = content_hash(messages)
+    if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
+        raise ValueError('"prompt_id" must be a non-empty text or a number')
+    return Prompt(str(name), messages)
+
+
+class _Unique:
+    """Raises when an id turns up twice."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.seen: set[str] = set()
+
+    def check(self, name: str) -> None:
+        if name in self.seen:
+            raise ValueError(f"{self.what} {name!r} was used on an earlier line; ids must be unique")
+        self.seen.add(name)
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Read prompts: ``{"prompt": text or messages}`` a line, with an optional unique ``prompt_id``.
+
+    Raises:
+        UserError: naming file and line; also if there is no prompt at all.
+    """
+    unique = _Unique("prompt_id")
+
+    def parse(line: dict[str, Any]) -> Prompt:
+        prompt = _prompt(line)
+        unique.check(prompt.prompt_id)
+        return prompt
+
+    prompts = list(read_jsonl(path, parse))
+    if not prompts:
+        raise UserError(f"{path}: has no prompts")
+    return prompts
+
+
+def _completion(value: Any, index: int) -> Completion:
+    if isinstance(value, str):
+        return Completion(f"c{index}", _text(value, f"completions[{index}]"))
+    if not isinstance(value, dict):
+        raise ValueError(f"candidates[{index}] must be an object, found {_kind(value)}")
+    known = {k: value[k] for k in Completion.__dataclass_fields__ if k in value}
+    # An empty completion is a legitimate sample (the model ended at once); a missing one is not.
+    if not isinstance(known.get("completion"), str):
+        raise ValueError(f'candidates[{index}] has no "completion" text')
+    known["candidate_id"] = str(known.get("candidate_id", f"c{index}"))
+    return Completion(**known)
+
+
+def read_candidates(path: Path) -> list[Candidates]:
+    """Read ``candidates.jsonl``, or a user's lines with ``prompt`` and ``completions`` (a list of texts).
+
+    Raises:
+        UserError: naming file and line.
+    """
+    unique = _Unique("prompt_id")
+
+    def parse(line: dict[str, Any]) -> Candidates:
+        prompt = _prompt(line)
+        unique.check(prompt.prompt_id)
+        values = line.get("candidates", line.get("completions"))
+        if not isinstance(values, list):
+            raise ValueError('has no "candidates" (objects) or "completions" (texts) list')
+        completions = tuple(_completion(value, index) for index, value in enumerate(values))
+        ids = [completion.candidate_id for completion in completions]
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"candidate ids repeat: {', '.join(ids)}")
+        if len(completions) < 2:
+            raise ValueError(f"has {len(completions)} completion(s); a preference needs at least 2")
+        return Candidates(prompt, completions, line.get("split"))
+
+    lines = list(read_jsonl(path, parse))
+    if not lines:
+        raise UserError(f"{path}: has no candidates")
+    return lines
+
+
+def bounded_examples(items: Sequence[str], limit: int = 5) -> str:
+    """``a, b, c and 4 more`` for messages about many items."""
+    shown = ", ".join(items[:limit])
+    return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"

@@ -1,0 +1,154 @@
+"""The report's sentences, from the numbers alone: the result, and what speaks against trusting it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlaif.reporting.collect import Collection, Estimate, Evaluation
+from rlaif.reporting.text import MISSING, Safe, estimate_text, feedback_text, seeds_text
+
+Line = tuple[str, ...]
+"""A sentence in parts: ``Safe`` parts are ours, the others are names and messages to escape."""
+CLAIMS = (
+    ("gold_gain", "gold score gain over {}", 0.0),
+    ("win_rate", "win rate against {}", 0.5),
+    ("pm_gain", "gain over {} in the preference model’s score, which training optimised, so no proof", 0.0),
+)
+CHANCE = 0.5
+
+
+def verdict(estimate: Estimate, neutral: float = 0.0) -> Safe:
+    """``better``, ``worse`` or ``no clear difference``, by where the interval lies."""
+    if estimate.low is None or estimate.high is None:
+        return Safe("no verdict (no interval was recorded)")
+    if estimate.low > neutral:
+        return Safe("better")
+    if estimate.high < neutral:
+        return Safe("worse")
+    return Safe(f"no clear difference (interval includes {'zero' if neutral == 0 else neutral})")
+
+
+def seed_text(seed: int | None) -> Safe:
+    return Safe(MISSING if seed is None else seed)
+
+
+def distinct_seeds(group: Sequence[Evaluation]) -> bool:
+    """Whether a mean over seeds means anything: several runs, each with a seed of its own."""
+    seeds = {e.seed for e in group}
+    return len(group) > 1 and len(seeds) == len(group) and None not in seeds
+
+
+def values(group: Sequence[Evaluation], key: str) -> list[float]:
+    """The figure ``key`` of every evaluation that has it."""
+    return [x.value for e in group if (x := e.estimate(key)) is not None]
+
+
+def statement(found: Collection, baseline: str) -> tuple[list[Line], list[Line]]:
+    """The result in sentences, one a row name and measure; and the figures of each seed, if several."""
+    names = found.names(baseline)
+    result: list[Line] = []
+    details: list[Line] = []
+    for name in names:
+        if name != baseline:
+            _claim(found.group(name), baseline, result, details)
+    if not result:
+        return [(Safe("Only "), baseline, Safe(" was evaluated: there is nothing to compare it with."))], []
+    if any(distinct_seeds(found.group(name)) for name in names):
+        result.append((Safe("Intervals cover the draw of prompts; ranges show the draw of seeds."),))
+    else:
+        result.append(
+            (Safe("Intervals cover the draw of prompts only, not what another seed would change."),)
+        )
+    return result, details
+
+
+def _claim(group: Sequence[Evaluation], baseline: str, result: list[Line], details: list[Line]) -> None:
+    name, kinds = group[0].name, {e.text("feedback") for e in group}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    origin: Line = (Safe(" (feedback: "), feedback_text(kind), Safe(")")) if kind else ()
+    claimed = False
+    for key, words, neutral in CLAIMS:
+        measured = [(e.seed, x) for e in group if (x := e.estimate(key)) is not None]
+        if not measured or (key == "pm_gain" and claimed):
+            continue
+        before, after = words.split("{}")
+        what: Line = (Safe(f": {before}"), baseline, Safe(after))
+        verdicts = [verdict(x, neutral) for _, x in measured]
+        if len(measured) == 1:
+            text = f"{estimate_text(measured[0][1])}: {verdicts[0]}."
+        else:
+            mean = f"{seeds_text(values(group, key))} in the mean: " if distinct_seeds(group) else ""
+            text = f"{mean}{_count(verdicts, 'seeds' if mean else 'runs')}."
+            each = (
+                f"seed {seed_text(s)} {estimate_text(x)}: {v}"
+                for (s, x), v in zip(measured, verdicts, strict=True)
+            )
+            details.append((name, *what, Safe(": " + "; ".join(each) + ".")))
+        result.append((name, *(() if claimed else origin), *what, Safe(f" {text}")))
+        claimed = True
+    if not claimed:
+        result.append((name, *origin, Safe(": no comparison with "), baseline, Safe(" was recorded.")))
+
+
+def _count(verdicts: Sequence[str], things: str) -> str:
+    """``better in 1 of 2 seeds, worse in 1 of 2 seeds``."""
+    kinds = dict.fromkeys(verdicts)
+    return ", ".join(f"{kind} in {verdicts.count(kind)} of {len(verdicts)} {things}" for kind in kinds)
+
+
+def warnings(found: Collection, baseline: str) -> list[Line]:
+    """What a reader must know before trusting the comparison."""
+    lines: list[Line] = []
+    names = found.names(baseline)
+    if baseline not in names:
+        lines.append((Safe("No row is named "), baseline, Safe("; gains are over each run’s own baseline.")))
+    judges = sorted({judge for e in found.evaluations if (judge := e.text("gold"))})
+    if len(judges) > 1:
+        lines.append((Safe("Rows measured by different gold judges cannot be compared: "), ", ".join(judges)))
+    for name in names:
+        group = found.group(name)
+        if len(group) > 1 and not distinct_seeds(group):
+            lines.append((name, Safe(": several runs share a seed or have none, so no mean is given.")))
+    if found.failures:
+        jobs = "1 job" if len(found.failures) == 1 else f"{len(found.failures)} jobs"
+        lines.append((Safe(f"{jobs} failed and may be missing here: see Failed jobs."),))
+    if alarms := len(label_warnings(found)):
+        folders = "1 labels folder agrees" if alarms == 1 else f"{alarms} labels folders agree"
+        lines.append((Safe(f"{folders} with the gold judge no better than chance: see Label quality."),))
+    lines.extend((Safe("Left out: "), problem) for problem in found.problems)
+    return lines
+
+
+def label_warnings(found: Collection) -> list[Line]:
+    """One warning for every labeler whose agreement is not shown to be above chance."""
+    lines: list[Line] = []
+    for quality in found.qualities:
+        agreement = quality.estimate("agreement")
+        if agreement is None or (agreement.value if agreement.low is None else agreement.low) > CHANCE:
+            continue
+        highest = agreement.value if agreement.high is None else agreement.high
+        below = " It agrees less often than chance: its labels point the wrong way." * (highest < CHANCE)
+        lines.append(
+            (
+                Safe("This labeler agrees with the gold judge no better than chance: "),
+                quality.text("labeler") or quality.label,
+                Safe(" (feedback: "),
+                feedback_text(quality.text("feedback")),
+                Safe("), labels in "),
+                quality.label,
+                Safe(f". Agreement {estimate_text(agreement)}.{below}"),
+                Safe(" Do not trust what was trained on these labels."),
+            )
+        )
+    return lines
+
+
+def length_notes(found: Collection) -> list[Line]:
+    """Labelers that do no better against the gold judge than picking the longer completion."""
+    lines: list[Line] = []
+    for record in found.qualities:
+        agreement, longer = record.estimate("agreement"), record.estimate("longer_wins")
+        if agreement and longer and agreement.value <= longer.value:
+            rule = ": always preferring the longer completion would agree at least as often."
+            lines.append((record.label, Safe(rule)))
+    return lines

@@ -1,0 +1,165 @@
+"""The report's tables and its sample completions."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlaif.artifacts import duration
+from rlaif.reporting.collect import Collection, Evaluation, Record, Sample, finite
+from rlaif.reporting.statement import Line, distinct_seeds, seed_text, values
+from rlaif.reporting.terms import COMPARISON, PREFERENCE_MODEL, QUALITY, Terms
+from rlaif.reporting.text import MISSING, Safe, estimate_text, feedback_text, number, seeds_text
+
+
+@dataclass(frozen=True)
+class Row:
+    """``summary`` rows sum up the rows above; ``starts`` marks the first row of a group."""
+
+    cells: tuple[str, ...]
+    summary: bool = False
+    starts: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table and the meaning of the terms in its head."""
+
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    terms: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and what each row answered, in the order of the rows."""
+
+    prompt_id: str
+    prompt: tuple[tuple[str, str], ...]
+    answers: tuple[Sample, ...]
+
+
+def _columns(records: Sequence[Record], terms: Terms) -> Terms:
+    return tuple(term for term in terms if any(r.values.get(term[0]) is not None for r in records))
+
+
+def _figure(record: Record, key: str, plain: bool) -> str:
+    if isinstance(record.values.get(key), dict):
+        counts = record.values[key].items()
+        return ", ".join(f"{reason}: {count}" for reason, count in counts) or Safe("none")
+    value = finite(record.values.get(key))
+    if plain and value is not None:
+        return Safe(int(value)) if value == int(value) else number(value, 3 if abs(value) < 10 else None)
+    return estimate_text(record.estimate(key))
+
+
+def comparison(found: Collection, baseline: str) -> Table:
+    """Every estimate of every row by seed; with several seeds also their mean and range."""
+    terms = _columns(found.evaluations, COMPARISON)
+    rows: list[Row] = []
+    for name in found.names(baseline):
+        group = found.group(name)
+        unclear = len({e.seed for e in group}) < len(group)
+        for index, e in enumerate(group):
+            first: Line = (name, feedback_text(e.text("feedback")), seed_text(e.seed))
+            if unclear:
+                first = (f"{name} ({e.label})", *first[1:])
+            cells = (estimate_text(e.estimate(key)) for key, *_ in terms)
+            rows.append(Row((*first, *cells), starts=index == 0))
+        if distinct_seeds(group):
+            means = (seeds_text(values(group, key)) for key, *_ in terms)
+            rows.append(Row((name, Safe(""), Safe(f"mean of {len(group)} seeds"), *means), summary=True))
+    heads = (Safe("row"), Safe("feedback"), Safe("seed"), *(Safe(head) for _, head, _, _ in terms))
+    return Table(heads, tuple(rows), _meanings(terms))
+
+
+def _meanings(terms: Terms) -> tuple[tuple[str, str], ...]:
+    return tuple((Safe(head), Safe(meaning)) for _, head, meaning, _ in terms if meaning)
+
+
+def _records(records: Sequence[Record], terms: Terms) -> Table | None:
+    if not records:
+        return None
+    shown = _columns(records, terms)
+    rows = []
+    for record in records:
+        feedback, seed = feedback_text(record.text("feedback")), seed_text(record.seed)
+        figures = (
+            (record.text(key) or MISSING) if plain is None else _figure(record, key, plain)
+            for key, _, _, plain in shown
+        )
+        rows.append(Row((record.label, feedback, seed, *figures), starts=True))
+    heads = (Safe("folder"), Safe("feedback"), Safe("seed"), *(Safe(head) for _, head, _, _ in shown))
+    return Table(heads, tuple(rows), _meanings(shown))
+
+
+def label_quality(found: Collection) -> Table | None:
+    return _records(found.qualities, QUALITY)
+
+
+def preference_models(found: Collection) -> Table | None:
+    return _records(found.preference_models, PREFERENCE_MODEL)
+
+
+def failed_jobs(found: Collection) -> Table | None:
+    if not found.failures:
+        return None
+    rows = []
+    for job in found.failures:
+        overrides = job.values.get("overrides")
+        words = overrides if isinstance(overrides, list) else [overrides]
+        text = " ".join(str(word) for word in words if word is not None)
+        rows.append(Row((job.label, text or MISSING, job.text("error") or MISSING), starts=True))
+    return Table((Safe("folder"), Safe("overrides"), Safe("error")), tuple(rows))
+
+
+def wall_times(found: Collection) -> Table | None:
+    """Wall time by stage, summed over the folders that the stage made."""
+    times: dict[str, list[tuple[float, str]]] = {}
+    for stage in found.stages:
+        wall = finite(stage.values.get("wall_s"))
+        if wall is not None:
+            run = (wall, stage.text("device") or MISSING)
+            times.setdefault(stage.text("stage") or MISSING, []).append(run)
+    if not times:
+        return None
+    rows = []
+    for name, runs in sorted(times.items()):
+        walls, devices = [wall for wall, _ in runs], sorted({device for _, device in runs})
+        spans = (Safe(duration(x)) for x in (sum(walls), min(walls), max(walls)))
+        rows.append(Row((name, Safe(len(runs)), *spans, ", ".join(devices)), starts=True))
+    heads = ("stage", "folders", "total", "shortest", "longest", "device")
+    return Table(tuple(map(Safe, heads)), tuple(rows))
+
+
+def provenance(found: Collection) -> Table | None:
+    """Every commit, device, seed and version that took part, with the number of folders it made."""
+    if not found.stages:
+        return None
+    counts: dict[tuple[str, str], int] = {}
+    for stage in found.stages:
+        facts = [(key, stage.text(key) or MISSING) for key in ("commit", "device", "platform", "seed")]
+        versions = stage.values.get("versions")
+        if isinstance(versions, dict):
+            facts += [(str(package), str(version)) for package, version in versions.items()]
+        for fact in facts:
+            counts[fact] = counts.get(fact, 0) + 1
+    rows = [Row((*fact, Safe(count)), starts=True) for fact, count in counts.items() if fact[1] != MISSING]
+    order = list(dict.fromkeys(what for what, _ in counts))
+    rows.sort(key=lambda row: order.index(row.cells[0]))
+    return Table((Safe("what"), Safe("value"), Safe("stage folders")), tuple(rows))
+
+
+def examples(
+    found: Collection, baseline: str, count: int, seed: int
+) -> tuple[list[Evaluation], list[Example]]:
+    """``count`` prompts drawn by ``seed`` from those that every row answered, with the first seed's answers.
+
+    Rows without any samples are left out; the evaluations that are shown are returned as well.
+    """
+    first = [found.group(name)[0] for name in found.names(baseline)]
+    shown = [e for e in first if e.samples]
+    common = sorted(set.intersection(*(set(e.samples) for e in shown))) if shown else []
+    drawn = random.Random(seed).sample(common, min(max(count, 0), len(common)))
+    return shown, [Example(p, shown[0].samples[p].prompt, tuple(e.samples[p] for e in shown)) for p in drawn]

@@ -1,0 +1,137 @@
+"""Columns of the report's tables: key in the JSON file, head, meaning, and how the value is shown."""
+
+from __future__ import annotations
+
+Terms = tuple[tuple[str, str, str, bool | None], ...]
+"""``(key, head, meaning, plain)``; ``plain``: False for an estimate, True for a number, None for text."""
+
+COMPARISON: Terms = (
+    (
+        "gold_score",
+        "gold score",
+        "Mean score by the gold judge, the programmatic truth of a controlled experiment.",
+        False,
+    ),
+    (
+        "gold_gain",
+        "gold gain",
+        "Mean difference in gold score to the baseline, paired on the same prompts. This is the result.",
+        False,
+    ),
+    (
+        "win_rate",
+        "win rate",
+        "Share of prompts where the gold judge prefers this row to the baseline; ties count half.",
+        False,
+    ),
+    (
+        "pm_score",
+        "PM score",
+        "Mean score by a preference model (PM). It can rise while the gold score falls, "
+        "and two rows compare only if they were scored by the same PM.",
+        False,
+    ),
+    ("pm_gain", "PM gain", "Paired difference in PM score to the baseline.", False),
+    (
+        "kl",
+        "KL",
+        "Distance from the reference policy, in nats per completion.",
+        False,
+    ),
+    ("length", "length", "Mean completion length in tokens. Check that a gain is not just length.", False),
+    (
+        "eos_rate",
+        "EOS rate",
+        "Share of completions that the policy ended by itself before the token limit.",
+        False,
+    ),
+)
+
+QUALITY: Terms = (
+    ("labeler", "labeler", "", None),
+    ("mode", "mode", "", None),
+    (
+        "agreement",
+        "agreement",
+        "Share of pairs where the label prefers the completion that the gold judge prefers; "
+        "gold ties are left out. 0.5 is what a coin would reach.",
+        False,
+    ),
+    (
+        "agreement_clear",
+        "agreement, clear pairs",
+        "Agreement on the pairs whose gold scores differ by a clear margin.",
+        False,
+    ),
+    (
+        "longer_wins",
+        "longer wins",
+        "Share of pairs where the gold judge prefers the longer completion: "
+        "what a rule that only looks at length would reach.",
+        False,
+    ),
+    (
+        "same_position_rate",
+        "same position",
+        "Pairwise: share of pairs where the labeler chose the same position in both orders: "
+        "position decided, not content.",
+        False,
+    ),
+    (
+        "position_bias",
+        "position bias",
+        "Pairwise: mean logit in favour of the completion shown first. 0 is none.",
+        False,
+    ),
+    (
+        "verdict_bias",
+        "verdict bias",
+        "Pointwise: mean logit of the favourable verdict. Far from 0, it nearly always says the same.",
+        False,
+    ),
+    (
+        "ece",
+        "ECE",
+        "Expected calibration error of the label probabilities against the gold judge. 0 is perfect.",
+        False,
+    ),
+    (
+        "option_mass_mean",
+        "option mass",
+        "Mean probability on the allowed verdicts. If low, the labeler wanted to say something else.",
+        True,
+    ),
+    ("n_pairs", "pairs", "", True),
+    ("n_verdicts", "verdicts", "", True),
+    ("n_preferences", "preferences", "Pairs that became training preferences.", True),
+    ("failed", "failed", "Verdicts that could not be had or parsed; kept and counted, never guessed.", True),
+    ("uncovered", "uncovered", "Verdicts with too little probability on the allowed words.", True),
+    ("dropped", "dropped", "Pairs left out of the preferences, by reason.", True),
+    ("usable_per_s", "usable per s", "Usable verdicts a second.", True),
+)
+
+PREFERENCE_MODEL: Terms = (
+    (
+        "accuracy",
+        "accuracy",
+        "Share of held-out preferences where the PM scores the chosen completion higher.",
+        False,
+    ),
+    (
+        "gold_accuracy",
+        "gold accuracy",
+        "Share of held-out pairs where the PM prefers what the gold judge prefers.",
+        False,
+    ),
+    ("nll", "NLL", "Negative log-likelihood of held-out preferences. A coin has 0.693.", False),
+    ("ece", "ECE", "Expected calibration error. 0 is perfect.", False),
+    (
+        "longer_wins",
+        "longer wins",
+        "Share of held-out pairs whose chosen completion is the longer one: what length alone reaches.",
+        False,
+    ),
+    ("train_pairs", "training pairs", "", True),
+    ("dropped_long", "dropped (too long)", "Pairs too long for the PM.", True),
+    ("temperature", "temperature", "Scores are divided by it for calibration.", True),
+)

@@ -1,0 +1,612 @@
+"""The openai engine against a real HTTP server that can misbehave."""
+
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from email.utils import formatdate
+from typing import Any
+
+import pytest
+from fake_server import FakeServer, Reply, error, logprobs, text
+
+from rlaif.config import LabelerConfig, LabelerType
+from rlaif.engines import build_labeler
+from rlaif.engines import openai as module
+from rlaif.engines.base import Failure, OptionMass, OptionRequest, Sampled, SampleRequest
+from rlaif.engines.openai import OpenAIEngine, accepted_tokens, option_masses, parse_reply
+from rlaif.records import UserError
+
+KEY = "sk-secret-0123456789"
+AB = ((" A", "A"), (" B", "B"))
+TONE = (("positive", "warm"), ("negative", "cold"))
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BACKOFF_S", 0.02)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+
+def build(server: FakeServer, **settings: Any) -> OpenAIEngine:
+    settings = {"base_url": server.url, "model": "judge", "timeout_s": 5.0, "max_retries": 2} | settings
+    return OpenAIEngine(LabelerConfig(type=LabelerType.openai, **settings), seed=5)
+
+
+def ask(number: int = 0, options: Any = AB, stem: str = "", content: str = "Which?") -> OptionRequest:
+    return OptionRequest(({"role": "user", "content": f"{content} {number}"},), options, stem)
+
+
+def score(engine: OpenAIEngine, request: OptionRequest | None = None) -> OptionMass | Failure:
+    [(index, result)] = engine.score_options([request or ask()])
+    assert index == 0
+    return result
+
+
+def masses(server: FakeServer, **settings: Any) -> tuple[float | None, ...]:
+    with build(server, **settings) as engine:
+        result = score(engine)
+    assert isinstance(result, OptionMass)
+    return result.masses
+
+
+class TestOptionMasses:
+    """The arithmetic, without a server."""
+
+    def mass(self, listed: list[tuple[str, float]], options: Any = AB, sampled: str = "") -> Any:
+        import math
+
+        return option_masses([(token, math.log(p)) for token, p in listed], sampled, options)
+
+    def test_all_spellings_are_summed(self) -> None:
+        listed = [("A", 0.3), (" A", 0.2), ("▁A", 0.05), ("ĠA", 0.01), (" a", 0.04), ("B", 0.1), ("b", 0.02)]
+        assert self.mass([*listed, ("Apple", 0.2), ("AB", 0.05)]) == pytest.approx((0.6, 0.12))
+
+    def test_two_tokens_of_the_same_text_are_both_counted(self) -> None:
+        assert self.mass([("A", 0.3), ("A", 0.1), ("B", 0.5)]) == pytest.approx((0.4, 0.5))
+
+    def test_words_match_in_any_case_but_whole(self) -> None:
+        listed = [(" Positive", 0.2), ("WARM", 0.1), ("positively", 0.3), (" cold", 0.25), ("neg", 0.1)]
+        assert self.mass(listed, TONE) == pytest.approx((0.3, 0.25))
+
+    def test_case_matters_where_two_options_differ_only_in_case(self) -> None:
+        assert self.mass([("a", 0.3), ("A", 0.6)], (("A",), ("a",))) == pytest.approx((0.6, 0.3))
+        assert accepted_tokens([("A",), ("a",)]) == [{"A", " A"}, {"a", " a"}]
+
+    def test_unlisted_option_gets_the_smallest_listed_probability_times_its_spellings(self) -> None:
+        # B can be "B", " B", "b" or " b"; none is likelier than 0.02, and the list leaves 1 - 0.82 = 0.18.
+        assert self.mass([("A", 0.8), ("The", 0.02)]) == pytest.approx((0.8, 0.08))
+
+    def test_unlisted_option_gets_at_most_what_the_list_leaves(self) -> None:
+        assert self.mass([("A", 0.9), ("The", 0.07)]) == pytest.approx((0.9, 0.03))
+        assert self.mass([("A", 0.95), ("The", 0.06)]) == pytest.approx((0.95, 0.0))
+
+    def test_sampled_token_at_the_end_of_the_list_bounds_nothing(self) -> None:
+        listed = [("Zebra", 1e-6), ("A", 0.8), ("The", 0.01)]
+        assert self.mass(listed, sampled="Zebra") == pytest.approx((0.8, 0.04))
+
+    def test_nothing_listed_is_unknown(self) -> None:
+        assert self.mass([("The", 0.5), ("I", 0.4)]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("A", 0),
+        (" b\n", 1),
+        ("(A)", 0),
+        ("**B**", 1),
+        ("A.", 0),
+        ("B. It answers the question.", 1),
+        ("A: because it is short", 0),
+        ("Answer: A", 0),
+        ("**Answer:** (B)", 1),
+        ("The answer is B.", 1),
+        ("Answer: A\nWait.\nAnswer: B", 1),
+        ("A\nNo, on reflection:\nB", 1),
+        ("<think>A or B? A seems fine</think>\nB", 1),
+        ("<think>A", None),
+        ("A good reply would say more", None),
+        ("A is worse than B", None),
+        ("(A) is worse than (B)", None),
+        ("A or B", None),
+        ("(A) and (B) are equal", None),
+        ("A, B", None),
+        ("Answer: A or B", None),
+        ("Answer: A\nFinal answer: neither", None),
+        ("Both are fine. I like option B because A", None),
+        ("The answer is not A", None),
+        ("Apple", None),
+        ("C", None),
+        ("", None),
+    ],
+)
+def test_parse_letter(reply: str, expected: int | None) -> None:
+    assert parse_reply(reply, AB) == expected
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("positive", 0),
+        ("Negative.", 1),
+        ("*warm* and open", 0),
+        ("The tone is cold.", 1),
+        ("the tone is: warm", 0),
+        ("positively warm", None),
+        ("positive or negative", None),
+        ("not positive", None),
+        ("It is warm", None),
+    ],
+)
+def test_parse_word(reply: str, expected: int | None) -> None:
+    assert parse_reply(reply, TONE, stem="The tone is") == expected
+
+
+def test_logprob_request_and_result(server: FakeServer) -> None:
+    server.default = logprobs([("A", 0.6), (" A", 0.1), ("B", 0.2)])
+    with build(server, top_logprobs=7) as engine:
+        result = score(engine)
+    assert isinstance(result, OptionMass)
+    assert result.masses == pytest.approx((0.7, 0.2))
+    assert (result.method, result.reply) == ("logprob", "A")
+    assert (result.prompt_tokens, result.completion_tokens) == (11, 2)
+    assert result.latency_s is not None
+    assert result.latency_s > 0
+    assert server.bodies == [
+        {
+            "model": "judge",
+            "messages": [{"role": "user", "content": "Which? 0"}],
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "logprobs": True,
+            "top_logprobs": 7,
+        }
+    ]
+
+
+def test_stem_is_asked_for_or_prefilled(server: FakeServer) -> None:
+    server.default = logprobs([("warm", 0.6), ("cold", 0.2)])
+    for prefill in (False, True):
+        with build(server, prefill=prefill) as engine:
+            score(engine, ask(options=TONE, stem="The tone is"))
+    asked, prefilled = server.bodies
+    assert asked["messages"] == [
+        {"role": "user", "content": "Which? 0\n\nFinish this sentence with one word: The tone is"}
+    ]
+    assert prefilled["messages"] == [
+        {"role": "user", "content": "Which? 0"},
+        {"role": "assistant", "content": "The tone is"},
+    ]
+    assert prefilled["continue_final_message"] is True
+    assert prefilled["add_generation_prompt"] is False
+
+
+def test_hostile_text_is_sent(server: FakeServer) -> None:
+    server.default = logprobs([("A", 0.6), ("B", 0.2)])
+    with build(server) as engine:
+        assert isinstance(score(engine, ask(content="\ud800 \x00 🙂 <|im_end|>")), OptionMass)
+    assert server.bodies[0]["messages"][0]["content"] == "\ufffd \x00 🙂 <|im_end|> 0"
+
+
+class TestVotes:
+    """Servers without log-probabilities."""
+
+    def test_share_of_replies_in_one_request(self, server: FakeServer, caplog: Any) -> None:
+        server.default = lambda body: text(*["A", "B.", "(A)", "A nice day"][: body.get("n", 1)])
+        with build(server, votes=4) as engine, caplog.at_level(logging.WARNING):
+            results = [score(engine, ask(number)) for number in range(5)]
+        for result in results:
+            assert isinstance(result, OptionMass)
+            assert result.masses == (0.5, 0.25)  # the fourth reply is prose: uncovered
+            assert result.method == "votes"
+            assert result.reply == "A | B. | (A) | A nice day"
+        tried = [body for body in server.bodies if "logprobs" in body]
+        votes = [body for body in server.bodies if "logprobs" not in body]
+        assert len(tried) == 3  # after three responses without, it stops asking
+        assert {(body["n"], body["max_tokens"], body["temperature"]) for body in votes} == {(4, 16, 1.0)}
+        assert len({body["seed"] for body in votes}) == 5
+        warnings = [record.getMessage() for record in caplog.records if record.name == "rlaif.engines.openai"]
+        assert len(warnings) == 1
+        assert "gives no log-probabilities" in warnings[0]
+        assert "4 sampled replies" in warnings[0]
+
+    def test_server_that_ignores_n_is_asked_again_with_other_seeds(self, server: FakeServer) -> None:
+        server.plan = [text("x"), text("A"), text("A"), text("B")]
+        assert masses(server, votes=3) == pytest.approx((2 / 3, 1 / 3))
+        assert [body.get("n") for body in server.bodies[1:]] == [3, 2, None]
+        assert len({body["seed"] for body in server.bodies[1:]}) == 3
+
+    def test_server_that_refuses_n(self, server: FakeServer) -> None:
+        server.default = lambda body: error(400, "n must be 1") if body.get("n", 1) > 1 else text("B")
+        assert masses(server, votes=2) == (0.0, 1.0)
+
+    def test_one_reply_is_greedy_text(self, server: FakeServer) -> None:
+        server.default = text("Answer: B")
+        with build(server) as engine:
+            result = score(engine)
+        assert isinstance(result, OptionMass)
+        assert (result.masses, result.method) == ((0.0, 1.0), "text")
+        assert server.bodies[1]["temperature"] == 0.0
+
+    def test_server_that_refuses_logprobs(self, server: FakeServer) -> None:
+        server.default = lambda body: error(400, "unknown field") if "logprobs" in body else text("A")
+        with build(server) as engine:
+            results = [score(engine, ask(number)) for number in range(4)]
+        assert all(isinstance(result, OptionMass) and result.method == "text" for result in results)
+        assert [body.get("top_logprobs") for body in server.bodies[:4]] == [20, 5, None, None]
+        assert sum("logprobs" in body for body in server.bodies) == 2
+
+    def test_server_with_a_lower_cap(self, server: FakeServer) -> None:
+        def reply(body: dict[str, Any]) -> Reply:
+            return error(400, "max 5") if body["top_logprobs"] > 5 else logprobs([("A", 0.6), ("B", 0.3)])
+
+        server.default = reply
+        with build(server) as engine:
+            results = [score(engine, ask(number)) for number in range(2)]
+        assert all(isinstance(result, OptionMass) and result.method == "logprob" for result in results)
+        assert [body["top_logprobs"] for body in server.bodies] == [20, 5, 5]
+
+    def test_a_bad_request_is_not_taken_for_missing_logprobs(self, server: FakeServer) -> None:
+        server.default = lambda body: (
+            error(400, "prompt too long")
+            if "long" in body["messages"][0]["content"]
+            else logprobs([("A", 0.6), ("B", 0.3)])
+        )
+        with build(server) as engine:
+            before, good, after = (score(engine, ask(content=word)) for word in ("long", "short", "long"))
+        assert isinstance(before, Failure)
+        assert (before.reason, before.detail) == ("http_400", "prompt too long")
+        assert isinstance(good, OptionMass)
+        assert good.method == "logprob"
+        assert isinstance(after, Failure)
+        assert len(server.bodies) == 3 + 1 + 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (error(429), "rate_limited"),
+        (error(408), "http_408"),
+        (error(409), "http_409"),
+        (error(500), "http_500"),
+        (error(503), "http_503"),
+        (Reply(cut=True), "connection"),
+        (Reply({"choices": []}, cut=True), "connection"),
+        (Reply(delay_s=30), "timeout"),
+        (Reply("<html>not json"), "malformed"),
+        (Reply([1, 2]), "malformed"),
+        (Reply({"error": "overloaded"}), "malformed"),
+        (Reply({"choices": [{"text": "completion"}]}), "malformed"),
+        (text("A", logprobs={"content": [{"token": "A", "top_logprobs": [{"token": "A"}]}]}), "malformed"),
+        (Reply({"choices": []}), "empty"),
+    ],
+)
+def test_passing_trouble_is_retried_and_lasting_trouble_is_a_failure(
+    server: FakeServer, bad: Reply, reason: str
+) -> None:
+    good = logprobs([("A", 0.6), ("B", 0.2)])
+    server.plan = [bad, bad, good, bad, bad, bad]
+    with build(server, timeout_s=0.3) as engine:
+        recovered, failed = score(engine), score(engine)
+    assert isinstance(recovered, OptionMass)
+    assert recovered.masses == pytest.approx((0.6, 0.2))
+    assert isinstance(failed, Failure)
+    assert failed.reason == reason
+    assert failed.latency_s is not None
+    assert len(server.bodies) == 6
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_request_at_fault_is_not_retried(server: FakeServer, status: int) -> None:
+    server.plan = [logprobs([("A", 0.6), ("B", 0.2)]), error(status, "too long")]
+    with build(server) as engine:
+        score(engine)
+        failed = score(engine)
+    assert isinstance(failed, Failure)
+    assert (failed.reason, failed.detail) == (f"http_{status}", "too long")
+    assert len(server.bodies) == 2
+
+
+@pytest.mark.parametrize(
+    ("headers", "wait"), [({"Retry-After": "0.5"}, 0.5), ({"retry-after-ms": "400", "Retry-After": "9"}, 0.4)]
+)
+def test_retry_after_is_honoured(server: FakeServer, headers: dict[str, str], wait: float) -> None:
+    server.plan = [Reply({}, 429, headers), logprobs([("A", 0.6), ("B", 0.2)])]
+    assert masses(server) == pytest.approx((0.6, 0.2))
+    assert wait <= server.times[1] - server.times[0] < wait + 1.5
+
+
+def test_retry_after_holds_back_other_requests_too(server: FakeServer) -> None:
+    server.plan = [Reply({}, 429, {"Retry-After": "0.4"})]
+    server.default = logprobs([("A", 0.6), ("B", 0.2)])
+    with build(server, concurrency=1) as engine, build(server, concurrency=4) as wide:
+        score(engine)
+        server.plan = [Reply({}, 429, {"Retry-After": "0.4"}), *[Reply({}, 429)] * 3]
+        start = len(server.times)
+        assert len(list(wide.score_options(ask(number) for number in range(4)))) == 4
+    late = [moment - server.times[start] for moment in server.times[start + 4 :]]
+    assert len(late) == 4
+    assert min(late) >= 0.35
+
+
+def test_retry_after_as_a_date() -> None:
+    wait = module._retry_after({"retry-after": formatdate(time.time() + 100, usegmt=True)})
+    assert wait == pytest.approx(100, abs=2)
+    assert module._retry_after({"retry-after": formatdate(0, usegmt=True)}) == 0
+    assert [module._retry_after({"retry-after": value}) for value in ("soon", "nan", "-1", "inf")] == [
+        None
+    ] * 4
+
+
+def test_a_wait_of_hours_fails_at_once(server: FakeServer) -> None:
+    server.plan = [Reply({}, 429, {"Retry-After": "7200"})]
+    with build(server) as engine:
+        result = score(engine)
+    assert isinstance(result, Failure)
+    assert result.reason == "rate_limited"
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_wrong_key_or_model_ends_the_run(
+    server: FakeServer, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server.default = error(status, f"bad key {KEY} or model\nline two " + "x" * 500)
+    with build(server) as engine, pytest.raises(UserError) as raised:
+        list(engine.score_options(ask(number) for number in range(100)))
+    message = str(raised.value)
+    assert f"HTTP {status}: bad key *** or model line two xxx" in message
+    assert "\n" not in message
+    assert len(message) < 450
+    assert KEY not in message
+
+
+def test_spent_quota_ends_the_run(server: FakeServer) -> None:
+    server.default = Reply({"error": {"message": "no quota", "code": "insufficient_quota"}}, 429)
+    with build(server) as engine, pytest.raises(UserError, match="no quota; the account has no credit"):
+        score(engine)
+
+
+def test_the_key_is_sent_and_appears_nowhere(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    key = "my_private_token_abcdef"
+    monkeypatch.setenv("JUDGE_KEY", key)
+    server.plan = [error(500, "y" * 190 + key), error(500, key), error(500, f"Bearer {key}")]
+    with caplog.at_level(logging.DEBUG), build(server, api_key_env="JUDGE_KEY") as engine:
+        result = score(engine)
+        server.default = text("A")
+        list(engine.score_options([ask()]))
+        seen = repr(engine) + str(engine.identity) + repr(result) + caplog.text
+        seen += "".join(str(record.__dict__) for record in caplog.records)
+    assert all(headers["Authorization"] == f"Bearer {key}" for headers in server.headers)
+    assert isinstance(result, Failure)
+    assert result.detail == "Bearer ***"
+    assert key not in seen
+    assert key[:12] not in seen
+
+
+def test_identity(server: FakeServer) -> None:
+    with build(server, votes=1) as engine:
+        assert engine.name == "judge"
+        assert engine.identity == {
+            "engine": "openai",
+            "base_url": server.url,
+            "model": "judge",
+            "votes": 1,
+            "top_logprobs": 20,
+            "prefill": False,
+        }
+    with build(server, votes=3) as engine:
+        assert engine.identity["seed"] == 5
+
+
+class TestBeforeAnyWork:
+    """What the constructor refuses."""
+
+    @pytest.mark.parametrize("base_url", [None, "https://models.example.org/v1", "http://10.1.2.3:8000/v1"])
+    def test_no_key(self, base_url: str | None) -> None:
+        config = LabelerConfig(type=LabelerType.openai, model="judge", base_url=base_url)
+        with pytest.raises(UserError, match=r"^no API key: set the environment variable OPENAI_API_KEY"):
+            build_labeler(config, seed=0)
+
+    @pytest.mark.parametrize(
+        ("base_url", "message"),
+        [
+            ("127.0.0.1:8000/v1", "not a valid address"),
+            ("ftp://127.0.0.1/v1", "not a valid address"),
+            ("http://", "not a valid address"),
+            ("http://127.0.0.1:99999/v1", "not a valid address"),
+            ("http://[::1/v1", "not a valid address"),
+            ("http://local host/v1", "not a valid address"),
+            ("http://me:hunter2@127.0.0.1/v1", "a user, a query or a fragment is refused"),
+            ("http://127.0.0.1/v1?key=hunter2", "a user, a query or a fragment is refused"),
+        ],
+    )
+    def test_address(self, base_url: str, message: str) -> None:
+        with pytest.raises(UserError, match=message) as raised:
+            OpenAIEngine(LabelerConfig(model="judge", base_url=base_url), seed=0)
+        assert "hunter2" not in str(raised.value)
+
+    def test_key_that_no_header_can_hold(self, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("OPENAI_API_KEY", "clé\x01")
+        with pytest.raises(UserError, match="OPENAI_API_KEY has characters that no key has") as raised:
+            build(server)
+        assert "cl" not in str(raised.value).replace("characters", "")
+
+    def test_unreachable(self) -> None:
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+        with pytest.raises(UserError) as raised:
+            OpenAIEngine(LabelerConfig(model="judge", base_url=url), seed=0)
+        assert str(raised.value).startswith(f"labeler.base_url={url}: cannot be reached (")
+        assert "\n" not in str(raised.value)
+
+    def test_silent_server(self, server: FakeServer) -> None:
+        server.models.delay_s = 30
+        with pytest.raises(UserError, match=r"cannot be reached \(no answer within 0.3 s\)"):
+            build(server, timeout_s=0.3)
+
+    def test_broken_server(self, server: FakeServer) -> None:
+        server.models = error(503, "loading model")
+        with pytest.raises(UserError, match=r"cannot be reached \(HTTP 503: loading model\)"):
+            build(server)
+
+    def test_wrong_key(self, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        server.models = error(401, f"Incorrect API key provided: {KEY}")
+        with pytest.raises(UserError, match=r"HTTP 401.*check the key in the environment variable") as raised:
+            build(server)
+        assert KEY not in str(raised.value)
+
+    def test_unknown_model_lists_ten(self, server: FakeServer) -> None:
+        server.models = Reply({"data": [{"id": f"m{number}"} for number in range(12)]})
+        with pytest.raises(UserError) as raised:
+            build(server)
+        assert str(raised.value) == (
+            f"labeler.model=judge: not served by {server.url}; "
+            "available: m0, m1, m2, m3, m4, m5, m6, m7, m8, m9 and 2 more"
+        )
+
+    def test_not_such_a_server(self, server: FakeServer) -> None:
+        server.models = Reply("<html>welcome</html>")
+        with pytest.raises(UserError, match="usually ends in /v1"):
+            build(server)
+
+    @pytest.mark.parametrize(
+        "models",
+        [
+            error(404),
+            error(405),
+            error(403),
+            Reply({"data": []}),
+            Reply({"data": [{"id": "other"}], "has_more": True}),
+            Reply({"data": [{"id": "judge:latest"}]}),
+        ],
+    )
+    def test_a_listing_that_proves_nothing_is_no_obstacle(self, server: FakeServer, models: Reply) -> None:
+        server.models = models
+        build(server).close()
+
+    def test_address_from_the_environment(self, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        with build(server, base_url=None) as engine:
+            assert engine.identity["base_url"] == server.url
+
+
+class TestStream:
+    """Lazy pulling, the cap on requests in flight, and cancelling."""
+
+    def test_requests_in_flight_are_capped_and_pulled_lazily(self, server: FakeServer) -> None:
+        answer = logprobs([("A", 0.6), ("B", 0.2)])
+        answer.delay_s = 0.05
+        server.default = answer
+        pulled: list[int] = []
+
+        def source() -> Iterator[OptionRequest]:
+            for number in range(24):
+                pulled.append(number)
+                yield ask(number)
+
+        with build(server, concurrency=6) as engine:
+            stream = engine.score_options(source())
+            assert pulled == []
+            next(stream)
+            assert len(pulled) == 6
+            rest = list(stream)
+        assert len(rest) == 23
+        assert len(pulled) == 24
+        assert server.peak == 6
+
+    def test_results_come_as_they_complete_under_their_index(self, server: FakeServer) -> None:
+        def reply(body: dict[str, Any]) -> Reply:
+            number = int(body["messages"][0]["content"].split()[-1])
+            answer = logprobs([("A", 0.1 * (number + 1)), ("B", 0.05)])
+            answer.delay_s = 0.4 if number == 0 else 0
+            return answer
+
+        server.default = reply
+        with build(server, concurrency=4) as engine:
+            results = list(engine.score_options(ask(number) for number in range(4)))
+        assert results[-1][0] == 0
+        for index, result in results:
+            assert isinstance(result, OptionMass)
+            assert result.masses[0] == pytest.approx(0.1 * (index + 1))
+
+    def test_no_requests(self, server: FakeServer) -> None:
+        with build(server) as engine:
+            assert list(engine.score_options([])) == []
+
+    def test_abandoning_cancels_at_once(self, server: FakeServer) -> None:
+        slow = logprobs([("A", 0.6), ("B", 0.2)])
+        slow.delay_s = 60
+        server.default = slow
+        server.plan = [logprobs([("A", 0.6), ("B", 0.2)])]
+        engine = build(server, concurrency=8, timeout_s=60)
+        stream = engine.score_options(ask(number) for number in range(100))
+        next(stream)
+        start = time.monotonic()
+        stream.close()  # type: ignore[attr-defined]
+        while server.cancelled < len(server.bodies) - 1 and time.monotonic() - start < 2:
+            time.sleep(0.01)
+        engine.close()
+        assert time.monotonic() - start < 2
+        assert len(server.bodies) <= 8
+        assert server.cancelled == len(server.bodies) - 1
+
+    def test_an_error_in_the_source_cancels_and_is_raised(self, server: FakeServer) -> None:
+        slow = text("A")
+        slow.delay_s = 60
+        server.default = slow
+
+        def source() -> Iterator[OptionRequest]:
+            yield ask()
+            raise KeyboardInterrupt
+
+        start = time.monotonic()
+        with build(server) as engine, pytest.raises(KeyboardInterrupt):
+            list(engine.score_options(source()))
+        assert time.monotonic() - start < 2
+
+    def test_close_twice(self, server: FakeServer) -> None:
+        engine = build(server)
+        engine.close()
+        engine.close()
+
+
+class TestSample:
+    """Sampling completions."""
+
+    def sample(self, server: FakeServer) -> Sampled | Failure:
+        request = SampleRequest(({"role": "user", "content": "Hi"},), 30, 0.7, 0.9, seed=42)
+        with build(server) as engine:
+            [(_, result)] = engine.sample([request])
+        return result
+
+    @pytest.mark.parametrize(("given", "expected"), [("stop", "stop"), ("length", "length"), ("eos", "stop")])
+    def test_request_and_finish_reason(self, server: FakeServer, given: str, expected: str) -> None:
+        server.default = text("Hello.", finish_reason=given)
+        assert self.sample(server) == Sampled("Hello.", expected, tokens=2, prompt_tokens=11)
+        assert server.bodies == [
+            {
+                "model": "judge",
+                "messages": [{"role": "user", "content": "Hi"}],
+                "max_tokens": 30,
+                "temperature": 0.7,
+                "top_p": 0.9,
+                "seed": 42,
+            }
+        ]
+
+    def test_empty_completion_is_a_completion(self, server: FakeServer) -> None:
+        server.default = text(None)
+        assert self.sample(server) == Sampled("", "stop", tokens=2, prompt_tokens=11)
+
+    def test_withheld_completion_is_a_failure(self, server: FakeServer) -> None:
+        server.default = text("", finish_reason="content_filter")
+        result = self.sample(server)
+        assert isinstance(result, Failure)
+        assert result.reason == "content_filter"

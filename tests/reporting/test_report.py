@@ -1,0 +1,226 @@
+"""Run folders in, report out: numbers, verdicts and warnings."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from report_runs import build, change, metrics, samples, write
+
+from rlaif.records import UserError
+from rlaif.reporting import write_report
+from rlaif.reporting.collect import Estimate, collect
+from rlaif.reporting.statement import verdict
+from rlaif.reporting.tables import comparison, examples
+from rlaif.reporting.text import estimate_text
+
+
+def report(*roots: Path, **changes: object) -> tuple[str, str]:
+    """The HTML and the Markdown of a report on ``roots``."""
+    output = roots[0].parent / "report"
+    settings: dict = {"title": "A title", "baseline": "base", "examples": 10, "seed": 0, **changes}
+    html, markdown = write_report(list(roots), output, **settings)
+    assert (html.name, markdown.name) == ("report.html", "report.md")
+    assert sorted(path.name for path in output.iterdir()) == ["report.html", "report.md"]
+    return html.read_text(encoding="utf-8"), markdown.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0.1, 0.3, "better"),
+        (-0.3, -0.1, "worse"),
+        (-0.1, 0.3, "no clear difference (interval includes zero)"),
+        (0.0, 0.3, "no clear difference (interval includes zero)"),
+        (None, None, "no verdict (no interval was recorded)"),
+    ],
+)
+def test_verdict_follows_the_interval(low: float | None, high: float | None, words: str) -> None:
+    assert verdict(Estimate(0.1, 10, low, high)) == words
+
+
+def test_verdict_on_a_win_rate_compares_with_even() -> None:
+    assert verdict(Estimate(0.52, 10, 0.45, 0.6), 0.5) == "no clear difference (interval includes 0.5)"
+    assert verdict(Estimate(0.4, 10, 0.3, 0.45), 0.5) == "worse"
+
+
+@pytest.mark.parametrize(
+    ("estimate", "text"),
+    [
+        (Estimate(0.41, 128, 0.36, 0.46), "0.41 [0.36, 0.46] (n=128)"),
+        (Estimate(0.3, 5), "0.30 [no interval] (n=5)"),
+        (Estimate(31.5, None, 30.0, 33.0), "31.5 [30.0, 33.0] (n not recorded)"),
+        (Estimate(0.2, 9, 0.001, 0.4), "0.200 [0.001, 0.400] (n=9)"),
+        (Estimate(-0.0, 9, -1.0, 1.0), "0.00 [-1.00, 1.00] (n=9)"),
+        (None, "–"),
+    ],
+)
+def test_estimates_show_n_and_interval(estimate: Estimate | None, text: str) -> None:
+    assert estimate_text(estimate) == text
+
+
+def test_comparison_has_a_row_a_seed_and_a_mean(run: Path) -> None:
+    table = comparison(collect([run]), "base")
+    rows = [dict(zip(table.columns, row.cells, strict=True)) for row in table.rows]
+    assert [(row["row"], row["seed"]) for row in rows[:4]] == [
+        ("base", "1"),
+        ("base", "2"),
+        ("base", "mean of 2 seeds"),
+        ("dpo", "1"),
+    ]
+    ours = [row for row in rows if row["row"] == "rlaif_ppo"]
+    assert ours[0]["gold gain"] == "0.41 [0.36, 0.46] (n=128)"
+    assert ours[1]["gold gain"] == "0.51 [0.46, 0.56] (n=128)"
+    assert ours[2]["gold gain"] == "0.46 (2 seeds, 0.41 to 0.51)"
+    assert rows[0]["gold gain"] == "–"
+    assert "PM score" not in table.columns
+
+
+def test_runs_of_one_seed_get_no_mean(run: Path) -> None:
+    change(run / "seed=2" / "arms" / "dpo" / "evaluation" / "metrics.json", seed=1)
+    html, markdown = report(run)
+    for text in (html, markdown):
+        assert "dpo: several runs share a seed or have none, so no mean is given." in text
+    dpo = [row for row in comparison(collect([run]), "base").rows if row.cells[0].startswith("dpo")]
+    assert [row.summary for row in dpo] == [False, False]
+
+
+def test_statement_says_what_the_numbers_say(run: Path) -> None:
+    html, markdown = report(run)
+    for text in (html, markdown):
+        assert "rlaif_ppo (feedback: AI): gold score gain over base 0.46 (2 seeds, 0.41 to 0.51)" in text
+        assert "in the mean: better in 2 of 2 seeds" in text
+        assert "seed 1 0.02 [-0.03, 0.07] (n=128): no clear difference (interval includes zero)" in text
+        assert "in the mean: worse in 2 of 2 seeds" in text
+        assert "simulated_human, programmatic annotator, not people" in text
+
+
+def test_one_seed(tmp_path: Path) -> None:
+    _, markdown = report(build(tmp_path / "run", seeds=(1,)))
+    assert "gold score gain over base 0.41 [0.36, 0.46] (n=128): better." in markdown
+    assert "mean of" not in markdown
+    assert "not what another seed would change" in markdown
+
+
+def test_sections_stand_in_order(run: Path) -> None:
+    html, markdown = report(run)
+    heads = re.findall(r"<h2>(.*?)</h2>", html)
+    assert heads == [
+        "Comparison",
+        "Estimates",
+        "KL against gold score",
+        "Training curves: PPO",
+        "Training curves: DPO",
+        "Training curves: PM",
+        "Label quality",
+        "Preference models",
+        "Sample completions",
+        "Wall time by stage",
+        "Provenance",
+    ]
+    assert re.findall(r"(?m)^## (.*)$", markdown) == [h for h in heads if h[:2] not in ("Es", "KL", "Tr")]
+    assert html.count('<svg role="img"') == 3 + 1 + 6 + 1 + 1 + 4 + 2 + 1 + 2
+    for text in (html, markdown):
+        assert "abc123def456" in text
+        assert "tie: 60, duplicate: 30" in text
+        # Eight evaluations of 12.5 s and two labelings of 70 s.
+        assert "1:40" in text
+        assert "2:20" in text
+
+
+@pytest.mark.parametrize(("agreement", "warned"), [(0.5, True), (0.4, True), (0.52, True), (0.71, False)])
+def test_labels_no_better_than_chance_are_called_out(tmp_path: Path, agreement: float, warned: bool) -> None:
+    html, markdown = report(build(tmp_path / "run", agreement=agreement))
+    words = "This labeler agrees with the gold judge no better than chance"
+    assert ('class="alarm"' in html) == (words in html) == (words in markdown) == warned
+    assert ("point the wrong way" in html) == (agreement == 0.4)
+
+
+def test_examples_are_drawn_from_the_prompts_that_all_rows_answered(run: Path) -> None:
+    for seed in (1, 2):
+        write(run / f"seed={seed}" / "arms" / "dpo" / "evaluation" / "samples.jsonl", samples("dpo", 20))
+    rows, drawn = examples(collect([run]), "base", 10, 7)
+    common = sorted(f"p{index}" for index in range(20))
+    assert [example.prompt_id for example in drawn] == random.Random(7).sample(common, 10)
+    assert [row.name for row in rows] == ["base", "dpo", "rlaif_ppo", "rlhf_ppo"]
+    assert [row.seed for row in rows] == [1, 1, 1, 1]
+    html, markdown = report(run, seed=7)
+    for text in (html, markdown):
+        assert "10 prompts, drawn at random (seed 7)" in text
+        assert "not chosen by hand" in text
+    assert "Sample completions" not in report(run, examples=0)[0]
+
+
+def test_failed_jobs_are_listed(run: Path) -> None:
+    write(run / "seed=3" / "failed.json", {"error": "out of memory", "overrides": ["seed=3", "method=ppo"]})
+    for text in report(run):
+        assert "1 job failed" in text
+        assert "seed=3 method=ppo" in text
+        assert "out of memory" in text
+
+
+def test_hidden_folders_and_checkpoints_are_skipped(run: Path) -> None:
+    arm = run / "seed=1" / "arms"
+    shutil.copytree(arm / "dpo", arm / ".dpo.partial")
+    shutil.copytree(arm / "dpo", arm / "rlaif_ppo" / "checkpoints" / "10")
+    assert len(collect([run]).evaluations) == 8
+
+
+def test_folders_below_two_roots_count_once(run: Path) -> None:
+    assert len(collect([run, run / "seed=1", run.parent]).evaluations) == 8
+
+
+def test_missing_keys_are_tolerated(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    write(root / "a" / "metrics.json", {"length": 12.5, "win_rate": None, "gold_score": float("nan")})
+    write(root / "b" / "metrics.json", {"name": "b", "win_rate": 0.6, "seed": "first"})
+    write(root / "b" / "quality.json", {"n_pairs": 5})
+    write(root / "b" / "pm_metrics.json", {})
+    write(root / "b" / "training.jsonl", {"loss": 0.5})
+    write(root / "b" / "provenance.json", {"stage": "evaluate"})
+    html, markdown = report(root)
+    for text in (html, markdown):
+        assert "b: win rate against base 0.60 [no interval] (n not recorded): no verdict" in text
+        assert "No row is named base" in text
+        assert "a: no comparison with base was recorded" in text
+
+
+def test_broken_files_are_named_not_fatal(run: Path) -> None:
+    (run / "seed=1" / "labels" / "quality.json").write_text("{", encoding="utf-8")
+    with (run / "seed=1" / "arms" / "dpo" / "training.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 1, "lo')
+    html, _ = report(run)
+    assert re.search(r"Left out: .*quality\.json: not valid JSON", html)
+    assert re.search(r"Left out: .*training\.jsonl, line 41", html)
+    assert len([curve for curve in collect([run]).curves if curve.kind == "dpo"]) == 2
+
+
+def test_curves_belong_to_the_closest_row(run: Path) -> None:
+    write(run / "seed=1" / "arms" / "rlaif_ppo" / "pm" / "training.jsonl", [{"step": 1, "loss": 0.7}])
+    curves = {(curve.kind, curve.name, curve.seed) for curve in collect([run]).curves}
+    assert ("ppo", "rlaif_ppo", 2) in curves
+    assert ("dpo", "dpo", 1) in curves
+    assert ("pm", "rlaif_ppo", 1) in curves
+    assert ("pm", "seed=1/preference_model", None) in curves
+
+
+def test_different_gold_judges_are_called_out(run: Path) -> None:
+    change(run / "seed=1" / "arms" / "dpo" / "evaluation" / "metrics.json", gold="other")
+    assert "Rows measured by different gold judges cannot be compared: other, sentiment" in report(run)[0]
+
+
+def test_no_evaluation_is_the_users_error(tmp_path: Path) -> None:
+    write(tmp_path / "run" / "metrics.json", {"accuracy": 1.0})
+    with pytest.raises(UserError, match=r"no metrics\.json with gold_score, win_rate or length"):
+        report(tmp_path / "run")
+    with pytest.raises(UserError, match="no such folder"):
+        report(tmp_path / "nowhere")
+    assert not (tmp_path / "report").exists()
+
+
+def test_only_the_baseline(tmp_path: Path) -> None:
+    write(tmp_path / "run" / "evaluation" / "metrics.json", metrics("base", 1))
+    assert "there is nothing to compare it with" in report(tmp_path / "run")[1]
