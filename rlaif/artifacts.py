@@ -55,17 +55,13 @@ def run_stage(
     Raises:
         UserError: if ``output`` cannot be written, or holds files that no stage made.
     """
-    fingerprint = content_hash(
-        stage, rlaif.__version__, config, seed, {k: _input_hash(v) for k, v in inputs.items()}
-    )
+    fingerprint = content_hash(stage, rlaif.__version__, config, seed, {k: _input_hash(v) for k, v in inputs.items()})
     recorded = _recorded(output)
     if recorded and recorded.get("fingerprint") == fingerprint:
         log.info("%s: up to date, skipped (%s)", stage, output)
         return output
     if output.exists() and any(output.iterdir()) and not recorded:
-        raise UserError(
-            f"output_dir={output}: the folder exists and was not made by rlaif.{stage}; choose another"
-        )
+        raise UserError(f"output_dir={output}: the folder exists and was not made by rlaif.{stage}; choose another")
     partial = output.with_name(f".{output.name}.partial")
     check_writable(output.parent)
     _prepare_partial(partial, output, fingerprint, carry_over, remake=bool(recorded), stage=stage)
@@ -229,7 +225,7 @@ def plain(**settings: Any) -> dict[str, Any]:
     def encode(value: Any) -> Any:
         return (
             dataclasses.asdict(value)
-            if dataclasses.is_dataclass(value)
+            if dataclasses.is_dataclass(value) and not isinstance(value, type)
             else getattr(value, "value", str(value))
         )
 

@@ -74,8 +74,6 @@ def _render(tokenizer: Any, messages: list[Message], generation_prompt: bool) ->
     from jinja2.exceptions import TemplateError
 
     try:
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-        )
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
     except TemplateError as error:
         raise UserError(f"the chat template of {tokenizer.name_or_path} refuses a prompt: {error}") from None

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 
-class LabelerType(str, Enum):
+class LabelerType(StrEnum):
     """Which engine serves the labeler."""
 
     hf = "hf"
@@ -21,21 +21,21 @@ class LabelerType(str, Enum):
     scripted = "scripted"
 
 
-class LabelMode(str, Enum):
+class LabelMode(StrEnum):
     """How the labeler is asked."""
 
     pairwise = "pairwise"
     pointwise = "pointwise"
 
 
-class Selection(str, Enum):
+class Selection(StrEnum):
     """Which pairs of a prompt's candidates become preferences."""
 
     best_worst = "best_worst"
     all_pairs = "all_pairs"
 
 
-class Feedback(str, Enum):
+class Feedback(StrEnum):
     """Where preference labels come from. ``simulated_human`` is a programmatic annotator, never people."""
 
     ai = "ai"
@@ -43,7 +43,7 @@ class Feedback(str, Enum):
     simulated_human = "simulated_human"
 
 
-class Method(str, Enum):
+class Method(StrEnum):
     """A training method."""
 
     sft = "sft"
@@ -52,21 +52,21 @@ class Method(str, Enum):
     dpo = "dpo"
 
 
-class Tuning(str, Enum):
+class Tuning(StrEnum):
     """Train a LoRA adapter or all weights."""
 
     lora = "lora"
     full = "full"
 
 
-class KLControl(str, Enum):
+class KLControl(StrEnum):
     """Keep ``kl_coef`` fixed or steer the KL towards ``kl_target`` (Ziegler et al. 2019, section 2.2)."""
 
     fixed = "fixed"
     adaptive = "adaptive"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """Weight precision. ``auto`` is bfloat16 on a GPU that supports it and float32 elsewhere."""
 
     auto = "auto"
@@ -75,7 +75,7 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-class Split(str, Enum):
+class Split(StrEnum):
     """A part of the prompts; made once, by prompt, near-duplicates together."""
 
     train = "train"
@@ -91,9 +91,7 @@ def _require(ok: bool, message: str) -> None:
 def _positive(config: Any, where: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(
-            value > 0 and math.isfinite(value), f"{where}.{name}={value}: must be a finite number above 0"
-        )
+        _require(value > 0 and math.isfinite(value), f"{where}.{name}={value}: must be a finite number above 0")
 
 
 def _fraction(config: Any, where: str, *names: str) -> None:
@@ -192,8 +190,11 @@ class SamplingConfig:
     """Nucleus sampling mass; 1 keeps the full distribution."""
     batch_size: int = 64
     """Sequences decoded at once (in-process engine)."""
+    splits: list[Split] = field(default_factory=lambda: [Split.train, Split.validation])
+    """Splits whose prompts get candidates. Test prompts are for evaluation, which samples anew."""
 
     def __post_init__(self) -> None:
+        _require(bool(self.splits), "sampling.splits is empty: give at least train")
         _positive(self, "sampling", "max_new_tokens", "temperature", "batch_size")
         _require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p}: must be in (0, 1]")
         _require(bool(self.styles), "sampling.styles is empty: give at least one style")

@@ -74,9 +74,9 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> _Mapping:
         line = key_node.start_mark.line + 1
         if not isinstance(key, str):
             # An unquoted yes or no is a boolean in YAML.
-            raise _Problem(line, f'key {key!r} is not a text; quote it ("yes":, "no":)')
+            raise _ProblemError(line, f'key {key!r} is not a text; quote it ("yes":, "no":)')
         if key in mapping:
-            raise _Problem(line, f"key {key!r} is given twice")
+            raise _ProblemError(line, f"key {key!r} is given twice")
         mapping[key] = loader.construct_object(value_node, deep=True)
         mapping.lines[key] = line
     return mapping
@@ -85,7 +85,7 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> _Mapping:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
 
 
-class _Problem(Exception):
+class _ProblemError(Exception):
     def __init__(self, line: int, message: str) -> None:
         super().__init__(message)
         self.line = line
@@ -114,9 +114,7 @@ def find_constitution(name_or_file: str | None) -> Path:
     shipped = shipped_dir() / f"{name_or_file}.yaml"
     if not shipped.is_file():
         names = ", ".join(sorted(path.stem for path in shipped_dir().glob("*.yaml")))
-        raise UserError(
-            f"constitution={name_or_file}: no such constitution. Shipped: {names}; or give a .yaml file"
-        )
+        raise UserError(f"constitution={name_or_file}: no such constitution. Shipped: {names}; or give a .yaml file")
     return shipped
 
 
@@ -129,11 +127,11 @@ def load_constitution(name_or_file: str | None) -> Constitution:
     path = find_constitution(name_or_file)
     try:
         text = path.read_text(encoding="utf-8")
-        document = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass
+        document = yaml.load(text, Loader=_Loader)
         if not isinstance(document, _Mapping):
-            raise _Problem(1, "expected a mapping with name, version, description, principles")
+            raise _ProblemError(1, "expected a mapping with name, version, description, principles")
         return _constitution(document)
-    except _Problem as problem:
+    except _ProblemError as problem:
         raise UserError(f"{path}, line {problem.line}: {problem}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
@@ -144,14 +142,14 @@ def load_constitution(name_or_file: str | None) -> Constitution:
 
 def _fields(mapping: Any, where: str, required: set[str], optional: set[str], line: int) -> _Mapping:
     if not isinstance(mapping, _Mapping):
-        raise _Problem(line, f"{where} must be a mapping")
+        raise _ProblemError(line, f"{where} must be a mapping")
     for key in mapping:
         if key not in required | optional:
             allowed = ", ".join(sorted(required | optional))
-            raise _Problem(mapping.lines[key], f"{where} has an unknown key {key!r} (allowed: {allowed})")
+            raise _ProblemError(mapping.lines[key], f"{where} has an unknown key {key!r} (allowed: {allowed})")
     for key in sorted(required):
         if key not in mapping:
-            raise _Problem(mapping.start, f"{where} has no {key!r}")
+            raise _ProblemError(mapping.start, f"{where} has no {key!r}")
     return mapping
 
 
@@ -160,7 +158,7 @@ def _string(mapping: _Mapping, key: str, where: str) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and key == "version":
         value = str(value)
     if not isinstance(value, str) or not value.strip():
-        raise _Problem(mapping.lines[key], f"{where}.{key} must be a non-empty text")
+        raise _ProblemError(mapping.lines[key], f"{where}.{key} must be a non-empty text")
     return value.strip()
 
 
@@ -169,16 +167,16 @@ def _constitution(document: _Mapping) -> Constitution:
     entries = document["principles"]
     line = document.lines["principles"]
     if not isinstance(entries, list) or not entries:
-        raise _Problem(line, "principles must be a non-empty list")
+        raise _ProblemError(line, "principles must be a non-empty list")
     principles: list[Principle] = []
     for index, entry in enumerate(entries):
         principle = _principle(entry, f"principles[{index}]", line)
         if principle.id in {other.id for other in principles}:
-            raise _Problem(entry.lines["id"], f"principle id {principle.id!r} is used twice")
+            raise _ProblemError(entry.lines["id"], f"principle id {principle.id!r} is used twice")
         principles.append(principle)
     exemplars = document.get("exemplars") or []
     if not isinstance(exemplars, list):
-        raise _Problem(document.lines["exemplars"], "exemplars must be a list")
+        raise _ProblemError(document.lines["exemplars"], "exemplars must be a list")
     ids = {principle.id for principle in principles}
     return Constitution(
         name=_string(document, "name", "the file"),
@@ -197,22 +195,20 @@ def _principle(entry: Any, where: str, line: int) -> Principle:
     entry = _fields(entry, where, {"id", "question"}, optional, line)
     weight = entry.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
-        raise _Problem(entry.lines["weight"], f"{where}.weight must be a number above 0, found {weight!r}")
+        raise _ProblemError(entry.lines["weight"], f"{where}.weight must be a number above 0, found {weight!r}")
     if ("statement" in entry) != ("verdicts" in entry):
-        raise _Problem(entry.start, f"{where} needs both statement and verdicts, or neither")
+        raise _ProblemError(entry.start, f"{where} needs both statement and verdicts, or neither")
     words: dict[str, tuple[str, ...]] = {"yes": (), "no": ()}
     if "verdicts" in entry:
-        verdicts = _fields(
-            entry["verdicts"], f"{where}.verdicts", {"yes", "no"}, set(), entry.lines["verdicts"]
-        )
+        verdicts = _fields(entry["verdicts"], f"{where}.verdicts", {"yes", "no"}, set(), entry.lines["verdicts"])
         for side in words:
             values = verdicts[side]
             at = verdicts.lines[side]
             if not isinstance(values, list) or not values:
-                raise _Problem(at, f"{where}.verdicts.{side} must be a non-empty list of words")
+                raise _ProblemError(at, f"{where}.verdicts.{side} must be a non-empty list of words")
             for value in values:
                 if not isinstance(value, str) or not value.strip() or len(value.split()) > 1:
-                    raise _Problem(
+                    raise _ProblemError(
                         at,
                         f"{where}.verdicts.{side}: {value!r} is not a single word (quote true, false, yes, no)",
                     )
@@ -220,7 +216,7 @@ def _principle(entry: Any, where: str, line: int) -> Principle:
         both = set(words["yes"]) & set(words["no"])
         if both:
             at = verdicts.lines["no"]
-            raise _Problem(at, f"{where}.verdicts: {', '.join(sorted(both))} stands under yes and no")
+            raise _ProblemError(at, f"{where}.verdicts: {', '.join(sorted(both))} stands under yes and no")
     return Principle(
         id=_string(entry, "id", where),
         weight=float(weight),
@@ -238,9 +234,9 @@ def _exemplar(entry: Any, where: str, ids: set[str], line: int) -> Exemplar:
     entry = _fields(entry, where, {"prompt", "first", "second", "preferred", "principle"}, set(), line)
     values = {key: _string(entry, key, where) for key in entry}
     if values["preferred"] not in ("first", "second"):
-        raise _Problem(entry.lines["preferred"], f"{where}.preferred must be first or second")
+        raise _ProblemError(entry.lines["preferred"], f"{where}.preferred must be first or second")
     if values["principle"] not in ids:
-        raise _Problem(
+        raise _ProblemError(
             entry.lines["principle"], f"{where}.principle {values['principle']!r} is not a principle id"
         )
     return Exemplar(**values)

@@ -136,9 +136,7 @@ def main(config: EvaluateConfig, output: Path) -> None:
         baseline_samples=existing_file(config.baseline_samples, "baseline_samples")
         if config.baseline_samples
         else None,
-        preference_model=existing_dir(config.preference_model, "preference_model")
-        if config.preference_model
-        else None,
+        preference_model=existing_dir(config.preference_model, "preference_model") if config.preference_model else None,
     )
 
 

@@ -27,9 +27,7 @@ class Generation:
         return "stop" if self.ended else "length"
 
 
-def left_pad(
-    rows: Sequence[Sequence[int]], pad: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of token ids as one left-padded tensor and its attention mask, both of shape (rows, longest)."""
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
@@ -128,6 +126,4 @@ def generate(
             cache.batch_select_indices(rows)
         mask = torch.cat([mask, mask.new_ones((len(mask), 1))], dim=-1)
     counts, flags = lengths.tolist(), ended.tolist()
-    return [
-        Generation(row[:count], flag) for row, count, flag in zip(tokens.tolist(), counts, flags, strict=True)
-    ]
+    return [Generation(row[:count], flag) for row, count, flag in zip(tokens.tolist(), counts, flags, strict=True)]

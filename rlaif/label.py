@@ -71,9 +71,7 @@ def _with_splits(lines: Sequence[Candidates], config: LabelConfig) -> list[Candi
 
     given = [line for line in lines if line.split]
     if given and len(given) < len(lines):
-        raise UserError(
-            f"{config.candidates}: {len(given)} of {len(lines)} lines have a split; all or none must"
-        )
+        raise UserError(f"{config.candidates}: {len(given)} of {len(lines)} lines have a split; all or none must")
     prompts = [line.prompt for line in lines]
     if given:
         splits = {line.prompt.prompt_id: str(line.split) for line in lines}
@@ -109,9 +107,7 @@ def _label_with_ai(lines: list[Candidates], file: Path, config: LabelConfig, out
                 f"the labeler gave no usable verdict in {len(labels)} requests; first reason: {labels[0].reason}"
             )
         weights = {principle.id: principle.weight for principle in constitution.principles}
-        pairs, dropped = pair_labels(
-            labels, weights, config.labeling.temperature, config.labeling.both_orders
-        )
+        pairs, dropped = pair_labels(labels, weights, config.labeling.temperature, config.labeling.both_orders)
         quality = verdict_quality(labels) | {"usable_per_s": round(usable / seconds, 3)}
         quality |= {"mode": config.labeling.mode.value, "constitution": constitution.name}
         _finish(folder, lines, pairs, dropped, quality, name, config)
@@ -133,9 +129,7 @@ _SPEED_ONLY = {"concurrency", "timeout_s", "max_retries", "batch_tokens", "api_k
 
 def _label_with_annotator(lines: list[Candidates], file: Path, config: LabelConfig, output: Path) -> None:
     if config.gold is None:
-        raise UserError(
-            "feedback=simulated_human draws its labels from a gold judge: give gold=vader (or another)"
-        )
+        raise UserError("feedback=simulated_human draws its labels from a gold judge: give gold=vader (or another)")
     gold = config.gold
 
     def make(folder: Path) -> None:
@@ -186,9 +180,7 @@ def _finish(
         "n_preferences": sum(len(rows) for rows in by_split.values()),
         "dropped": {k: v for k, v in (dropped | unselected).items() if v},
     }
-    write_preferences(
-        folder / "preferences", by_split, {"labeler": labeler, "feedback": config.feedback.value}
-    )
+    write_preferences(folder / "preferences", by_split, {"labeler": labeler, "feedback": config.feedback.value})
     write_json(folder / "quality.json", quality)
     log.info("%s", summary(quality))
 

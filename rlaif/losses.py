@@ -98,9 +98,7 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> 
     return rewards
 
 
-def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
-) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2015, eq. 16) over right-padded episodes that end.
 
     delta_t = r_t + gamma * V_{t+1} - V_t, A_t = delta_t + gamma * lambda * A_{t+1}; the value after the last

@@ -38,9 +38,7 @@ def resolve_model(name: str | None, key: str = "policy.name") -> str:
         UserError: if no name is given, or the embedded model is not installed.
     """
     if not name:
-        raise UserError(
-            f"{key} is not set: name a hub model, a folder, or `embedded` (SmolLM2-135M-Instruct)"
-        )
+        raise UserError(f"{key} is not set: name a hub model, a folder, or `embedded` (SmolLM2-135M-Instruct)")
     if name == "embedded":
         return str(_cached("smollm2-135m-instruct-0.1.2", _convert_embedded))
     if name == "tiny":
@@ -98,9 +96,7 @@ def _build_tiny(target: Path) -> None:
     core = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(
-        [AddedToken(token, special=True) for token in ("<|pad|>", "<|im_start|>", "<|im_end|>")]
-    )
+    core.add_special_tokens([AddedToken(token, special=True) for token in ("<|pad|>", "<|im_start|>", "<|im_end|>")])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|pad|>", model_max_length=2048
     )
@@ -289,9 +285,7 @@ def _loading(name: str | None, key: str) -> Any:
         raise UserError(f"{key}={name}: {why}") from None
 
 
-def lora_config(
-    settings: LoraSettings, model: Any, task: str, modules_to_save: list[str] | None = None
-) -> Any:
+def lora_config(settings: LoraSettings, model: Any, task: str, modules_to_save: list[str] | None = None) -> Any:
     """PEFT's configuration for a LoRA adapter on ``model``; ``task`` is ``CAUSAL_LM`` or ``SEQ_CLS``."""
     from peft import LoraConfig
 

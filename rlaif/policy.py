@@ -151,9 +151,7 @@ def is_adapter_name(name: str | None) -> bool:
     return bool(name) and (Path(str(name)) / "adapter_config.json").is_file()
 
 
-def load_policy(
-    config: ModelConfig, tuning: Tuning, lora: LoraSettings, with_reference: bool = True
-) -> Policy:
+def load_policy(config: ModelConfig, tuning: Tuning, lora: LoraSettings, with_reference: bool = True) -> Policy:
     """Load the starting policy and make it trainable. Dropout stays off: the model is in evaluation mode."""
     tokenizer = load_tokenizer(config)
     if tuning is Tuning.lora:
@@ -189,9 +187,7 @@ def merged(model: Any) -> Iterator[Any]:
                     if name in layer.lora_A:
                         weight = layer.get_base_layer().weight
                         kept.append((weight, weight.data))
-                        weight.data = (weight.data.float() + layer.get_delta_weight(name).float()).to(
-                            weight.dtype
-                        )
+                        weight.data = (weight.data.float() + layer.get_delta_weight(name).float()).to(weight.dtype)
         with model.disable_adapter():
             yield model
     finally:

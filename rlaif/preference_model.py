@@ -30,9 +30,7 @@ def separate_pad_token(tokenizer: Any) -> None:
     last = encode_example(tokenizer, [{"role": "user", "content": "a"}], "b")[-1]
     if tokenizer.pad_token_id != last:
         return
-    others = [
-        token for token in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(token) != last
-    ]
+    others = [token for token in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(token) != last]
     if others:
         tokenizer.pad_token = others[-1]
 
@@ -45,9 +43,7 @@ class PreferenceModel:
         if Path(path).is_dir() and not any(
             (Path(path) / name).is_file() for name in ("config.json", "adapter_config.json")
         ):
-            raise UserError(
-                f"preference_model={path}: not a model folder (no config.json or adapter_config.json)"
-            )
+            raise UserError(f"preference_model={path}: not a model folder (no config.json or adapter_config.json)")
         self.tokenizer = load_tokenizer(config, "preference_model")
         self.model = load_sequence_scorer(config, "preference_model")
         self.batch_tokens = batch_tokens

@@ -101,9 +101,7 @@ def simulated_human_pairs(
     """
     result = []
     for line in lines:
-        scores = {
-            candidate.candidate_id: gold_score(gold, candidate.completion) for candidate in line.candidates
-        }
+        scores = {candidate.candidate_id: gold_score(gold, candidate.completion) for candidate in line.candidates}
         names = sorted(scores)
         for place, one in enumerate(names):
             for other in names[place + 1 :]:
@@ -117,9 +115,7 @@ def simulated_human_pairs(
     return result
 
 
-def write_preferences(
-    folder: Path, by_split: Mapping[str, Sequence[Preference]], card: Mapping[str, Any]
-) -> None:
+def write_preferences(folder: Path, by_split: Mapping[str, Sequence[Preference]], card: Mapping[str, Any]) -> None:
     """Write one parquet file per split and a dataset card that ``datasets.load_dataset`` understands."""
     from datasets import Dataset
 
@@ -184,9 +180,7 @@ def parse_preference(row: Mapping[str, Any]) -> Preference:
     prompt = row.get("prompt")
     if prompt is None:
         if not isinstance(chosen, list) or not isinstance(rejected, list):
-            raise ValueError(
-                'has no "prompt", and "chosen" and "rejected" are not message lists that share one'
-            )
+            raise ValueError('has no "prompt", and "chosen" and "rejected" are not message lists that share one')
         shared = 0
         while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
             shared += 1
@@ -224,7 +218,5 @@ def _reply(value: Any, what: str) -> str:
 
 def prompts_of(preferences: Sequence[Preference]) -> list[Prompt]:
     """The distinct prompts of preferences, in order."""
-    seen = {
-        preference.prompt_id: Prompt(preference.prompt_id, preference.prompt) for preference in preferences
-    }
+    seen = {preference.prompt_id: Prompt(preference.prompt_id, preference.prompt) for preference in preferences}
     return list(seen.values())

@@ -118,9 +118,7 @@ def check(config: RunConfig) -> Path:
         if config.labeler.type is None:
             raise UserError("labeler is not set: give labeler=hf, labeler=openai or labeler=scripted")
     if Feedback.simulated_human in feedbacks and config.gold is None:
-        raise UserError(
-            "feedback=simulated_human draws its labels from a gold judge: give gold=vader (or another)"
-        )
+        raise UserError("feedback=simulated_human draws its labels from a gold judge: give gold=vader (or another)")
     if Feedback.human in feedbacks and config.human_preferences is None:
         raise UserError("feedback=human needs human_preferences=DIR, a preference dataset labelled by people")
     if config.gold is not None:

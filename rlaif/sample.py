@@ -33,12 +33,14 @@ def run_sample(config: SampleConfig, output: Path) -> Path:
     prompts = read_prompts(file)[: config.data.max_prompts]
     splits = assign_splits(prompts, config.data)
 
+    wanted = [prompt for prompt in prompts if splits[prompt.prompt_id] in config.sampling.splits]
+
     def make(folder: Path) -> None:
         from rlaif.engines.hf import HFEngine
         from rlaif.sampling import sample_candidates
 
         with HFEngine(config.policy, batch_size=config.sampling.batch_size) as engine:
-            sample_candidates(prompts, splits, engine, config.sampling, folder, config.seed)
+            sample_candidates(wanted, splits, engine, config.sampling, folder, config.seed)
 
     settings = plain(policy=config.policy, sampling=config.sampling, data=config.data)
     run_stage("sample", output, settings, {"prompts": file}, make, config.seed)

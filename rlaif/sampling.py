@@ -64,9 +64,7 @@ def sample_candidates(
     write_jsonl(folder / "candidates.jsonl", (line.to_json() for line in lines))
     journal.unlink()
     kept = sum(len(line.candidates) for line in lines)
-    log.info(
-        "%d prompts, %d candidates (%d repeated ones dropped, %d failed)", len(lines), kept, repeated, failed
-    )
+    log.info("%d prompts, %d candidates (%d repeated ones dropped, %d failed)", len(lines), kept, repeated, failed)
     return folder / "candidates.jsonl"
 
 

@@ -100,9 +100,7 @@ def train(
         return
     if method is Method.ppo:
         assert pm is not None
-        prompts = (
-            split_prompts(config, prompts_file, Split.train) if prompts_file else prompts_of(data["train"])
-        )
+        prompts = split_prompts(config, prompts_file, Split.train) if prompts_file else prompts_of(data["train"])
         policy = _train_ppo(config, output, prompts, pm, prompts_file or source)
     else:
         policy = _train_supervised(config, output, source, data["train"])
@@ -147,19 +145,13 @@ def _train_pm(config: TrainConfig, output: Path, source: Path, data: dict[str, l
     def make(folder: Path) -> None:
         from rlaif.methods.pm import train_pm
 
-        train_pm(
-            config.pm, config.policy, data["train"], data["validation"], folder, config.seed, config.eval.gold
-        )
+        train_pm(config.pm, config.policy, data["train"], data["validation"], folder, config.seed, config.eval.gold)
 
     settings = plain(pm=config.pm, policy=config.policy, gold=config.eval.gold)
-    return run_stage("pm", output / "pm", settings, {"preferences": source}, make, config.seed) / (
-        "preference_model"
-    )
+    return run_stage("pm", output / "pm", settings, {"preferences": source}, make, config.seed) / ("preference_model")
 
 
-def _train_ppo(
-    config: TrainConfig, output: Path, prompts: Sequence[Prompt], pm: Path, prompts_source: Path
-) -> Path:
+def _train_ppo(config: TrainConfig, output: Path, prompts: Sequence[Prompt], pm: Path, prompts_source: Path) -> Path:
     def make(folder: Path) -> None:
         from rlaif.methods.ppo import train_ppo
         from rlaif.preference_model import PreferenceModel

@@ -35,9 +35,7 @@ def test_vader_orders_tones() -> None:
 
 
 def test_unknown_name_lists_the_names() -> None:
-    with pytest.raises(
-        UserError, match="'beauty' does not exist; there are: vader, letters, length, brevity"
-    ):
+    with pytest.raises(UserError, match="'beauty' does not exist; there are: vader, letters, length, brevity"):
         gold_score("beauty", "text")
 
 

@@ -25,9 +25,7 @@ _LOG_NEGLIGIBLE = math.log(1e-3)
 class HFEngine(Engine):
     """Serves a model with transformers, on whatever device it is on."""
 
-    def __init__(
-        self, config: LabelerConfig | ModelConfig, batch_size: int = 64, batch_tokens: int = 4096
-    ) -> None:
+    def __init__(self, config: LabelerConfig | ModelConfig, batch_size: int = 64, batch_tokens: int = 4096) -> None:
         if isinstance(config, LabelerConfig):
             batch_tokens = config.batch_tokens
             config = ModelConfig(
@@ -101,16 +99,12 @@ class HFEngine(Engine):
                     yield index, OptionMass(mass, "logprob", prompt_tokens=length, latency_s=seconds)
 
     @torch.inference_mode()
-    def _masses(
-        self, rows: Sequence[tuple[list[int], tuple[tuple[str, ...], ...]]]
-    ) -> list[tuple[float | None, ...]]:
+    def _masses(self, rows: Sequence[tuple[list[int], tuple[tuple[str, ...], ...]]]) -> list[tuple[float | None, ...]]:
         """Mass of each option of each row, summed over the distinct tokenisations of its spellings."""
         device = self.model.device
         padded, mask = left_pad([ids for ids, _ in rows], self.tokenizer.pad_token_id, device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = self.model(
-            input_ids=padded, attention_mask=mask, position_ids=positions, logits_to_keep=1
-        ).logits
+        logits = self.model(input_ids=padded, attention_mask=mask, position_ids=positions, logits_to_keep=1).logits
         logps = torch.log_softmax(logits[:, -1].float(), dim=-1)
         spelled = {options: self._spellings(options) for options in {options for _, options in rows}}
         results = []

@@ -115,9 +115,7 @@ class OpenAIEngine(Engine):
     def __init__(self, config: LabelerConfig, seed: int) -> None:
         self._config = config
         self._seed = seed
-        self._base_url, loopback = _check_url(
-            config.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
-        )
+        self._base_url, loopback = _check_url(config.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL)
         self._key = _find_key(config.api_key_env, loopback)
         self.identity: dict[str, Any] = {
             "engine": "openai",
@@ -201,9 +199,7 @@ class OpenAIEngine(Engine):
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.close()
 
-    def _stream(
-        self, requests: Iterable[T], job: Callable[[T], Coroutine[Any, Any, R]]
-    ) -> Iterator[tuple[int, R]]:
+    def _stream(self, requests: Iterable[T], job: Callable[[T], Coroutine[Any, Any, R]]) -> Iterator[tuple[int, R]]:
         """Run jobs on the loop's thread, ``concurrency`` at once; requests are pulled as places free up."""
         finished: queue.SimpleQueue[Future[R]] = queue.SimpleQueue()
         running: dict[Future[R], int] = {}
@@ -353,9 +349,7 @@ class OpenAIEngine(Engine):
                 if problem.retry_after is not None:
                     # The limit holds for the key, so every other request would only run into it too.
                     self._paused_until = max(self._paused_until, self._loop.time() + problem.retry_after)
-                log.debug(
-                    "attempt %d: %s %s; again in %.1f s", attempt + 1, problem.reason, problem.detail, wait
-                )
+                log.debug("attempt %d: %s %s; again in %.1f s", attempt + 1, problem.reason, problem.detail, wait)
             await asyncio.sleep(wait)
             attempt += 1
 
@@ -520,9 +514,7 @@ def option_masses(
 
 _OPENERS = r"[\s*_`#>\"'“”’(\[{]*"
 _CLOSERS = r"[*_`\"'“”’)\]}]*"
-_ANNOUNCED = re.compile(
-    r"\b(?:answer|verdict|choice)\b[\s*_`]*(?::|=|\bis\b(?!\s+not\b))[\s*_`]*:?", re.IGNORECASE
-)
+_ANNOUNCED = re.compile(r"\b(?:answer|verdict|choice)\b[\s*_`]*(?::|=|\bis\b(?!\s+not\b))[\s*_`]*:?", re.IGNORECASE)
 _MORE = r"[\s,/&|+]*(?:\b(?:and|or|nor|vs)\b[\s.]*)?"
 
 
@@ -555,9 +547,7 @@ def parse_reply(reply: str, options: Sequence[Sequence[str]], stem: str = "") ->
 
 def _verdict_at(text: str, options: Sequence[Sequence[str]], whole_line: bool = False) -> int | None:
     """The option that a text begins with."""
-    owners = [
-        (word[1:], i) for i, group in enumerate(accepted_tokens(options)) for word in group if word[0] == " "
-    ]
+    owners = [(word[1:], i) for i, group in enumerate(accepted_tokens(options)) for word in group if word[0] == " "]
     owners.sort(key=lambda owner: -len(owner[0]))
     any_word = "|".join(re.escape(word) for word, _ in owners)
     for word, index in owners:
@@ -604,9 +594,7 @@ def _parse_first_token(payload: dict[str, Any]) -> FirstToken:
     if not content:
         return FirstToken(None, "", choices[0][0], prompt_tokens, completion_tokens)
     try:
-        listed = [
-            (str(entry["token"]), float(entry["logprob"])) for entry in content[0]["top_logprobs"] or ()
-        ]
+        listed = [(str(entry["token"]), float(entry["logprob"])) for entry in content[0]["top_logprobs"] or ()]
         sampled = str(content[0]["token"])
     except (TypeError, KeyError, ValueError, IndexError):
         raise _AttemptError("malformed", "the response's logprobs have an unknown shape") from None

@@ -90,9 +90,7 @@ class ScriptedEngine(Engine):
         mode = meta.get("mode") if isinstance(meta, dict) else None
         noise = config.noise * random.Random(f"noise {key}").gauss(0, 1)
         if mode == "pairwise":
-            difference = gold_score(config.utility, meta["first"]) - gold_score(
-                config.utility, meta["second"]
-            )
+            difference = gold_score(config.utility, meta["first"]) - gold_score(config.utility, meta["second"])
             return config.sharpness * difference + config.position_bias + noise
         if mode == "pointwise":
             return config.sharpness * gold_score(config.utility, meta["completion"]) + noise

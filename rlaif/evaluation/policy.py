@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -94,9 +93,7 @@ def sample_policy(
     return samples
 
 
-def score_samples(
-    samples: Sequence[Sample], gold: str | None, preference_model: str | None, device: str
-) -> None:
+def score_samples(samples: Sequence[Sample], gold: str | None, preference_model: str | None, device: str) -> None:
     """Fill in gold and PM scores."""
     if gold is not None:
         for sample in samples:
@@ -109,9 +106,7 @@ def score_samples(
             sample.pm_score = score
 
 
-def policy_metrics(
-    samples: Sequence[Sample], baseline: Sequence[Sample], resamples: int, seed: int
-) -> dict[str, Any]:
+def policy_metrics(samples: Sequence[Sample], baseline: Sequence[Sample], resamples: int, seed: int) -> dict[str, Any]:
     """Estimates with intervals that resample prompts; gains and win rate are paired with the baseline by prompt.
 
     ``win_rate`` is judged by the gold score; a tie counts half.

@@ -41,8 +41,7 @@ def preference_metrics(
     ]
     if gold is not None:
         truth = [
-            gold_score(gold, preference.chosen) - gold_score(gold, preference.rejected)
-            for preference in preferences
+            gold_score(gold, preference.chosen) - gold_score(gold, preference.rejected) for preference in preferences
         ]
         rows.append(("gold_accuracy", margins, truth))
     for name, predicted, actual in rows:

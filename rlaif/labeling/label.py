@@ -122,9 +122,7 @@ def _pointwise(line: Candidates, constitution: Constitution, labeler: str) -> It
             )
 
 
-def _pairwise(
-    line: Candidates, constitution: Constitution, labeler: str, config: LabelingConfig
-) -> Iterator[Question]:
+def _pairwise(line: Candidates, constitution: Constitution, labeler: str, config: LabelingConfig) -> Iterator[Question]:
     for one, other in itertools.combinations(line.candidates, 2):
         for principle in constitution.principles:
             orders = [(one, other), (other, one)] if config.both_orders else [(one, other)]

@@ -61,9 +61,7 @@ def gold_agreement(lines: Sequence[Candidates], pairs: Sequence[PairLabel], gold
     }
     scores = {key: gold_score(gold, text) for key, text in texts.items()}
     truth = [scores[pair.prompt_id, pair.one] - scores[pair.prompt_id, pair.other] for pair in pairs]
-    longer = [
-        float(len(texts[pair.prompt_id, pair.one]) - len(texts[pair.prompt_id, pair.other])) for pair in pairs
-    ]
+    longer = [float(len(texts[pair.prompt_id, pair.one]) - len(texts[pair.prompt_id, pair.other])) for pair in pairs]
     prompts = [pair.prompt_id for pair in pairs]
     logits = [pair.logit for pair in pairs]
     result: dict[str, Any] = {"n_pairs": len(pairs), "gold": gold}

@@ -67,9 +67,7 @@ class SoftDPOTrainer(DPOTrainer):
         return {"batch": batch, "p_chosen": inputs["p_chosen"].to(device)}
 
 
-def train_dpo(
-    config: DPOConfig, start: ModelConfig, train: Sequence[Preference], folder: Path, seed: int
-) -> Path:
+def train_dpo(config: DPOConfig, start: ModelConfig, train: Sequence[Preference], folder: Path, seed: int) -> Path:
     """Train a policy; writes ``policy/`` and ``training.jsonl`` into ``folder``."""
     seed_everything(seed)
     tokenizer = load_tokenizer(start)
@@ -96,17 +94,14 @@ def train_dpo(
     def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "prompts": [row["prompt_ids"] for row in examples] * 2,
-            "completions": [row["chosen_ids"] for row in examples]
-            + [row["rejected_ids"] for row in examples],
+            "completions": [row["chosen_ids"] for row in examples] + [row["rejected_ids"] for row in examples],
             "p_chosen": torch.tensor([row["p_chosen"] for row in examples]),
         }
 
     trainer = SoftDPOTrainer(
         model=model,
         ref_model=reference,
-        args=TRLDPOConfig(
-            **trainer_arguments(config, folder, seed, len(kept)), max_length=None, beta=config.beta
-        ),
+        args=TRLDPOConfig(**trainer_arguments(config, folder, seed, len(kept)), max_length=None, beta=config.beta),
         train_dataset=Dataset.from_list(kept),
         processing_class=tokenizer,
         data_collator=collate,

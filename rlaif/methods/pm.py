@@ -78,9 +78,7 @@ def train_pm(
         }
         for preference in train
     ]
-    kept = drop_long(
-        rows, lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])), config.max_length, "pm"
-    )
+    kept = drop_long(rows, lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])), config.max_length, "pm")
     model = load_sequence_scorer(start, new_head=True)
     model.config.pad_token_id = tokenizer.pad_token_id
     if config.tuning is Tuning.full:

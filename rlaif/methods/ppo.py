@@ -237,8 +237,7 @@ class PPOTrainer:
                     pad=self.pad,
                 )
         texts = [
-            self.tokenizer.decode(generation.tokens, skip_special_tokens=True).strip()
-            for generation in generations
+            self.tokenizer.decode(generation.tokens, skip_special_tokens=True).strip() for generation in generations
         ]
         scores = self.score([prompt for prompt, _ in chosen], texts)
         batch = pack(
@@ -324,9 +323,7 @@ class PPOTrainer:
             scores = (scores - self.progress.score_mean) / max(self.progress.score_std, 1e-6)
         return scores.clamp(-config.score_clip, config.score_clip)
 
-    def update(
-        self, iteration: int, rollouts: Rollouts, advantages: Tensor, returns: Tensor
-    ) -> dict[str, float]:
+    def update(self, iteration: int, rollouts: Rollouts, advantages: Tensor, returns: Tensor) -> dict[str, float]:
         """Minibatch epochs over the rollouts. Returns means over all updates."""
         config = self.config
         decay = 1 - iteration / config.iterations if config.linear_decay else 1.0
@@ -349,9 +346,7 @@ class PPOTrainer:
         """One optimiser step on some episodes, in micro-batches whose gradients add up."""
         config = self.config
         total = rollouts.batch.completion_mask[rows].sum()
-        statistics = dict.fromkeys(
-            ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio_mean"), 0.0
-        )
+        statistics = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio_mean"), 0.0)
         self.optimizer.zero_grad(set_to_none=True)
         for part in rows.split(config.micro_batch_size):
             batch = rollouts.batch.select(part)

@@ -50,9 +50,7 @@ def check_close(what: str, difference: torch.Tensor, limit: float) -> None:
     """Fail if any entry is further from 0 than ``limit``."""
     worst = float(difference.abs().max())
     if not worst <= limit:
-        raise StartCheckError(
-            f"before the first PPO update, {what} must be 0 (up to {limit}), but is {worst:.4g}"
-        )
+        raise StartCheckError(f"before the first PPO update, {what} must be 0 (up to {limit}), but is {worst:.4g}")
 
 
 def more_padding(batch: Packed, pad: int, columns: int = 3) -> Packed:

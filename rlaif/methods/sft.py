@@ -25,9 +25,7 @@ from rlaif.policy import Policy
 from rlaif.records import Preference
 
 
-def train_sft(
-    config: SFTConfig, start: ModelConfig, train: Sequence[Preference], folder: Path, seed: int
-) -> Path:
+def train_sft(config: SFTConfig, start: ModelConfig, train: Sequence[Preference], folder: Path, seed: int) -> Path:
     """Fine-tune on each pair's chosen completion; writes ``policy/`` and ``training.jsonl``.
 
     The loss is on completion tokens only. A completion that is chosen in several pairs counts once.

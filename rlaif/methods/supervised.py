@@ -51,9 +51,7 @@ def trainer_arguments(config: TrainerSettings, folder: Path, seed: int, examples
     }
 
 
-def peft_arguments(
-    config: TrainerSettings, model: Any, task: str, keep: list[str] | None = None
-) -> dict[str, Any]:
+def peft_arguments(config: TrainerSettings, model: Any, task: str, keep: list[str] | None = None) -> dict[str, Any]:
     """``peft_config`` for LoRA, nothing for all weights."""
     if config.tuning is Tuning.full:
         return {}
@@ -79,9 +77,7 @@ def drop_long(
             limit,
         )
     if not kept:
-        raise UserError(
-            f"{what}: all {len(rows)} training examples are longer than max_length={limit} tokens"
-        )
+        raise UserError(f"{what}: all {len(rows)} training examples are longer than max_length={limit} tokens")
     return kept
 
 
@@ -89,7 +85,8 @@ class Curve(TrainerCallback):
     """Progress with time left, and one line of ``training.jsonl`` per logged step."""
 
     def __init__(self, file: Path, method: str) -> None:
-        self.file, self.method, self.bar = file, method, None
+        self.file, self.method = file, method
+        self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar; drop lines that a checkpoint does not know of."""
@@ -124,9 +121,7 @@ def run_trainer(trainer: Any, folder: Path, method: str) -> None:
     trainer.add_callback(Curve(folder / "training.jsonl", method))
     # A checkpoint without its trainer_state.json was cut while it was written.
     checkpoints = [
-        path
-        for path in (folder / "checkpoints").glob("checkpoint-*")
-        if (path / "trainer_state.json").is_file()
+        path for path in (folder / "checkpoints").glob("checkpoint-*") if (path / "trainer_state.json").is_file()
     ]
     newest = max(checkpoints, key=lambda path: int(path.name.rsplit("-", 1)[-1]), default=None)
     if newest is not None:

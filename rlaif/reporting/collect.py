@@ -184,9 +184,7 @@ def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, Path, list[str]]]:
     for root in (existing_dir(root, "runs").resolve() for root in roots):
         for current, folders, files in os.walk(root):
             folder = Path(current)
-            folders[:] = sorted(
-                n for n in folders if not n.startswith(".") and n != SKIPPED and folder / n not in seen
-            )
+            folders[:] = sorted(n for n in folders if not n.startswith(".") and n != SKIPPED and folder / n not in seen)
             if folder not in seen:
                 seen.add(folder)
                 yield root, folder, sorted(files)
@@ -230,9 +228,7 @@ def _read_samples(path: Path, problems: list[str]) -> dict[str, Sample]:
 def _sample(prompt_id: str, completion: str, line: Mapping[str, Any]) -> Sample:
     prompt = line.get("prompt")
     messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    turns = tuple(
-        (str(m.get("role", "user")), str(m.get("content", ""))) for m in messages if isinstance(m, dict)
-    )
+    turns = tuple((str(m.get("role", "user")), str(m.get("content", ""))) for m in messages if isinstance(m, dict))
     tokens, reason = finite(line.get("tokens")), line.get("finish_reason")
     return Sample(
         prompt_id,

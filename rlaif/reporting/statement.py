@@ -56,9 +56,7 @@ def statement(found: Collection, baseline: str) -> tuple[list[Line], list[Line]]
     if any(distinct_seeds(found.group(name)) for name in names):
         result.append((Safe("Intervals cover the draw of prompts; ranges show the draw of seeds."),))
     else:
-        result.append(
-            (Safe("Intervals cover the draw of prompts only, not what another seed would change."),)
-        )
+        result.append((Safe("Intervals cover the draw of prompts only, not what another seed would change."),))
     return result, details
 
 
@@ -80,8 +78,7 @@ def _claim(group: Sequence[Evaluation], baseline: str, result: list[Line], detai
             mean = f"{seeds_text(values(group, key))} in the mean: " if distinct_seeds(group) else ""
             text = f"{mean}{_count(verdicts, 'seeds' if mean else 'runs')}."
             each = (
-                f"seed {seed_text(s)} {estimate_text(x)}: {v}"
-                for (s, x), v in zip(measured, verdicts, strict=True)
+                f"seed {seed_text(s)} {estimate_text(x)}: {v}" for (s, x), v in zip(measured, verdicts, strict=True)
             )
             details.append((name, *what, Safe(": " + "; ".join(each) + ".")))
         result.append((name, *(() if claimed else origin), *what, Safe(f" {text}")))

@@ -151,9 +151,7 @@ def provenance(found: Collection) -> Table | None:
     return Table((Safe("what"), Safe("value"), Safe("stage folders")), tuple(rows))
 
 
-def examples(
-    found: Collection, baseline: str, count: int, seed: int
-) -> tuple[list[Evaluation], list[Example]]:
+def examples(found: Collection, baseline: str, count: int, seed: int) -> tuple[list[Evaluation], list[Example]]:
     """``count`` prompts drawn by ``seed`` from those that every row answered, with the first seed's answers.
 
     Rows without any samples are left out; the evaluations that are shown are returned as well.

@@ -16,8 +16,7 @@ SIMULATED = "programmatic annotator, not people"
 MISSING = "–"
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 _MARKDOWN = str.maketrans(
-    {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;", "@": "&#64;"}
-    | {c: f"\\{c}" for c in "\\`*{}[]()#+!~$"}
+    {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;", "@": "&#64;"} | {c: f"\\{c}" for c in "\\`*{}[]()#+!~$"}
 )
 
 

@@ -123,6 +123,4 @@ class FakeServer:
                 await response.write(raw.encode())
             request.transport.close()
             return response
-        return web.Response(
-            text=raw, status=reply.status, headers=reply.headers, content_type="application/json"
-        )
+        return web.Response(text=raw, status=reply.status, headers=reply.headers, content_type="application/json")

@@ -335,9 +335,7 @@ def test_retry_after_as_a_date() -> None:
     wait = module._retry_after({"retry-after": formatdate(time.time() + 100, usegmt=True)})
     assert wait == pytest.approx(100, abs=2)
     assert module._retry_after({"retry-after": formatdate(0, usegmt=True)}) == 0
-    assert [module._retry_after({"retry-after": value}) for value in ("soon", "nan", "-1", "inf")] == [
-        None
-    ] * 4
+    assert [module._retry_after({"retry-after": value}) for value in ("soon", "nan", "-1", "inf")] == [None] * 4
 
 
 def test_a_wait_of_hours_fails_at_once(server: FakeServer) -> None:
@@ -349,9 +347,7 @@ def test_a_wait_of_hours_fails_at_once(server: FakeServer) -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_wrong_key_or_model_ends_the_run(
-    server: FakeServer, status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_key_or_model_ends_the_run(server: FakeServer, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server.default = error(status, f"bad key {KEY} or model\nline two " + "x" * 500)
     with build(server) as engine, pytest.raises(UserError) as raised:
@@ -369,9 +365,7 @@ def test_spent_quota_ends_the_run(server: FakeServer) -> None:
         score(engine)
 
 
-def test_the_key_is_sent_and_appears_nowhere(
-    server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: Any
-) -> None:
+def test_the_key_is_sent_and_appears_nowhere(server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     key = "my_private_token_abcdef"
     monkeypatch.setenv("JUDGE_KEY", key)
     server.plan = [error(500, "y" * 190 + key), error(500, key), error(500, f"Bearer {key}")]

@@ -72,9 +72,7 @@ def test_extreme_logits_do_not_overflow() -> None:
 def test_noise_is_repeatable_gaussian_and_depends_on_seed_and_order() -> None:
     config = ScriptedConfig(utility="length", sharpness=0, noise=2)
     requests = [pair("x", "y", number) for number in range(2000)]
-    draws = [
-        logit(r) for _, r in ScriptedEngine(config, 3).score_options(requests) if isinstance(r, OptionMass)
-    ]
+    draws = [logit(r) for _, r in ScriptedEngine(config, 3).score_options(requests) if isinstance(r, OptionMass)]
     assert mean(draws) == pytest.approx(0, abs=0.2)
     assert stdev(draws) == pytest.approx(2, abs=0.15)
     again = ScriptedEngine(config, 3)
@@ -149,8 +147,7 @@ def test_identity_holds_every_setting() -> None:
 
 def samples(seed: int, max_new_tokens: int = 50) -> list[Sampled]:
     requests = [
-        SampleRequest(({"role": "user", "content": "Tell me"},), max_new_tokens, seed=number)
-        for number in range(40)
+        SampleRequest(({"role": "user", "content": "Tell me"},), max_new_tokens, seed=number) for number in range(40)
     ]
     results = [result for _, result in ScriptedEngine(ScriptedConfig(), seed).sample(requests)]
     return [result for result in results if isinstance(result, Sampled)]

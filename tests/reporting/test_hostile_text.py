@@ -32,9 +32,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
-        self.links += [
-            value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")
-        ]
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
         self.handlers += [name for name, _ in attrs if name.startswith("on")]
 
 
