@@ -9,6 +9,7 @@ interrupted stage finds its partial folder again if the fingerprint is still the
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -66,7 +67,14 @@ def run_stage(
     check_writable(output.parent)
     _prepare_partial(partial, output, fingerprint, carry_over, remake=bool(recorded), stage=stage)
     started = time.time()
-    make(partial)
+    try:
+        make(partial)
+    except Exception as error:
+        if _disk_full(error, partial):
+            raise UserError(f"{output}: no space left on the disk; free some and run the same command again") from error
+        if os.listdir(partial) == [".fingerprint"]:
+            shutil.rmtree(partial)
+        raise
     write_json(
         partial / PROVENANCE,
         {
@@ -91,6 +99,17 @@ def run_stage(
         os.replace(partial, output)
     log.info("%s: done in %s (%s)", stage, duration(time.time() - started), output)
     return output
+
+
+def _disk_full(error: BaseException | None, folder: Path) -> bool:
+    """Whether an error (of any library: few pass the system's error on) comes from a full disk."""
+    if isinstance(error, UserError):
+        return False
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return shutil.disk_usage(folder).free < 2**16
 
 
 def _recorded(output: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,17 +41,14 @@ def encode_chat(
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     marks = [_mark(index, contents) for index in range(len(messages))]
     masked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
-    rest = _render(tokenizer, masked, generation_prompt)
+    # The template may drop a message, move it or show it twice.
+    texts = dict(zip(marks, contents, strict=True))
     ids: list[int] = []
-    for mark, content in zip(marks, contents, strict=True):
-        before, found, rest = rest.partition(mark)
-        if not found:
-            # The template drops this message (as it would have dropped the real text).
-            rest = before
-            continue
-        ids += tokenizer(before, add_special_tokens=False)["input_ids"]
-        ids += _as_text(tokenizer, content)
-    ids += tokenizer(rest, add_special_tokens=False)["input_ids"]
+    for part in re.split(f"({'|'.join(marks)})", _render(tokenizer, masked, generation_prompt)):
+        if part in texts:
+            ids += _as_text(tokenizer, texts[part])
+        else:
+            ids += tokenizer(part, add_special_tokens=False)["input_ids"]
     return ids + _as_text(tokenizer, stem)
 
 

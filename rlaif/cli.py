@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -61,11 +62,23 @@ def _stop(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+# Hydra's own options that are followed by a value (python -m rlaif.X --hydra-help lists them).
+_TAKES_VALUE = {"-c", "--cfg", "-p", "--package", "-cd", "--config-dir", "-cn", "--config-name", "-cp", "--config-path"}
+
+
+def _add_by_name(argument: str) -> str:
+    """``+arms.x={...}`` as ``+arms={x: {...}}``: OmegaConf takes a new entry of a typed mapping only like that."""
+    added = re.fullmatch(r"\+(arms|sampling\.styles)\.([\w-]+)=(\{.*\})", argument, re.DOTALL)
+    return f"+{added[1]}={{{added[2]}: {added[3]}}}" if added else argument
+
+
 def _normalise(arguments: Sequence[str]) -> tuple[list[str], bool]:
     """Hoist ``-m`` to the front: argparse refuses it between overrides."""
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
-    rest = [argument for argument in arguments if argument not in ("-m", "--multirun")]
-    for argument in rest:
+    rest = [_add_by_name(argument) for argument in arguments if argument not in ("-m", "--multirun")]
+    for before, argument in zip(["", *rest], rest, strict=False):
+        if before in _TAKES_VALUE:
+            continue
         if not argument.startswith("-") and "=" not in argument and not argument.startswith("~"):
             raise UserError(f"{argument!r} is not an override: write key=value (python -m rlaif.X --help)")
     return ((["-m"] if sweep else []) + rest), sweep
@@ -119,8 +132,11 @@ def _hydra(
         else:
             (output / "failed.json").unlink(missing_ok=True)
 
-    sys.argv = [f"rlaif.{command}", *arguments]
-    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(job)()
+    with tempfile.TemporaryDirectory(prefix="rlaif-sweep-") as scratch:
+        # Hydra's in-process sweeper would leave a multirun.yaml in the current folder.
+        in_process = sweep and not any(argument.startswith("hydra") for argument in arguments)
+        sys.argv = [f"rlaif.{command}", *arguments, *([f"hydra.sweep.dir={scratch}"] if in_process else [])]
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(job)()
     if raised:
         raise raised[0]
 
@@ -146,9 +162,18 @@ def _output_dir(composed: Any, command: str, sweep: bool) -> Path:
     return output
 
 
+class _AroundBars(logging.StreamHandler[Any]):
+    """Writes lines above a progress bar instead of into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def configure_logging() -> None:
     """Plain lines on standard error; libraries only speak up from warnings on."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _AroundBars(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     log.setLevel(logging.INFO)
@@ -161,13 +186,15 @@ def configure_logging() -> None:
 
 def explain(error: BaseException, command: str) -> str | None:
     """One clear line for an error that the user can put right; None for one that is ours."""
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, HydraException):
         cause = error.__cause__
+        if isinstance(error, OverrideParseException):
+            return f"{error.override!r} is not a valid override: {_first_line(str(error))}"
         return _composition_error(str(error), str(cause) if cause else "", command)
     if isinstance(error, OmegaConfBaseException):
         # Validation in __post_init__ arrives wrapped; its first line is the message.

@@ -518,6 +518,7 @@ class SampleConfig(CommandConfig):
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     experiment: Any = None
+    """Chosen by ``experiment=NAME``: a file of ``conf/experiment`` that sets many keys at once."""
 
 
 @dataclass
@@ -537,6 +538,7 @@ class LabelConfig(CommandConfig):
     """Programmatic gold judge: measures label quality, and is the truth behind ``simulated_human``."""
     data: DataConfig = field(default_factory=DataConfig)
     experiment: Any = None
+    """Chosen by ``experiment=NAME``: a file of ``conf/experiment`` that sets many keys at once."""
 
 
 @dataclass
@@ -561,6 +563,7 @@ class TrainConfig(CommandConfig):
     dpo: DPOConfig = field(default_factory=DPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     experiment: Any = None
+    """Chosen by ``experiment=NAME``: a file of ``conf/experiment`` that sets many keys at once."""
 
 
 @dataclass
@@ -584,6 +587,7 @@ class EvaluateConfig(CommandConfig):
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     experiment: Any = None
+    """Chosen by ``experiment=NAME``: a file of ``conf/experiment`` that sets many keys at once."""
 
 
 @dataclass
@@ -593,6 +597,7 @@ class ReportConfig(CommandConfig):
     runs: list[str] = field(default_factory=list)
     """Folders to compare; every metrics.json below them becomes a row. Default: ``output_dir``."""
     title: str = "Comparison of alignment runs"
+    """Heading of the report."""
     baseline: str = "base"
     """Name of the row that the others are compared with."""
     examples: int = 10
@@ -606,6 +611,7 @@ class ArmConfig:
     method: Method | None = None
     """Null measures the starting policy."""
     feedback: Feedback = Feedback.ai
+    """Which labels it trains on."""
 
 
 @dataclass
@@ -613,10 +619,13 @@ class RunConfig(CommandConfig):
     """``python -m rlaif.run``: every stage, skipping what is up to date."""
 
     title: str = "Comparison of alignment runs"
+    """Heading of the report."""
     prompts: str | None = None
     """JSONL file with one prompt a line."""
     constitution: str | None = None
+    """Name of a shipped constitution (harmless, helpful, ...) or a YAML file."""
     gold: str | None = None
+    """Programmatic gold judge: measures label quality, and is the truth behind ``simulated_human``."""
     arms: dict[str, ArmConfig] = field(default_factory=dict)
     """Named lines of training to compare."""
     policy: ModelConfig = field(default_factory=ModelConfig)
@@ -635,6 +644,7 @@ class RunConfig(CommandConfig):
     examples: int = 10
     """Sample completions shown side by side in the report."""
     experiment: Any = None
+    """Chosen by ``experiment=NAME``: a file of ``conf/experiment`` that sets many keys at once."""
 
 
 COMMANDS: dict[str, type[CommandConfig]] = {

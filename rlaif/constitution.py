@@ -136,8 +136,9 @@ def load_constitution(name_or_file: str | None) -> Constitution:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         raise UserError(f"{path}, line {mark.line + 1 if mark else '?'}: {error.problem}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        # Not UTF-8, a control character, a date that does not exist.
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
 
 
 def _fields(mapping: Any, where: str, required: set[str], optional: set[str], line: int) -> _Mapping:

@@ -174,6 +174,7 @@ def _finish(
     if config.gold is not None:
         quality |= gold_agreement(lines, pairs, config.gold)
     quality |= {
+        "seed": config.seed,
         "feedback": config.feedback.value,
         "labeler": labeler,
         "n_pairs": len(pairs),

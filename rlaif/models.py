@@ -46,6 +46,11 @@ def resolve_model(name: str | None, key: str = "policy.name") -> str:
     return name
 
 
+def name_key(key: str) -> str:
+    """The configuration key that names the model of a config section."""
+    return {"labeler": "labeler.model", "preference_model": "preference_model"}.get(key, f"{key}.name")
+
+
 def _cached(name: str, build: Callable[[Path], None]) -> Path:
     target = cache_dir() / name
     if (target / "config.json").is_file():
@@ -166,8 +171,9 @@ def load_tokenizer(config: ModelConfig, key: str = "policy") -> Any:
     """
     from transformers import AutoTokenizer
 
-    path = resolve_model(config.name, f"{key}.name")
-    with _loading(config.name, f"{key}.name"):
+    path = resolve_model(config.name, name_key(key))
+    _check_hub(path, config.revision, config.name, name_key(key))
+    with _loading(config.name, name_key(key)):
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
@@ -191,7 +197,7 @@ def load_causal_lm(config: ModelConfig, key: str = "policy", trainable: bool = F
     from transformers import AutoModelForCausalLM
 
     device = pick_device(config.device)
-    path, adapters = resolve_model(config.name, f"{key}.name"), []
+    path, adapters = resolve_model(config.name, name_key(key)), []
     if is_adapter(path):
         adapters.append(path)
         path = adapter_base(path)
@@ -202,7 +208,8 @@ def load_causal_lm(config: ModelConfig, key: str = "policy", trainable: bool = F
     arguments = _load_arguments(config, device)
     if trainable and config.dtype is Dtype.auto:
         arguments["dtype"] = torch.float32
-    with _loading(config.name, f"{key}.name"):
+    _check_hub(path, config.revision, config.name, name_key(key))
+    with _loading(config.name, name_key(key)):
         model = AutoModelForCausalLM.from_pretrained(path, **arguments)
         for adapter in adapters:
             from peft import PeftModel
@@ -246,9 +253,10 @@ def load_sequence_scorer(config: ModelConfig, key: str = "policy", new_head: boo
     from transformers import AutoModelForSequenceClassification
 
     device = pick_device(config.device)
-    path = resolve_model(config.name, f"{key}.name")
+    path = resolve_model(config.name, name_key(key))
     arguments = _load_arguments(config, device) | {"num_labels": 1}
-    with _loading(config.name, f"{key}.name"):
+    _check_hub(path, config.revision, config.name, name_key(key))
+    with _loading(config.name, name_key(key)):
         if is_adapter(path):
             from peft import PeftModel
 
@@ -261,6 +269,23 @@ def load_sequence_scorer(config: ModelConfig, key: str = "policy", new_head: boo
         with torch.no_grad():
             model.score.weight.zero_()
     return model.to(device).eval()
+
+
+def _check_hub(path: str, revision: str | None, name: str | None, key: str) -> None:
+    """One request before loading from the hub: the libraries try for a minute if it cannot be reached."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if Path(path).exists():
+        return
+    try:
+        if not isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
+            HfApi().model_info(path, revision=revision, timeout=10)
+    except (HfHubHTTPError, ValueError):
+        return  # It can be reached; what is wrong is said best by what is loaded.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{key}={name}: no such folder, and the hub did not give it ({reason})") from None
 
 
 @contextlib.contextmanager

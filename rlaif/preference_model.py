@@ -30,9 +30,11 @@ def separate_pad_token(tokenizer: Any) -> None:
     last = encode_example(tokenizer, [{"role": "user", "content": "a"}], "b")[-1]
     if tokenizer.pad_token_id != last:
         return
-    others = [token for token in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(token) != last]
+    others = [
+        str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special and number != last
+    ]
     if others:
-        tokenizer.pad_token = others[-1]
+        tokenizer.pad_token = others[0]
 
 
 class PreferenceModel:

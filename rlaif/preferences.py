@@ -191,8 +191,9 @@ def parse_preference(row: Mapping[str, Any]) -> Preference:
     p_chosen = 1.0 if p_chosen is None else p_chosen
     if isinstance(p_chosen, bool) or not isinstance(p_chosen, (int, float)) or not 0 <= p_chosen <= 1:
         raise ValueError(f'"p_chosen" must be between 0 and 1, found {p_chosen!r}')
+    name = next((row[key] for key in ("prompt_id", "id") if row.get(key) not in (None, "")), None)
     return Preference(
-        prompt_id=str(row.get("prompt_id") or row.get("id") or content_hash(messages)),
+        prompt_id=content_hash(messages) if name is None else str(name),
         prompt=messages,
         chosen=texts["chosen"],
         rejected=texts["rejected"],

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -188,6 +189,8 @@ def read_jsonl(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
                     raise UserError(
                         f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno})"
                     ) from None
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{path}, line {number}: not valid JSON ({error})") from None
                 if not isinstance(value, dict):
                     raise UserError(f"{path}, line {number}: expected a JSON object, found {_kind(value)}")
                 try:
@@ -196,7 +199,7 @@ def read_jsonl(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
                     raise UserError(f"{path}, line {number}: {error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, after line {number}: not UTF-8 ({error.reason})") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
@@ -216,7 +219,8 @@ class atomic_file:  # noqa: N801 - used as a context manager function
     def __enter__(self) -> Any:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         handle, self.temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        self.file = os.fdopen(handle, "w", encoding="utf-8", errors="surrogatepass", newline="\n")
+        # Half of a surrogate pair has no UTF-8 form; in JSON its escape is right.
+        self.file = os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n")
         return self.file
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:

@@ -1,7 +1,8 @@
 """Train, validation and test: by prompt, near-duplicates together, the same in every stage.
 
 A prompt's split depends only on the text of its cluster, so the same prompt lands in the same split in every file
-that was split with the same fractions, and adding prompts moves none of the others.
+that was split with the same fractions, and adding prompts moves none of the others; only a new near-duplicate of a
+prompt can move that prompt's cluster, because it changes the cluster.
 """
 
 from __future__ import annotations

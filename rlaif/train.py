@@ -56,7 +56,8 @@ def _check_feedback(folder: Path, feedback: Feedback) -> None:
     """Labels of one kind must not be trained on, and reported, as another."""
     from rlaif.preferences import read_preferences
 
-    found = read_preferences(folder, "train")[0].feedback
+    rows = read_preferences(folder, "train")
+    found = rows[0].feedback if rows else feedback.value
     if found != feedback.value:
         raise UserError(
             f"preferences={folder} holds {found} labels, but feedback={feedback.value}: give feedback={found}"

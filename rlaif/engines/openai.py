@@ -30,6 +30,7 @@ import openai
 
 from rlaif.config import LabelerConfig
 from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
+from rlaif.engines.options import option_masses, parse_reply
 from rlaif.records import Message, UserError, content_hash
 
 T = TypeVar("T")
@@ -465,102 +466,6 @@ class _Scored(NamedTuple):
     reply: str
     prompt_tokens: int | None
     completion_tokens: int | None
-
-
-def accepted_tokens(options: Sequence[Sequence[str]]) -> list[set[str]]:
-    """The token texts that count as each option.
-
-    Every spelling with and without a leading space, in its own case, lower, upper and capitalised, except for
-    those case variants that another option could claim as well.
-
-    >>> sorted(accepted_tokens([("A",), ("B",)])[0])
-    [' A', ' a', 'A', 'a']
-    """
-    words = [{spelling.strip() for spelling in spellings} - {""} for spellings in options]
-    cases = [{form for w in group for form in (w.lower(), w.upper(), w.capitalize())} for group in words]
-    accepted = []
-    for index, group in enumerate(words):
-        others = [words[i] | cases[i] for i in range(len(words)) if i != index]
-        forms = group | cases[index].difference(*others)
-        accepted.append({space + form for form in forms for space in ("", " ")})
-    return accepted
-
-
-def option_masses(
-    listed: Sequence[tuple[str, float]], sampled: str, options: Sequence[Sequence[str]]
-) -> tuple[float | None, ...]:
-    """Probability mass of each option among the listed (token, log-probability) pairs of one position.
-
-    All listed tokens that spell an option (:func:`accepted_tokens`) are summed. An option that is not listed
-    is unknown, not zero: each of its tokens has at most the smallest listed probability, and all of them
-    together at most what the list leaves over. It gets that upper bound, so the label is never more extreme
-    than the truth. If no option is listed, every mass is ``None``. A verdict word of several tokens is seen
-    only if it is listed whole.
-    """
-    accepted = accepted_tokens(options)
-    tokens = [(re.sub(r"^[\s▁Ġ]+", " ", token), math.exp(min(logprob, 0.0))) for token, logprob in listed]
-    found = [[p for token, p in tokens if token in group] for group in accepted]
-    if not any(found):
-        return (None,) * len(accepted)
-    # vLLM lists the sampled token whatever its rank; as the least likely of the list it bounds nothing.
-    ranked = sorted((p, token) for (token, _), (_, p) in zip(listed, tokens, strict=True))
-    smallest = ranked[1 if len(ranked) > 1 and ranked[0][1] == sampled else 0][0]
-    left = max(0.0, 1.0 - sum(p for _, p in tokens))
-    return tuple(
-        sum(group) if group else min(smallest * len(spellings), left)
-        for group, spellings in zip(found, accepted, strict=True)
-    )
-
-
-_OPENERS = r"[\s*_`#>\"'“”’(\[{]*"
-_CLOSERS = r"[*_`\"'“”’)\]}]*"
-_ANNOUNCED = re.compile(r"\b(?:answer|verdict|choice)\b[\s*_`]*(?::|=|\bis\b(?!\s+not\b))[\s*_`]*:?", re.IGNORECASE)
-_MORE = r"[\s,/&|+]*(?:\b(?:and|or|nor|vs)\b[\s.]*)?"
-
-
-def parse_reply(reply: str, options: Sequence[Sequence[str]], stem: str = "") -> int | None:
-    """Index of the option that a reply gives as its verdict, or ``None``.
-
-    A verdict begins the reply, follows "Answer:" (or "The verdict is"), or stands on a line of its own; the
-    last one counts. A single letter must be all there is or be followed by punctuation: "A good reply ..." is
-    prose. A reply that names two options side by side ("A or B") has no verdict.
-
-    >>> [parse_reply(text, [("A",), ("B",)]) for text in ("(A)", "Answer: b", "A fine day", "A or B")]
-    [0, 1, None, None]
-    """
-    reply = reply.rpartition("</think>")[2]
-    if "<think>" in reply:
-        return None
-    if stem and reply.strip().casefold().startswith(stem.strip().casefold()):
-        reply = reply.strip()[len(stem.strip()) :].lstrip(" :")
-    verdicts: dict[int, int | None] = {}
-    for line in re.finditer(r"[^\n]+", reply):
-        first = not reply[: line.start()].strip()
-        verdict = _verdict_at(line.group(), options, whole_line=not first)
-        if verdict is not None:
-            verdicts[line.start()] = verdict
-    for announced in _ANNOUNCED.finditer(reply):
-        # An announced verdict counts even if it names no option: it overrules what came before.
-        verdicts[announced.end()] = _verdict_at(reply[announced.end() :], options)
-    return verdicts[max(verdicts)] if verdicts else None
-
-
-def _verdict_at(text: str, options: Sequence[Sequence[str]], whole_line: bool = False) -> int | None:
-    """The option that a text begins with."""
-    owners = [(word[1:], i) for i, group in enumerate(accepted_tokens(options)) for word in group if word[0] == " "]
-    owners.sort(key=lambda owner: -len(owner[0]))
-    any_word = "|".join(re.escape(word) for word, _ in owners)
-    for word, index in owners:
-        match = re.match(rf"{_OPENERS}{re.escape(word)}(?![\w])(?!-\w){_CLOSERS}", text)
-        if match is None:
-            continue
-        rest = text[match.end() :]
-        if re.match(rf"{_MORE}{_OPENERS}(?:{any_word})(?!\w)(?:{_CLOSERS}\s*)(?:$|[\W\n]|is\b|are\b)", rest):
-            return None
-        prose = len(word) == 1 and not re.match(r"\s*(?:$|\n|[.,:;!–—-])", rest)
-        longer = whole_line and re.fullmatch(r"[\s.!]*", rest) is None
-        return None if prose or longer else index
-    return None
 
 
 def _body(request: OptionRequest, prefill: bool) -> dict[str, Any]:

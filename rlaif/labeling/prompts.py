@@ -13,7 +13,9 @@ from rlaif.constitution import Exemplar, Principle
 from rlaif.records import Message
 
 LETTERS = ("A", "B")
-_INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_INVISIBLE = re.compile(
+    "[\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\U000e0000-\U000e007f\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
+)
 _LIMIT = 12_000
 
 _PAIRWISE_HEAD = (

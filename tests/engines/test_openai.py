@@ -14,7 +14,8 @@ from rlaif.config import LabelerConfig, LabelerType
 from rlaif.engines import build_labeler
 from rlaif.engines import openai as module
 from rlaif.engines.base import Failure, OptionMass, OptionRequest, Sampled, SampleRequest
-from rlaif.engines.openai import OpenAIEngine, accepted_tokens, option_masses, parse_reply
+from rlaif.engines.openai import OpenAIEngine
+from rlaif.engines.options import accepted_tokens, option_masses, parse_reply
 from rlaif.records import UserError
 
 KEY = "sk-secret-0123456789"

@@ -1,0 +1,78 @@
+"""The in-process engine on the tiny model, against plain computations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlaif.chat import encode_chat
+from rlaif.config import LabelerConfig, LabelerType, ModelConfig
+from rlaif.engines import build_labeler
+from rlaif.engines.base import OptionMass, OptionRequest, Sampled, SampleRequest
+from rlaif.engines.hf import HFEngine
+from rlaif.records import UserError
+
+
+@pytest.fixture(scope="module")
+def engine() -> HFEngine:
+    return HFEngine(ModelConfig(name="tiny", device="cpu"), batch_size=4, batch_tokens=200)
+
+
+def request(text: str, *options: tuple[str, ...], stem: str = "") -> OptionRequest:
+    return OptionRequest(({"role": "user", "content": text},), options, stem)
+
+
+def test_option_mass_is_the_sum_over_spellings_including_long_ones(engine: HFEngine) -> None:
+    # The tiny tokenizer has one token per byte, so "at" takes two forward passes.
+    requests = [request("x" * size, ("a", "bt", "a"), ("b",), stem="so ") for size in (1, 30, 7)]
+    results = dict(engine.score_options(requests))
+    for index, asked in enumerate(requests):
+        ids = encode_chat(engine.tokenizer, asked.messages, asked.stem)
+        with torch.no_grad():
+            first = engine.model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+            b = engine.tokenizer.convert_tokens_to_ids("b")
+            second = engine.model(torch.tensor([[*ids, b]])).logits[0, -1].softmax(-1)
+        a, t = engine.tokenizer.convert_tokens_to_ids(["a", "t"])
+        result = results[index]
+        assert isinstance(result, OptionMass)
+        expected = float(first[a]) + (float(first[b] * second[t]) if first[b] > 1e-3 else 0.0)
+        assert result.masses == pytest.approx((expected, float(first[b])), abs=1e-5)
+        assert result.method == "logprob"
+
+
+def test_a_spelling_that_starts_with_another_adds_no_mass(engine: HFEngine) -> None:
+    plain, doubled = (
+        dict(engine.score_options([request("q", options, ("z",))]))[0] for options in (("a",), ("a", "ab", "abc"))
+    )
+    assert isinstance(plain, OptionMass)
+    assert isinstance(doubled, OptionMass)
+    assert plain.masses == doubled.masses
+
+
+def test_samples_do_not_depend_on_batch_or_order(engine: HFEngine) -> None:
+    requests = [SampleRequest(({"role": "user", "content": "y" * i},), 8, seed=i) for i in range(1, 11)]
+    together = dict(engine.sample(requests))
+    alone = [dict(engine.sample([one]))[0] for one in requests]
+    assert [together[i] for i in range(10)] == alone
+    assert all(isinstance(result, Sampled) and 1 <= result.tokens <= 8 for result in alone)
+
+
+def test_labeler_from_config_names_what_decides_its_answers() -> None:
+    with build_labeler(LabelerConfig(type=LabelerType.hf, model="tiny", device="cpu"), seed=0) as labeler:
+        assert labeler.name == "tiny"
+        assert labeler.identity["engine"] == "hf"
+        assert {"model", "revision", "dtype", "template"} <= set(labeler.identity)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LabelerConfig(), "labeler is not set"),
+        (LabelerConfig(type=LabelerType.hf), "labeler.model is not set"),
+        (LabelerConfig(type=LabelerType.hf, model="no/such-folder/here"), "labeler.model=no/such-folder/here"),
+        (LabelerConfig(type=LabelerType.hf, model="tiny", device="cuda:99"), "device=cuda:99"),
+    ],
+)
+def test_a_labeler_that_cannot_be_built_says_why(config: LabelerConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_labeler(config, seed=0)

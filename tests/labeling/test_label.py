@@ -1,0 +1,257 @@
+"""Labeling with a scripted labeler gives back what was scripted."""
+
+from dataclasses import replace
+
+import pytest
+from fake_server import FakeServer
+
+from rlaif.config import LabelerConfig, LabelerType, LabelingConfig, LabelMode, ScriptedConfig
+from rlaif.constitution import Constitution, Exemplar, Principle
+from rlaif.engines import build_labeler
+from rlaif.engines.base import Engine, OptionMass
+from rlaif.engines.scripted import ScriptedEngine
+from rlaif.labeling.aggregate import pair_labels
+from rlaif.labeling.label import build_questions, label_candidates, question_key
+from rlaif.labeling.quality import verdict_quality
+from rlaif.labeling.store import VerdictStore
+from rlaif.records import Candidates, Completion, Prompt, UserError
+
+KIND = Principle("kind", 1.0, "Which is kinder?", "The reply is", None, ("kind",), ("rude",))
+SHORT = Principle("short", 1.0, "Which is shorter?", "The reply is", None, ("short",), ("long",))
+CONSTITUTION = Constitution("test", "1", "d", (KIND,))
+PAIRWISE, POINTWISE = LabelingConfig(mode=LabelMode.pairwise), LabelingConfig(mode=LabelMode.pointwise)
+
+
+def lines(n=20, completions=("a", "a b", "a b c", "a b c d e")):
+    return [
+        Candidates(
+            Prompt(f"p{i}", ({"role": "user", "content": f"question {i}"},)),
+            tuple(Completion(f"c{k}", f"{text} {i}") for k, text in enumerate(completions)),
+        )
+        for i in range(n)
+    ]
+
+
+def engine(**settings):
+    return ScriptedEngine(ScriptedConfig(**({"utility": "length", "sharpness": 0.5} | settings)), seed=0)
+
+
+@pytest.fixture
+def store(tmp_path):
+    with VerdictStore(tmp_path / "s.sqlite") as opened:
+        yield opened
+
+
+class Recording(Engine):
+    """Passes requests on and remembers them."""
+
+    def __init__(self, inner):
+        self.inner, self.identity, self.asked = inner, inner.identity, []
+
+    def sample(self, requests):
+        raise NotImplementedError
+
+    def score_options(self, requests):
+        def seen():
+            for request in requests:
+                self.asked.append(request)
+                yield request
+
+        return self.inner.score_options(seen())
+
+
+@pytest.mark.parametrize("config", [PAIRWISE, POINTWISE], ids=["pairwise", "pointwise"])
+def test_the_oracle_is_recovered(store, config):
+    candidates = lines()
+    labels = label_candidates(candidates, CONSTITUTION, engine(), config, store)
+    # 4 candidates: 6 pairs in 2 orders, or 4 verdicts.
+    assert len(labels) == 20 * (12 if config is PAIRWISE else 4)
+    pairs, dropped = pair_labels(labels, {"kind": 1.0})
+    assert dropped == {"no_verdict": 0}
+    assert len(pairs) == 20 * 6
+    words = {"c0": 1, "c1": 2, "c2": 3, "c3": 5}
+    for pair in pairs:
+        assert pair.logit == pytest.approx(0.5 * (words[pair.one] - words[pair.other]), abs=1e-5)
+
+
+def test_the_labels_say_what_was_shown(store):
+    [one, other] = label_candidates(lines(1, ("a", "b c")), CONSTITUTION, engine(), PAIRWISE, store)
+    assert (one.prompt_id, one.mode, one.principle, one.labeler) == ("p0", "pairwise", "kind", "scripted")
+    assert (one.first, one.second, other.first, other.second) == ("c0", "c1", "c1", "c0")
+    assert (one.method, one.reason) == ("logprob", None)
+    assert one.option_mass == pytest.approx(0.9)
+    # One word fewer at 0.5 logits a word: sigmoid(-0.5) = 0.377541.
+    assert one.p == pytest.approx(0.377541, abs=1e-6)
+    assert other.p == pytest.approx(1 - 0.377541, abs=1e-6)
+
+
+def test_a_planted_position_bias_is_removed_by_both_orders(store):
+    labels = label_candidates(lines(), CONSTITUTION, engine(position_bias=4.0), PAIRWISE, store)
+    pairs, _ = pair_labels(labels, {"kind": 1.0})
+    words = {"c0": 1, "c1": 2, "c2": 3, "c3": 5}
+    for pair in pairs:
+        assert pair.logit == pytest.approx(0.5 * (words[pair.one] - words[pair.other]), abs=1e-5)
+    # The bias is seen before it is removed: differences reach 2 logits, so 4 always wins.
+    quality = verdict_quality(labels)
+    assert quality["position_bias"] == pytest.approx(4.0, abs=1e-4)
+    assert quality["same_position_rate"] == 1.0
+
+
+def test_one_order_keeps_the_bias(store):
+    config = LabelingConfig(both_orders=False)
+    labels = label_candidates(lines(1, ("a", "b")), CONSTITUTION, engine(position_bias=4.0), config, store)
+    [pair], _ = pair_labels(labels, {"kind": 1.0}, both_orders=False)
+    assert pair.logit == pytest.approx(4.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("config", [PAIRWISE, POINTWISE], ids=["pairwise", "pointwise"])
+def test_faults_are_not_stored_and_a_rerun_asks_only_them(store, config):
+    labeler = Recording(engine(fault_rate=0.3))
+    first = label_candidates(lines(), CONSTITUTION, labeler, config, store)
+    assert len(labeler.asked) == len(first)
+    failed = [label for label in first if label.p is None]
+    assert 0 < len(failed) < len(first)
+    assert {(label.method, label.reason) for label in failed} == {("none", "scripted_fault")}
+    [(stored,)] = store.connection.execute("SELECT COUNT(*) FROM verdicts")
+    assert stored == len(first) - len(failed)
+    for _ in range(20):
+        before = sum(label.p is None for label in first)
+        labeler.asked.clear()
+        again = label_candidates(lines(), CONSTITUTION, labeler, config, store)
+        assert len(labeler.asked) == before
+        for old, new in zip(first, again, strict=True):
+            assert old.p is None or old == new
+        first = again
+        if before == 0:
+            break
+    assert all(label.p is not None for label in first)
+
+
+def test_too_little_mass_is_uncovered(store):
+    for minimum, reason in ((0.31, "uncovered"), (0.29, None)):
+        config = LabelingConfig(min_option_mass=minimum)
+        labels = label_candidates(lines(2), CONSTITUTION, engine(option_mass=0.3), config, store)
+        assert {label.reason for label in labels} == {reason}
+        assert all((label.p is None) == (reason is not None) for label in labels)
+        assert all(label.option_mass == pytest.approx(0.3) for label in labels)
+
+
+@pytest.mark.parametrize(("config", "reason"), [(PAIRWISE, "uncovered"), (POINTWISE, None)])
+def test_the_default_minimum_depends_on_the_mode(store, config, reason):
+    labels = label_candidates(lines(1), CONSTITUTION, engine(option_mass=0.3), config, store)
+    assert {label.reason for label in labels} == {reason}
+
+
+def test_no_mass_at_all_is_uncovered_even_without_a_minimum(store):
+    config = LabelingConfig(min_option_mass=0.0)
+    labels = label_candidates(lines(1), CONSTITUTION, engine(option_mass=0.0), config, store)
+    assert {label.reason for label in labels} == {"uncovered"}
+
+
+class HalfBlind(Recording):
+    def score_options(self, requests):
+        for index, _ in enumerate(requests):
+            yield index, OptionMass((0.7, None), "logprob")
+
+
+def test_an_option_that_the_engine_cannot_see_is_unknown(store):
+    labels = label_candidates(lines(1), CONSTITUTION, HalfBlind(engine()), PAIRWISE, store)
+    assert {(label.p, label.reason) for label in labels} == {(None, "option_unknown")}
+
+
+class Dying(Recording):
+    def score_options(self, requests):
+        for index, result in super().score_options(requests):
+            if index == 7:
+                raise RuntimeError("power cut")
+            yield index, result
+
+
+def test_an_interrupted_run_keeps_what_it_has(store):
+    with pytest.raises(RuntimeError):
+        label_candidates(lines(), CONSTITUTION, Dying(engine()), PAIRWISE, store)
+    labeler = Recording(engine())
+    labels = label_candidates(lines(), CONSTITUTION, labeler, PAIRWISE, store)
+    assert len(labeler.asked) == len(labels) - 7
+
+
+def test_identical_completions_are_a_tie(store):
+    candidates = [
+        Candidates(Prompt("p", ({"role": "user", "content": "q"},)), (Completion("a", "same"), Completion("b", "same")))
+    ]
+    labels = label_candidates(candidates, CONSTITUTION, engine(position_bias=1.0), PAIRWISE, store)
+    [pair], _ = pair_labels(labels, {"kind": 1.0})
+    assert pair.logit == pytest.approx(0.0, abs=1e-9)
+
+
+def test_pointwise_needs_statements():
+    bare = Constitution("bare", "1", "d", (KIND, Principle("x", 1.0, "Which?")))
+    with pytest.raises(UserError, match=r"constitution bare: labeling.mode=pointwise needs .* x has none"):
+        list(build_questions(lines(1), bare, "l", POINTWISE))
+
+
+def test_exemplars_of_the_principle_are_shown_when_asked_for():
+    exemplars = (Exemplar("q", "f", "s", "first", "kind"), Exemplar("other", "f", "s", "first", "short"))
+    constitution = Constitution("c", "1", "d", (KIND, SHORT), exemplars)
+    shown = list(build_questions(lines(1, ("a", "b")), constitution, "l", LabelingConfig(exemplars=True)))
+    assert [len(question.request.messages) for question in shown] == [3, 3, 3, 3]
+    assert "User: q\n" in shown[0].request.messages[0]["content"]
+    assert "User: other\n" in shown[2].request.messages[0]["content"]
+    hidden = list(build_questions(lines(1, ("a", "b")), constitution, "l", PAIRWISE))
+    assert {len(question.request.messages) for question in hidden} == {1}
+
+
+def keys(candidates=None, constitution=CONSTITUTION, config=PAIRWISE, labeler=None, seed=0):
+    labeler = labeler or engine()
+    questions = build_questions(candidates or lines(1, ("a", "b")), constitution, labeler.name, config)
+    return [question_key(question, labeler, seed) for question in questions]
+
+
+@pytest.fixture
+def openai():
+    """Makes clients of a server that does nothing."""
+    servers = FakeServer(), FakeServer()
+
+    def client(server=0, **settings):
+        config = {"type": LabelerType.openai, "model": "judge", "base_url": servers[server].url, **settings}
+        with build_labeler(LabelerConfig(**config), seed=0) as labeler:
+            return labeler
+
+    yield client
+    for server in servers:
+        server.close()
+
+
+def test_the_store_key_holds_everything_that_can_change_the_answer(monkeypatch):
+    base = keys()
+    assert len(set(base)) == 2  # the two orders
+    assert keys() == base
+    changed = {
+        "completion": keys(lines(1, ("a", "c"))),
+        "principle": keys(constitution=Constitution("c", "1", "d", (replace(KIND, question="Which is nicer?"),))),
+        "labeler": keys(labeler=engine(sharpness=1.0)),
+        "seed": keys(seed=1),
+        "prompt": keys([replace(lines(1, ("a", "b"))[0], prompt=Prompt("p0", ({"role": "user", "content": "?"},)))]),
+    }
+    monkeypatch.setattr("rlaif.labeling.prompts._PAIRWISE_HEAD", "Other words.")
+    changed["template"] = keys()
+    for name, found in changed.items():
+        assert not set(found) & set(base), name
+
+
+def test_the_pointwise_key_holds_stem_and_words():
+    base = keys(config=POINTWISE)
+    for change in ({"statement": "It is"}, {"yes": ("nice",)}, {"no": ("mean",)}, {"ask": "How is it?"}):
+        constitution = Constitution("c", "1", "d", (replace(KIND, **change),))
+        assert not set(keys(constitution=constitution, config=POINTWISE)) & set(base), change
+
+
+def test_the_store_key_of_a_server_ignores_speed_and_names(openai):
+    base = keys(labeler=openai())
+    assert keys(labeler=openai(concurrency=3, timeout_s=5, max_retries=0)) == base
+    # Ids are names for the same texts.
+    [line] = lines(1, ("a", "b"))
+    renamed = tuple(replace(candidate, candidate_id=f"x{candidate.candidate_id}") for candidate in line.candidates)
+    assert keys([replace(line, candidates=renamed)], labeler=openai()) == base
+    for other in ({"server": 1}, {"votes": 3}, {"top_logprobs": 5}, {"prefill": True}):
+        assert not set(keys(labeler=openai(**other))) & set(base)

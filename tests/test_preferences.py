@@ -1,0 +1,269 @@
+"""Pair labels become preferences as configured, and preference files of all kinds are read."""
+
+import gzip
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlaif.config import AnnotatorConfig, Selection
+from rlaif.gold import gold_score
+from rlaif.labeling.aggregate import PairLabel, logit, sigmoid
+from rlaif.preferences import (
+    parse_preference,
+    prompts_of,
+    read_preferences,
+    select_preferences,
+    simulated_human_pairs,
+    write_preferences,
+)
+from rlaif.records import Candidates, Completion, Preference, Prompt, UserError
+
+USER = ({"role": "user", "content": "q"},)
+
+
+def line(prompt_id="p", split=None, **completions):
+    completions = completions or {"a": "text a", "b": "text b", "c": "text c"}
+    return Candidates(Prompt(prompt_id, USER), tuple(Completion(k, v) for k, v in completions.items()), split)
+
+
+def pair(one, other, value, prompt_id="p"):
+    return PairLabel(prompt_id, one, other, value, {"k": value})
+
+
+def select(pairs, lines=None, selection=Selection.all_pairs, min_margin=0.0):
+    return select_preferences(lines or [line()], pairs, selection, min_margin, "me", "ai")
+
+
+def test_preferences_are_oriented():
+    chosen, dropped = select([pair("a", "b", 2.0), pair("a", "c", -1.0)])
+    first, second = chosen["train"]
+    assert (first.chosen_id, first.rejected_id, first.chosen, first.rejected) == ("a", "b", "text a", "text b")
+    assert (second.chosen_id, second.rejected_id, second.chosen, second.rejected) == ("c", "a", "text c", "text a")
+    # sigmoid(2) = 0.880797, sigmoid(1) = 0.731059.
+    assert first.p_chosen == pytest.approx(0.880797, abs=1e-6)
+    assert second.p_chosen == pytest.approx(0.731059, abs=1e-6)
+    # The breakdown by principle is turned with the pair.
+    assert (first.principles, second.principles) == ({"k": 2.0}, {"k": 1.0})
+    assert (first.labeler, first.feedback, first.prompt) == ("me", "ai", USER)
+    assert dropped == {}
+
+
+@given(st.lists(st.floats(-20, 20), min_size=1, max_size=3))
+def test_chosen_is_never_the_less_likely(values):
+    names = [("a", "b"), ("a", "c"), ("b", "c")]
+    pairs = [pair(*name, value) for name, value in zip(names, values, strict=False)]
+    chosen, dropped = select(pairs)
+    rows = chosen.get("train", [])
+    assert all(row.p_chosen >= 0.5 for row in rows)
+    assert len(rows) + sum(dropped.values()) == len(pairs)
+
+
+def test_ties_are_dropped_and_counted():
+    chosen, dropped = select([pair("a", "b", 0.0), pair("a", "c", 1e-3)])
+    assert [row.rejected_id for row in chosen["train"]] == ["c"]
+    assert dropped == {"tie": 1}
+
+
+def test_the_margin():
+    # sigmoid(1) - 0.5 = 0.231059.
+    for margin, count in ((0.23, 1), (0.232, 0)):
+        chosen, dropped = select([pair("a", "b", -1.0)], min_margin=margin)
+        assert len(chosen.get("train", [])) == count
+        assert dropped == ({} if count else {"margin": 1})
+
+
+def test_best_worst():
+    # Mean logits: a (1 + 3) / 2 = 2, b (-1 + 2.5) / 2 = 0.75, c (-3 - 2.5) / 2 = -2.75: best a, worst c.
+    pairs = [pair("a", "b", 1.0), pair("a", "c", 3.0), pair("b", "c", 2.5)]
+    chosen, dropped = select(pairs, selection=Selection.best_worst)
+    [row] = chosen["train"]
+    assert (row.chosen_id, row.rejected_id) == ("a", "c")
+    assert dropped == {"not_selected": 2}
+
+
+def test_best_worst_is_one_pair_a_prompt():
+    lines = [line("p"), line("q")]
+    pairs = [pair("a", "b", 1.0, name) for name in "pq"] + [pair("b", "c", 1.0, name) for name in "pq"]
+    chosen, dropped = select(pairs, lines, Selection.best_worst)
+    assert Counter(row.prompt_id for row in chosen["train"]) == {"p": 1, "q": 1}
+    assert dropped == {"not_selected": 2}
+
+
+def test_empty_completions_are_dropped():
+    chosen, dropped = select([pair("a", "b", 1.0), pair("b", "a", 1.0)], [line(a="x", b=" ")])
+    assert (chosen, dropped) == ({}, {"empty_completion": 2})
+
+
+def test_splits_and_cut_completions_are_carried():
+    cut = Candidates(Prompt("p", USER), (Completion("a", "x", finish_reason="length"), Completion("b", "y")), "test")
+    lines = [cut, line("q")]
+    chosen, _ = select([pair("a", "b", 1.0), pair("a", "b", 1.0, "q")], lines)
+    assert {split: [row.prompt_id for row in rows] for split, rows in chosen.items()} == {"test": ["p"], "train": ["q"]}
+    assert (chosen["test"][0].chosen_ended, chosen["test"][0].rejected_ended) == (False, True)
+
+
+# The simulated annotator
+
+
+@pytest.mark.parametrize(("scale", "flip"), [(0.5, 0.0), (0.5, 0.2), (1.0, 0.05)])
+def test_simulated_labels_follow_bradley_terry(scale, flip):
+    # One word against three: P(three wins) = sigmoid(2 * scale), then a share `flip` is turned.
+    n = 3000
+    lines = [line(f"p{i}", a="one", b="one two three") for i in range(n)]
+    pairs = simulated_human_pairs(lines, "length", AnnotatorConfig(scale=scale, flip=flip), seed=1)
+    assert len(pairs) == n
+    p = sigmoid(2 * scale)
+    expected = p * (1 - flip) + (1 - p) * flip
+    rate = sum(pair.logit < 0 for pair in pairs) / n
+    assert rate == pytest.approx(expected, abs=4 * (expected * (1 - expected) / n) ** 0.5)
+    # Hard labels: as certain as a logit may be.
+    assert all(abs(pair.logit) == pytest.approx(logit(1.0)) for pair in pairs)
+
+
+def test_simulated_ties_are_a_fair_coin():
+    lines = [line(f"p{i}", a="one", b="two") for i in range(2000)]
+    pairs = simulated_human_pairs(lines, "length", AnnotatorConfig(flip=0.1), seed=0)
+    assert sum(pair.logit > 0 for pair in pairs) / 2000 == pytest.approx(0.5, abs=4 * 0.5 / 2000**0.5)
+
+
+def test_simulated_labels_are_a_function_of_seed_and_pair():
+    lines = [line(f"p{i}") for i in range(50)]
+    annotator = AnnotatorConfig(scale=0.1)
+    pairs = simulated_human_pairs(lines, "length", annotator, seed=1)
+    assert len(pairs) == 150
+    assert simulated_human_pairs(lines[::-1], "length", annotator, seed=1)[-3:] == pairs[:3]
+    assert simulated_human_pairs(lines[7:8], "length", annotator, seed=1) == pairs[21:24]
+    assert simulated_human_pairs(lines, "length", annotator, seed=2) != pairs
+
+
+def test_a_sure_annotator_agrees_with_the_gold_judge():
+    lines = [line(a="aaa", b="bbb", c="abb")]
+    for found in simulated_human_pairs(lines, "letters", AnnotatorConfig(scale=1e4, flip=0.0), seed=0):
+        texts = {candidate.candidate_id: candidate.completion for candidate in lines[0].candidates}
+        assert (found.logit > 0) == (
+            gold_score("letters", texts[found.one]) > gold_score("letters", texts[found.other])
+        )
+
+
+# Files
+
+
+def preference(prompt_id="p", **changes):
+    base = Preference(prompt_id, USER, "good ü\n🙂", "bad", "a", "b", 0.75, "me", "ai", {"k": 1.5}, False, True)
+    return replace(base, **changes)
+
+
+def test_preferences_roundtrip(tmp_path):
+    system = ({"role": "system", "content": "s"}, *USER)
+    by_split = {"train": [preference("p"), preference("q", prompt=system)], "test": [preference("r")], "validation": []}
+    write_preferences(tmp_path / "x", by_split, {"labeler": "me"})
+    for split, rows in by_split.items():
+        # The breakdown by principle is for readers of the file; training has no use for it.
+        assert read_preferences(tmp_path / "x", split) == [replace(row, principles={}) for row in rows]
+    assert not (tmp_path / "x" / "validation.parquet").exists()
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert "| train | 2 |" in card
+    assert '- labeler: "me"' in card
+
+
+def test_datasets_loads_the_folder(tmp_path):
+    import datasets
+
+    folder = tmp_path / "preferences"
+    write_preferences(folder, {"train": [preference("p")] * 3, "test": [preference("r")]}, {"labeler": "me"})
+    loaded = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert {split: len(rows) for split, rows in loaded.items()} == {"train": 3, "test": 1}
+    row = loaded["test"][0]
+    assert row["prompt"] == list(USER)
+    assert row["chosen"] == [{"role": "assistant", "content": "good ü\n🙂"}]
+    assert row["rejected"] == [{"role": "assistant", "content": "bad"}]
+    assert row["p_chosen"] == 0.75
+    assert json.loads(row["principles"]) == {"k": 1.5}
+
+
+def say(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "good", "rejected": "bad"},
+        {"prompt": list(USER), "chosen": [say("good")], "rejected": [say("bad")]},
+        {"chosen": [*USER, say("good")], "rejected": [*USER, say("bad")]},
+        {"prompt": "q", "chosen": "good", "rejected": "bad", "p_chosen": None, "prompt_id": None},
+    ],
+    ids=["text", "messages", "implicit prompt", "nulls"],
+)
+def test_formats_of_ones_own(row):
+    found = parse_preference(row)
+    assert (found.prompt, found.chosen, found.rejected, found.p_chosen) == (USER, "good", "bad", 1.0)
+    assert (found.feedback, found.labeler, found.chosen_ended) == ("human", "unknown", True)
+    # The same prompt has the same id in every format.
+    assert found.prompt_id == parse_preference({"prompt": "q", "chosen": "x", "rejected": "y"}).prompt_id
+
+
+def test_implicit_prompts_of_several_turns():
+    turns = [*USER, say("hm?"), {"role": "user", "content": "r"}]
+    found = parse_preference({"chosen": [*turns, say("same")], "rejected": [*turns, say("same")]})
+    assert (list(found.prompt), found.chosen, found.rejected) == (turns, "same", "same")
+
+
+def test_a_prompt_id_of_zero_is_an_id():
+    assert parse_preference({"prompt": "q", "chosen": "a", "rejected": "b", "prompt_id": 0}).prompt_id == "0"
+
+
+BROKEN = [
+    ({}, 'has no "chosen" (found: nothing)'),
+    ({"prompt": "q", "chosen": "a"}, 'has no "rejected" (found: chosen, prompt)'),
+    ({"chosen": "a", "rejected": "b"}, 'has no "prompt", and "chosen" and "rejected" are not message lists'),
+    ({"prompt": "", "chosen": "a", "rejected": "b"}, "prompt is empty"),
+    ({"prompt": "q", "chosen": " ", "rejected": "b"}, '"chosen" must be a non-empty text or one assistant message'),
+    ({"prompt": "q", "chosen": "a", "rejected": 3}, '"rejected" must be a non-empty text or one assistant message'),
+    ({"prompt": "q", "chosen": list(USER), "rejected": "b"}, '"chosen" must be one assistant message after'),
+    ({"prompt": "q", "chosen": [say("a"), say("b")], "rejected": "b"}, '"chosen" must be one assistant message after'),
+    ({"chosen": [say("a")], "rejected": [say("b")]}, "prompt is an empty list"),
+    ({"chosen": [], "rejected": []}, "prompt is an empty list"),
+    ({"chosen": [*USER, say("a"), *USER, say("x")], "rejected": [*USER, say("b")]}, '"chosen" must be one assistant'),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "p_chosen": 1.2}, '"p_chosen" must be between 0 and 1, found 1.2'),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "p_chosen": "high"}, '"p_chosen" must be between 0 and 1'),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "p_chosen": True}, '"p_chosen" must be between 0 and 1'),
+]
+
+
+@pytest.mark.parametrize(("row", "part"), BROKEN)
+def test_broken_rows_name_file_and_line(tmp_path, row, part):
+    good = json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"})
+    (tmp_path / "train.jsonl").write_text(f"{good}\n{json.dumps(row)}\n")
+    with pytest.raises(UserError) as caught:
+        read_preferences(tmp_path, "train")
+    assert f"{tmp_path / 'train.jsonl'}, line 2: " in str(caught.value)
+    assert part in str(caught.value)
+
+
+def test_broken_parquet(tmp_path):
+    from datasets import Dataset
+
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": None}]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "train.parquet"))
+    with pytest.raises(UserError, match=r'train.parquet, row 2: has no "rejected"'):
+        read_preferences(tmp_path, "train")
+    (tmp_path / "train.parquet").write_text("nonsense")
+    with pytest.raises(UserError, match=r"train.parquet: not a readable parquet file"):
+        read_preferences(tmp_path, "train")
+
+
+def test_gzip_and_missing_splits(tmp_path):
+    text = json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"})
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    assert len(read_preferences(tmp_path, "train")) == 1
+    assert read_preferences(tmp_path, "test") == []
+
+
+def test_prompts_of():
+    rows = [preference("p"), preference("q"), preference("p", chosen="other")]
+    assert [prompt.prompt_id for prompt in prompts_of(rows)] == ["p", "q"]
