@@ -42,6 +42,7 @@ def run_stage(
     make: Callable[[Path], None],
     seed: int,
     carry_over: Sequence[str] = (),
+    unfinished: Callable[[Path], bool] = lambda folder: False,
 ) -> Path:
     """Make ``output`` with ``make(partial_folder)`` unless it is up to date.
 
@@ -52,13 +53,15 @@ def run_stage(
         inputs: files and folders that are read, by role.
         make: writes everything into the folder it is given; it may find there what an interrupted run left.
         carry_over: files of an outdated output or partial folder that stay useful (a store of paid calls).
+        unfinished: whether a complete output still has something to catch up on (calls that failed); it is then
+            made again.
 
     Raises:
         UserError: if ``output`` cannot be written, or holds files that no stage made.
     """
     fingerprint = content_hash(stage, rlaif.__version__, config, seed, {k: _input_hash(v) for k, v in inputs.items()})
     recorded = _recorded(output)
-    if recorded and recorded.get("fingerprint") == fingerprint:
+    if recorded and recorded.get("fingerprint") == fingerprint and not unfinished(output):
         log.info("%s: up to date, skipped (%s)", stage, output)
         return output
     if output.exists() and any(output.iterdir()) and not recorded:
@@ -137,7 +140,7 @@ def _prepare_partial(
         if (source / name).is_file():
             kept[name] = source / name
     if remake:
-        log.info("%s: inputs or settings changed, making it again", stage)
+        log.info("%s: inputs or settings changed, or requests failed last time; making it again", stage)
     fresh = partial.with_name(f"{partial.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)

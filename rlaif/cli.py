@@ -58,6 +58,10 @@ def launch(command: str, task: Callable[[Any, Path], None], usage: str) -> NoRet
 
 def _stop(message: str, status: int) -> NoReturn:
     sys.stdout.flush()
+    if "tqdm" in sys.modules:
+        # A bar that an error cut off would share its line with the message.
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
     print(f"\n{message}" if status == 130 else message, file=sys.stderr)
     sys.exit(status)
 
@@ -72,10 +76,18 @@ def _add_by_name(argument: str) -> str:
     return f"+{added[1]}={{{added[2]}: {added[3]}}}" if added else argument
 
 
+def _quote_path(argument: str) -> str:
+    """Quote the path of something that is there, for Hydra's grammar: a sweep's own folders have = and , in them."""
+    key, _, value = argument.partition("=")
+    if not re.search(r"[=,:()\[\]{}]", value) or re.search(r"[\\\"']", value) or not os.path.exists(value):
+        return argument
+    return f'{key}="{value}"'
+
+
 def _normalise(arguments: Sequence[str]) -> tuple[list[str], bool]:
     """Hoist ``-m`` to the front: argparse refuses it between overrides."""
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
-    rest = [_add_by_name(argument) for argument in arguments if argument not in ("-m", "--multirun")]
+    rest = [_quote_path(_add_by_name(argument)) for argument in arguments if argument not in ("-m", "--multirun")]
     for before, argument in zip(["", *rest], rest, strict=False):
         if before in _TAKES_VALUE:
             continue

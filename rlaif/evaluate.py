@@ -9,7 +9,7 @@ from pathlib import Path
 from rlaif.artifacts import plain, run_stage
 from rlaif.cli import launch
 from rlaif.config import DataConfig, EvalConfig, EvaluateConfig, ModelConfig
-from rlaif.records import Prompt, UserError, existing_dir, existing_file, read_prompts
+from rlaif.records import Prompt, UserError, existing_dir, existing_file, find_prompts, read_prompts
 from rlaif.splits import assign_splits
 
 log = logging.getLogger("rlaif")
@@ -116,7 +116,7 @@ def _source(model: ModelConfig | None) -> Path | str | None:
 
 def main(config: EvaluateConfig, output: Path) -> None:
     """Entry of the command."""
-    file = existing_file(config.prompts, "prompts")
+    file = find_prompts(config.prompts)
     if not config.policy.name:
         raise UserError("policy.name is not set: name a policy folder or a model")
     run_evaluation(

@@ -6,20 +6,30 @@ on which others share its batch, and finished sequences leave the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from rlaif.losses import token_logps
+
 
 @dataclass(frozen=True)
 class Generation:
-    """Token ids of a completion (with its end token, if it ended) and whether it ended by itself."""
+    """A sampled completion.
+
+    ``tokens`` includes the end token if it ended by itself. ``logps`` are the log-probabilities that the tokens
+    were drawn with, at the sampling temperature (before nucleus cuts); ``values`` what ``observe`` made of the
+    state before each token.
+    """
 
     tokens: list[int]
     ended: bool
+    logps: list[float]
+    values: list[float] | None = None
 
     @property
     def finish_reason(self) -> str:
@@ -65,6 +75,21 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p:
     return drawn.clamp(max=probs.shape[-1] - 1)
 
 
+@contextlib.contextmanager
+def head_inputs(model: Any) -> Iterator[Callable[[], torch.Tensor]]:
+    """Catch the hidden states that enter the output head during a forward pass: (B, kept, H)."""
+    caught: list[torch.Tensor] = []
+
+    def hook(module: Any, arguments: tuple[Any, ...]) -> None:
+        caught[:] = [arguments[0]]
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    try:
+        yield lambda: caught[0]
+    finally:
+        handle.remove()
+
+
 @torch.inference_mode()
 def generate(
     model: Any,
@@ -76,6 +101,7 @@ def generate(
     top_p: float = 1.0,
     eos: Sequence[int],
     pad: int,
+    observe: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> list[Generation]:
     """Sample one completion for each prompt.
 
@@ -88,6 +114,7 @@ def generate(
         top_p: nucleus mass.
         eos: token ids that end a completion.
         pad: token id to pad with.
+        observe: a value of the hidden states (B, 1, H) -> (B, 1) before each token, for example a value head.
     """
     device = next(model.parameters()).device
     ids, mask = left_pad(prompts, pad, device)
@@ -96,34 +123,44 @@ def generate(
     ).to(device)
     ends = torch.tensor(list(eos), device=device)
     tokens = torch.full((len(prompts), max_new_tokens), pad, dtype=torch.long, device=device)
+    logps = torch.zeros((len(prompts), max_new_tokens), device=device)
+    values = torch.zeros_like(logps)
     lengths = torch.full((len(prompts),), max_new_tokens, dtype=torch.long, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     active = torch.arange(len(prompts), device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = None
-    for step in range(max_new_tokens):
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache = output.past_key_values
-        drawn = draw(output.logits[:, -1], uniform[active, step], temperature, top_p)
-        tokens[active, step] = drawn
-        done = torch.isin(drawn, ends)
-        lengths[active[done]] = step + 1
-        ended[active[done]] = True
-        if bool(done.all()):
-            break
-        keep = ~done
-        ids, mask, positions = drawn.unsqueeze(-1), mask, positions[:, -1:] + 1
-        if bool(done.any()):
-            rows = keep.nonzero().squeeze(-1)
-            active, ids, mask, positions = active[rows], ids[rows], mask[rows], positions[rows]
-            cache.batch_select_indices(rows)
-        mask = torch.cat([mask, mask.new_ones((len(mask), 1))], dim=-1)
-    counts, flags = lengths.tolist(), ended.tolist()
-    return [Generation(row[:count], flag) for row, count, flag in zip(tokens.tolist(), counts, flags, strict=True)]
+    with head_inputs(model) as hidden:
+        for step in range(max_new_tokens):
+            output = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = output.past_key_values
+            logits = output.logits[:, -1].float()
+            drawn = draw(logits, uniform[active, step], temperature, top_p)
+            tokens[active, step] = drawn
+            logps[active, step] = token_logps(logits / (temperature or 1.0), drawn)
+            if observe is not None:
+                values[active, step] = observe(hidden()[:, -1:]).squeeze(-1)
+            done = torch.isin(drawn, ends)
+            lengths[active[done]] = step + 1
+            ended[active[done]] = True
+            if bool(done.all()):
+                break
+            keep = ~done
+            ids, positions = drawn.unsqueeze(-1), positions[:, -1:] + 1
+            if bool(done.any()):
+                left = keep.nonzero().squeeze(-1)
+                active, ids, mask, positions = active[left], ids[left], mask[left], positions[left]
+                cache.batch_select_indices(left)
+            mask = torch.cat([mask, mask.new_ones((len(mask), 1))], dim=-1)
+    rows = zip(tokens.tolist(), lengths.tolist(), ended.tolist(), logps.tolist(), values.tolist(), strict=True)
+    return [
+        Generation(row[:count], flag, logp[:count], value[:count] if observe is not None else None)
+        for row, count, flag, logp, value in rows
+    ]

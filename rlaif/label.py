@@ -18,6 +18,7 @@ from rlaif.records import (
     UserError,
     existing_file,
     read_candidates,
+    read_json,
     write_json,
     write_jsonl,
 )
@@ -43,7 +44,7 @@ Label candidate completions by written principles; build the preference dataset.
   gold=vader                      measure the labels against a programmatic gold judge
   feedback=simulated_human        labels drawn from the gold judge instead of a labeler (no people involved)
 
-A rerun asks only what is not in store.sqlite yet.
+A rerun asks only what is not in store.sqlite yet, requests that failed included.
 """
 
 
@@ -120,7 +121,12 @@ def _label_with_ai(lines: list[Candidates], file: Path, config: LabelConfig, out
         feedback=config.feedback,
     )
     inputs = {"candidates": file, "constitution": principles}
-    run_stage("label", output, settings, inputs, make, config.seed, carry_over=(STORE,))
+    run_stage("label", output, settings, inputs, make, config.seed, carry_over=(STORE,), unfinished=_has_failures)
+
+
+def _has_failures(folder: Path) -> bool:
+    """Whether requests failed that a rerun may get an answer to."""
+    return bool(read_json(folder / "quality.json").get("failed"))
 
 
 # Settings of the labeler that change how fast answers come, not what they are.

@@ -30,11 +30,11 @@ def token_logps(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log-probability of each token, in float32.
 
     Args:
-        logits: (B, T, V), already divided by the sampling temperature.
-        tokens: (B, T).
+        logits: (..., V), already divided by the sampling temperature.
+        tokens: (...).
 
     Returns:
-        (B, T).
+        (...).
     """
     logits = logits.float()
     return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,18 +193,3 @@ def merged(model: Any) -> Iterator[Any]:
     finally:
         for weight, data in reversed(kept):
             weight.data = data
-
-
-@contextlib.contextmanager
-def head_inputs(model: Any) -> Iterator[Callable[[], Tensor]]:
-    """Catch the hidden states that enter the output head during a forward pass: (B, kept, H)."""
-    caught: list[Tensor] = []
-
-    def hook(module: Any, arguments: tuple[Any, ...]) -> None:
-        caught[:] = [arguments[0]]
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
-    try:
-        yield lambda: caught[0]
-    finally:
-        handle.remove()

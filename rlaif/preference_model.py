@@ -48,6 +48,9 @@ class PreferenceModel:
             raise UserError(f"preference_model={path}: not a model folder (no config.json or adapter_config.json)")
         self.tokenizer = load_tokenizer(config, "preference_model")
         self.model = load_sequence_scorer(config, "preference_model")
+        if hasattr(self.model, "merge_and_unload"):
+            # Only scored with, never trained further: without the adapter's extra products it is faster.
+            self.model = self.model.merge_and_unload()
         self.batch_tokens = batch_tokens
 
     def score(self, examples: Sequence[tuple[Sequence[Message], str]]) -> list[float]:

@@ -124,11 +124,14 @@ def write_preferences(folder: Path, by_split: Mapping[str, Sequence[Preference]]
     for split in names:
         rows = [preference.to_row() for preference in by_split[split]]
         Dataset.from_list(rows).to_parquet(str(folder / f"{split}.parquet"))
+    # datasets caches by folder and configuration name, not by place: equal names would load each other's labels.
+    content = content_hash([[preference.to_row() for preference in by_split[split]] for split in names])
+    name = f"{card.get('feedback', 'preferences')}-{content[:12]}"
     files = "\n".join(f"  - split: {split}\n    path: {split}.parquet" for split in names)
     counts = "\n".join(f"| {split} | {len(by_split[split])} |" for split in names)
     facts = "\n".join(f"- {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in card.items())
     (folder / "README.md").write_text(
-        f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}\n"
+        f"---\nconfigs:\n- config_name: {name}\n  data_files:\n{files}\n"
         "tags: [preference, rlaif]\n---\n\n# Preference dataset\n\n"
         "Conversational preference format (`prompt`, `chosen`, `rejected`) with a soft label: `p_chosen` is the "
         "labeler's probability that `chosen` is better. Splits are by prompt, near-duplicates together.\n\n"

@@ -158,6 +158,25 @@ def existing_file(path: str | os.PathLike[str] | None, key: str) -> Path:
     return file
 
 
+def find_prompts(path: str | os.PathLike[str] | None) -> Path:
+    """The user's prompts file, or one that comes with the project (``everyday``).
+
+    Raises:
+        UserError: if there is neither; lists the shipped names.
+    """
+    if path is None:
+        raise UserError("prompts is not set: give prompts=FILE.jsonl")
+    package = Path(__file__).parent
+    folder = next(place for place in (package.parent / "data", package / "data") if place.is_dir())
+    shipped = folder / f"{path}_prompts.jsonl"
+    if not Path(path).exists() and shipped.is_file():
+        return shipped
+    if not Path(path).exists():
+        names = ", ".join(sorted(file.name.removesuffix("_prompts.jsonl") for file in folder.glob("*_prompts.jsonl")))
+        raise UserError(f"prompts={path}: no such file (shipped sets of prompts: {names})")
+    return existing_file(path, "prompts")
+
+
 def existing_dir(path: str | os.PathLike[str] | None, key: str) -> Path:
     """The path of a folder that must be there; ``key`` is the configuration key that named it."""
     if path is None:

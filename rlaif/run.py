@@ -20,7 +20,7 @@ from rlaif.config import (
 from rlaif.constitution import load_constitution
 from rlaif.evaluate import held_out_prompts, run_evaluation
 from rlaif.label import run_label
-from rlaif.records import UserError, existing_file
+from rlaif.records import UserError, find_prompts
 from rlaif.sample import run_sample
 from rlaif.train import train
 
@@ -105,7 +105,7 @@ def main(config: RunConfig, output: Path) -> None:
 
 def check(config: RunConfig) -> Path:
     """Everything that can be wrong and is cheap to see, before any work; returns the prompts file."""
-    prompts_file = existing_file(config.prompts, "prompts")
+    prompts_file = find_prompts(config.prompts)
     if not config.policy.name:
         raise UserError("policy.name is not set: name a hub model, a folder, or `embedded`")
     if not config.arms:

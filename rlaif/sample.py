@@ -7,7 +7,7 @@ from pathlib import Path
 from rlaif.artifacts import plain, run_stage
 from rlaif.cli import launch
 from rlaif.config import SampleConfig
-from rlaif.records import existing_file, read_prompts
+from rlaif.records import find_prompts, read_prompts
 from rlaif.splits import assign_splits
 
 USAGE = """
@@ -15,7 +15,7 @@ Sample candidate completions for prompts.
 
   python -m rlaif.sample prompts=FILE output_dir=DIR policy.name=MODEL [key=value ...] [-m]
 
-  prompts=FILE                    JSONL: {"prompt": text or messages, "prompt_id": optional} a line
+  prompts=FILE                    JSONL: {"prompt": text or messages, "prompt_id": optional} a line; or `everyday`
   output_dir=DIR                  gets candidates.jsonl and provenance.json
   policy.name=MODEL               hub name, folder, or `embedded`; model@policy=embedded is the same
   sampling.styles.plain.n=4       completions per prompt in the style `plain`
@@ -29,7 +29,7 @@ Sample candidate completions for prompts.
 
 def run_sample(config: SampleConfig, output: Path) -> Path:
     """Sample candidates into ``output``; returns the path of candidates.jsonl."""
-    file = existing_file(config.prompts, "prompts")
+    file = find_prompts(config.prompts)
     prompts = read_prompts(file)[: config.data.max_prompts]
     splits = assign_splits(prompts, config.data)
 

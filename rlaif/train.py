@@ -10,7 +10,7 @@ from typing import Any
 from rlaif.artifacts import plain, run_stage
 from rlaif.cli import launch
 from rlaif.config import Feedback, Method, ModelConfig, Split, TrainConfig
-from rlaif.records import Preference, Prompt, UserError, existing_dir, existing_file, read_prompts
+from rlaif.records import Preference, Prompt, UserError, existing_dir, find_prompts, read_prompts
 
 log = logging.getLogger("rlaif")
 
@@ -29,7 +29,7 @@ Train on preferences: a preference model (pm), or a policy by sft, ppo or dpo.
   eval.gold=vader                 judge the policy on held-out prompts; eval.enabled=false skips evaluation
   pm.learning_rate=1e-4  ppo.iterations=100  ppo.kl_coef=0.05  dpo.beta=0.1  ppo.tuning=full  ppo.lora.r=16 ...
 
-output_dir gets policy/ (and preference_model/), training.jsonl, evaluation/metrics.json, provenance.json.
+output_dir gets pm/preference_model/, METHOD/policy/ with training.jsonl, and evaluation/metrics.json.
 An interrupted run goes on when the same command is given again.
 """
 
@@ -89,7 +89,7 @@ def train(
     data = {split: read_preferences(source, split) for split in ("train", "validation")}
     if not data["train"]:
         raise UserError(f"{source}: the training split is empty")
-    prompts_file = existing_file(config.prompts, "prompts") if config.prompts else None
+    prompts_file = find_prompts(config.prompts) if config.prompts else None
     if method is not Method.pm and prompts_file is None and (config.eval.enabled):
         raise UserError(
             "prompts is not set: evaluation needs held-out prompts; give prompts=FILE, or eval.enabled=false"

@@ -55,7 +55,7 @@ def sample_policy(
     jobs = [(index, number) for index in range(len(prompts)) for number in range(config.samples_per_prompt)]
     encoded = [encode_chat(tokenizer, prompt.messages) for prompt in prompts]
     jobs.sort(key=lambda job: (len(encoded[job[0]]), job))
-    samples, tokens = [], []
+    samples, tokens, own = [], [], []
     with progress(len(jobs), "evaluating", "completion") as bar:
         for start in range(0, len(jobs), config.batch_size):
             part = jobs[start : start + config.batch_size]
@@ -81,11 +81,11 @@ def sample_policy(
                     )
                 )
                 tokens.append(generation.tokens)
+                own.append(generation.logps)
             bar.update(len(part))
     if reference is not None:
         rows = [encoded[index] for index, _ in jobs]
         temperature = config.temperature or 1.0
-        own = completion_logps(model, rows, tokens, pad, temperature=temperature)
         del model
         base = completion_logps(load_causal_lm(reference), rows, tokens, pad, temperature=temperature)
         for sample, left, right in zip(samples, own, base, strict=True):

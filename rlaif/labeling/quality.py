@@ -45,7 +45,8 @@ def verdict_quality(labels: Sequence[Label]) -> dict[str, Any]:
     for label, value in zip(valid, logits, strict=True):
         pair = tuple(sorted((label.first or "", label.second or "")))
         orders[label.prompt_id, label.principle, pair].append(value)
-    both = {key: values for key, values in orders.items() if len(values) == 2}
+    # A logit of exactly 0 names no position.
+    both = {key: values for key, values in orders.items() if len(values) == 2 and all(values)}
     same = bootstrap_mean(
         [float((values[0] > 0) == (values[1] > 0)) for values in both.values()], [key[0] for key in both]
     )

@@ -15,7 +15,7 @@ _BATCH = 500
 
 
 class VerdictStore:
-    """Key -> verdict. Every ``put`` is on disk when it returns (WAL, synchronous commits)."""
+    """Key -> verdict. What ``put`` has returned from survives the process, however it ends (write-ahead log)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from rlaif import losses
 from rlaif.chat import encode_chat
 from rlaif.config import KLControl, ModelConfig, PPOConfig, Tuning
-from rlaif.generation import generate
+from rlaif.generation import generate, head_inputs
 from rlaif.methods.ppo_checks import check_start
 from rlaif.models import eos_ids, seed_everything
-from rlaif.policy import Packed, Policy, completion_logits, head_inputs, load_policy, merged, pack
+from rlaif.policy import Packed, Policy, completion_logits, load_policy, merged, pack
 from rlaif.progress import progress
 from rlaif.records import Prompt, UserError, read_json, write_json
 
@@ -49,7 +49,6 @@ class Rollouts:
     logps: Tensor
     ref_logps: Tensor
     values: Tensor
-    entropy: Tensor
 
 
 @dataclass
@@ -198,7 +197,8 @@ class PPOTrainer:
             "score": float(rollouts.scores.mean()),
             "kl": sequence_kl,
             "reward": float(rewards.sum(dim=1).mean()),
-            "entropy": float(losses.masked_mean(rollouts.entropy, mask)),
+            # The mean of -log p over the policy's own samples estimates its entropy without bias.
+            "entropy": float(losses.masked_mean(-rollouts.logps, mask)),
             "length": float(mask.sum(dim=1).mean()),
             "eos_rate": float(rollouts.ended.float().mean()),
             "kl_coef": self.progress.kl_coef,
@@ -235,6 +235,7 @@ class PPOTrainer:
                     temperature=config.temperature,
                     eos=self.eos,
                     pad=self.pad,
+                    observe=self.value_head,
                 )
         texts = [
             self.tokenizer.decode(generation.tokens, skip_special_tokens=True).strip() for generation in generations
@@ -246,7 +247,14 @@ class PPOTrainer:
             self.pad,
             self.device,
         )
-        logps, values, entropy = self.evaluate_policy(batch)
+        if next(self.model.parameters()).dtype == torch.float32 and not self.autocast:
+            # The sampler's own figures: in float32, merged weights give those of the training forward pass.
+            logps, values = (
+                self.padded([getattr(generation, name) for generation in generations], batch)
+                for name in ("logps", "values")
+            )
+        else:
+            logps, values = self.evaluate_policy(batch)
         return Rollouts(
             batch=batch,
             texts=texts,
@@ -255,8 +263,14 @@ class PPOTrainer:
             logps=logps,
             ref_logps=self.evaluate_reference(batch),
             values=values,
-            entropy=entropy,
         )
+
+    def padded(self, rows: Sequence[Sequence[float]], batch: Packed) -> Tensor:
+        """Figures of each completion's tokens as (B, T), 0 after its end."""
+        result = torch.zeros(batch.tokens.shape)
+        for index, row in enumerate(rows):
+            result[index, : len(row)] = torch.tensor(row)
+        return result.to(self.device)
 
     def draw_prompts(self, iteration: int) -> list[int]:
         """Indices of this iteration's prompts: the set is gone through in a new order each time around."""
@@ -269,18 +283,16 @@ class PPOTrainer:
         return [int(orders[position // size][position % size]) for position in positions]
 
     @torch.no_grad()
-    def evaluate_policy(self, batch: Packed) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities, values and entropies of the current policy: three (B, T)."""
-        shape = batch.tokens.shape
-        logps, values, entropies = (torch.zeros(shape, device=self.device) for _ in range(3))
+    def evaluate_policy(self, batch: Packed) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and values of the current policy: two (B, T)."""
+        logps, values = (torch.zeros(batch.tokens.shape, device=self.device) for _ in range(2))
         for rows in self.micro_batches(batch):
             part = batch.select(rows)
             logits, value = self.forward(part)
             width = part.tokens.shape[1]
             logps[rows, :width] = losses.token_logps(logits, part.tokens) * part.completion_mask
             values[rows, :width] = value * part.completion_mask
-            entropies[rows, :width] = losses.entropy(logits) * part.completion_mask
-        return logps, values, entropies
+        return logps, values
 
     @torch.no_grad()
     def evaluate_reference(self, batch: Packed) -> Tensor:

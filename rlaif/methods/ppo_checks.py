@@ -32,7 +32,8 @@ def check_start(trainer: PPOTrainer, rollouts: Rollouts) -> None:
     Raises:
         StartCheckError: naming the property and by how much it fails.
     """
-    limit = tolerance(next(trainer.model.parameters()).dtype)
+    dtype = torch.bfloat16 if trainer.autocast else next(trainer.model.parameters()).dtype
+    limit = tolerance(dtype)
     mask = rollouts.batch.completion_mask
     check_close("KL to the reference", (rollouts.logps - rollouts.ref_logps) * mask, limit)
     check_close("value", rollouts.values * mask, limit)

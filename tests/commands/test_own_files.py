@@ -59,13 +59,16 @@ def test_own_prompts_as_texts_and_messages(inputs, run_command, tmp_path):
         cwd=tmp_path,
     )
     sampled = [json.loads(line) for line in (tmp_path / "out" / "candidates.jsonl").open(encoding="utf-8")]
-    by_id = {line["prompt_id"]: line for line in sampled}
-    assert len(by_id) >= 30
-    assert by_id["1"]["prompt"] == lines[1]["prompt"]
-    assert by_id["mine-2"]["prompt"] == lines[2]["prompt"]
+    given = {str(line.get("id", line.get("prompt_id"))): line["prompt"] for line in lines}
+    named = {line["prompt_id"]: line for line in sampled if line["prompt_id"] in given}
+    # The prompts of the test split are left out: nothing is trained on them.
+    assert len(sampled) >= 20
+    assert len(named) >= 10
+    assert all(line["prompt"] == given[name] for name, line in named.items())
     assert {c["style"] for line in sampled for c in line["candidates"]} == {"plain", "short"}
-    systems = {c["style"]: c.get("system") for c in by_id["mine-2"]["candidates"]}
-    assert systems["short"] == "Answer in one word."
+    systems = {(c["style"], c.get("system")) for line in named.values() for c in line["candidates"]}
+    assert ("short", "Answer in one word.") in systems
+    assert ("plain", "Be brief.") in systems
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.jsonl", "out"]
 
 
