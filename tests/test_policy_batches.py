@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from rlaif.config import LoraSettings, ModelConfig, Tuning
+from rlaif.generation import head_inputs
 from rlaif.losses import token_logps
 from rlaif.models import load_causal_lm
-from rlaif.policy import completion_logits, completion_logps, head_inputs, load_policy, merged, pack
+from rlaif.policy import completion_logits, completion_logps, load_policy, merged, pack
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(name="tiny", device="cpu")

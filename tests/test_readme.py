@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from rlaif.cli import _normalise
 from rlaif.config import COMMANDS, DataConfig, LoraSettings, ModelConfig, TrainerSettings, register
 from rlaif.constitution import load_constitution, shipped_dir
-from rlaif.records import read_prompts
+from rlaif.records import find_prompts, read_prompts
 from rlaif.splits import assign_splits
 
 ROOT = Path(__file__).parents[1]
@@ -273,7 +273,7 @@ def test_demo_numbers() -> None:
     """The counts in docs/demo.md and docs/constitutions.md."""
     text = re.sub(r"\s+", " ", DEMO.read_text(encoding="utf-8"))
     demo = yaml.safe_load((ROOT / "conf" / "experiment" / "demo.yaml").read_text(encoding="utf-8"))
-    prompts = read_prompts(ROOT / demo["prompts"])
+    prompts = read_prompts(find_prompts(demo["prompts"]))
     splits = [split.value for split in assign_splits(prompts, DataConfig(**demo["data"])).values()]
     train, validation, test = (splits.count(name) for name in ("train", "validation", "test"))
     assert f"{len(prompts)} everyday prompts, split into {train} train, {validation} validation and {test} test" in text

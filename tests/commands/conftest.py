@@ -115,7 +115,9 @@ def write_lines(path: Path, lines: list[Any]) -> Path:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small good inputs: ``prompts.jsonl``, ``candidates.jsonl`` and ``preferences/train.jsonl``."""
     folder = tmp_path_factory.mktemp("inputs")
-    texts = [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()[:40]]
+    texts = [
+        json.loads(line)["prompt"][-1]["content"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()[:40]
+    ]
     write_lines(folder / "prompts.jsonl", [{"prompt": text} for text in texts])
     write_lines(
         folder / "candidates.jsonl",

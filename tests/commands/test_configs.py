@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from rlaif import config as schema
 from rlaif.config import COMMANDS, register
+from rlaif.records import find_prompts
 
 REPO = Path(__file__).parents[2]
 CONF = REPO / "conf"
@@ -69,7 +70,7 @@ def test_every_choice_composes(command, file):
             config = converted(command, f"experiment={choice}")
             assert config.output_dir
             assert config.arms
-            assert (REPO / str(config.prompts)).is_file()
+            assert find_prompts(config.prompts).is_file()
         return
     key = groups_of(command).get(group)
     if key is None:

@@ -27,7 +27,8 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
 
 
 def questions(inputs: Path) -> list[str]:
-    return [json.loads(line)["prompt"] for line in (inputs / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = (inputs / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["prompt"] for line in lines]
 
 
 def user(text: str) -> dict[str, str]:

@@ -57,13 +57,15 @@ def test_at_the_start_kl_is_zero_ratio_one_value_zero(tmp_path: Path, tuning: Tu
 
 def test_rollout_logps_are_those_of_the_tokens_without_padding(tmp_path: Path) -> None:
     ppo = trainer(tmp_path, temperature=0.7)
-    batch = ppo.rollout(0).batch
+    rollouts = ppo.rollout(0)
+    batch = rollouts.batch
     for row in range(len(batch)):
         ids = batch.ids[row][batch.mask[row].bool()]
         length = int(batch.completion_mask[row].sum())
         with torch.no_grad():
             logits = ppo.model(ids.unsqueeze(0)).logits[0] / 0.7
         expected = torch.log_softmax(logits, -1)[:-1].gather(-1, ids[1:, None]).squeeze(-1)[-length:]
+        assert torch.allclose(rollouts.logps[row, :length], expected, atol=1e-4)
         assert torch.allclose(ppo.evaluate_policy(batch)[0][row, :length], expected, atol=1e-4)
 
 
@@ -167,7 +169,8 @@ def test_every_prompt_is_used_once_per_round(tmp_path: Path) -> None:
 
 
 def test_long_prompts_are_left_out_and_none_left_is_an_error(tmp_path: Path) -> None:
-    assert len(trainer(tmp_path, max_prompt_length=60).prompts) < len(PROMPTS)
+    # The prompts have 21, 23, ... 31 tokens.
+    assert len(trainer(tmp_path, max_prompt_length=25).prompts) == 3
     with pytest.raises(UserError, match="no prompt is that short"):
         trainer(tmp_path, max_prompt_length=3)
 
