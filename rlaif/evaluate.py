@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rlaif.artifacts import plain, run_stage
 from rlaif.cli import launch
-from rlaif.config import DataConfig, EvalConfig, EvaluateConfig, ModelConfig
-from rlaif.records import Prompt, UserError, existing_dir, existing_file, find_prompts, read_prompts
-from rlaif.splits import assign_splits
+from rlaif.config import EvalConfig, EvaluateConfig, ModelConfig
+from rlaif.records import Prompt, UserError, existing_dir, existing_file, find_prompts
+from rlaif.splits import read_split
 
 log = logging.getLogger("rlaif")
 
@@ -28,20 +28,6 @@ Measure a policy on held-out prompts against the policy it started from.
   baseline_samples=FILE           samples.jsonl of the reference, to save sampling it again
   name=ppo feedback=ai            how the report calls the row
 """
-
-
-def held_out_prompts(file: Path, data: DataConfig, config: EvalConfig) -> list[Prompt]:
-    """The prompts of the evaluation split.
-
-    Raises:
-        UserError: if there is none.
-    """
-    prompts = read_prompts(file)[: data.max_prompts]
-    splits = assign_splits(prompts, data)
-    chosen = [prompt for prompt in prompts if splits[prompt.prompt_id] is config.split]
-    if not chosen:
-        raise UserError(f"{file}: no prompt falls into eval.split={config.split.value}")
-    return chosen[: config.max_prompts]
 
 
 def run_evaluation(
@@ -123,7 +109,7 @@ def main(config: EvaluateConfig, output: Path) -> None:
         output,
         policy=config.policy,
         reference=config.reference if config.reference.name else None,
-        prompts=held_out_prompts(file, config.data, config.eval),
+        prompts=read_split(file, config.data, config.eval.split)[: config.eval.max_prompts],
         prompts_file=file,
         config=config.eval,
         row={

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from rlaif.artifacts import check_writable, duration
@@ -12,17 +13,17 @@ from rlaif.config import (
     ArmConfig,
     Feedback,
     LabelConfig,
-    Method,
     RunConfig,
     SampleConfig,
     TrainConfig,
 )
 from rlaif.constitution import load_constitution
-from rlaif.evaluate import held_out_prompts, run_evaluation
+from rlaif.evaluate import run_evaluation
 from rlaif.label import run_label
 from rlaif.records import UserError, find_prompts
 from rlaif.sample import run_sample
-from rlaif.train import train
+from rlaif.splits import read_split
+from rlaif.train import fit, measure
 
 log = logging.getLogger("rlaif")
 
@@ -62,39 +63,26 @@ def main(config: RunConfig, output: Path) -> None:
     used = {arm.feedback for arm in config.arms.values() if arm.method is not None}
     for feedback in sorted(used - {Feedback.human}):
         run_label(label_config(config, candidates, feedback), output / "labels" / feedback.value)
-    prompts = held_out_prompts(prompts_file, config.data, config.eval)
-    pm: Path | None = None
+    arms = {name: train_config(config, arm, output) for name, arm in config.arms.items()}
+    trained = {name: fit(arm, output / "arms" / name) for name, arm in arms.items() if arm.method is not None}
+    pm = report_pm(arms, {name: pm for name, (_, pm) in trained.items()})
     baseline: Path | None = None
-    # The PM that scores every row of the report is the first AI one, or else the first there is.
-    trained = sorted(
-        ((name, arm) for name, arm in config.arms.items() if arm.method is not None),
-        key=lambda item: (item[1].method is not Method.ppo, item[1].feedback is not Feedback.ai),
-    )
-    for name, arm in trained:
-        arm_output = output / "arms" / name
-        settings = train_config(config, arm, output)
-        if arm.method is Method.ppo:
-            # Trained before the baseline is measured, so that the baseline can be scored by it.
-            train(settings_without_evaluation(settings), arm_output, name)
-            pm = pm or arm_output / "pm" / "preference_model"
-    for name, arm in config.arms.items():
-        if arm.method is None:
-            baseline = (
-                run_evaluation(
-                    output / "arms" / name / "evaluation",
-                    policy=config.policy,
-                    reference=None,
-                    prompts=prompts,
-                    prompts_file=prompts_file,
-                    config=config.eval,
-                    row={"name": name, "method": "base", "feedback": None, "seed": config.seed},
-                    seed=config.seed,
-                    preference_model=pm,
-                )
-                / "samples.jsonl"
-            )
-    for name, arm in trained:
-        train(train_config(config, arm, output), output / "arms" / name, name, baseline, pm)
+    for name in (name for name, arm in arms.items() if arm.method is None):
+        folder = run_evaluation(
+            output / "arms" / name / "evaluation",
+            policy=config.policy,
+            reference=None,
+            prompts=read_split(prompts_file, config.data, config.eval.split)[: config.eval.max_prompts],
+            prompts_file=prompts_file,
+            config=config.eval,
+            row={"name": name, "method": "base", "feedback": None, "seed": config.seed},
+            seed=config.seed,
+            preference_model=pm,
+        )
+        baseline = folder / "samples.jsonl"
+    for name, (policy, _) in trained.items():
+        if policy is not None:
+            measure(arms[name], output / "arms" / name, name, policy, pm, baseline)
     from rlaif.reporting import write_report
 
     base = next((name for name, arm in config.arms.items() if arm.method is None), "base")
@@ -162,11 +150,11 @@ def train_config(config: RunConfig, arm: ArmConfig, output: Path) -> TrainConfig
     )
 
 
-def settings_without_evaluation(config: TrainConfig) -> TrainConfig:
-    """The same training without measuring the policy afterwards."""
-    from dataclasses import replace
-
-    return replace(config, eval=replace(config.eval, enabled=False))
+def report_pm(arms: Mapping[str, TrainConfig], models: Mapping[str, Path | None]) -> Path | None:
+    """The one PM that scores every row: an AI one, or else any."""
+    found = [name for name, model in models.items() if model is not None]
+    found.sort(key=lambda name: arms[name].feedback is not Feedback.ai)
+    return models[found[0]] if found else None
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
 from rlaif.config import DataConfig, Split
-from rlaif.records import Prompt, UserError, bounded_examples
+from rlaif.records import Prompt, UserError, bounded_examples, read_prompts
 
 _WORD = re.compile(r"\w+")
 
@@ -49,6 +50,20 @@ def assign_splits(prompts: Sequence[Prompt], data: DataConfig) -> dict[str, Spli
             f"{', '.join(missing)}; give more prompts or change data.validation_fraction / data.test_fraction"
         )
     return splits
+
+
+def read_split(file: Path, data: DataConfig, split: Split) -> list[Prompt]:
+    """The prompts of one split of a prompts file.
+
+    Raises:
+        UserError: if there is none.
+    """
+    prompts = read_prompts(file)[: data.max_prompts]
+    splits = assign_splits(prompts, data)
+    chosen = [prompt for prompt in prompts if splits[prompt.prompt_id] is split]
+    if not chosen:
+        raise UserError(f"{file}: no prompt falls into the {split.value} split")
+    return chosen
 
 
 def check_no_leak(prompts: Sequence[Prompt], splits: dict[str, str], threshold: float) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rlaif.artifacts import plain, run_stage
 from rlaif.cli import launch
 from rlaif.config import Feedback, Method, ModelConfig, Split, TrainConfig
-from rlaif.records import Preference, Prompt, UserError, existing_dir, find_prompts, read_prompts
+from rlaif.records import Preference, Prompt, UserError, existing_dir, find_prompts
+from rlaif.splits import read_split
 
 log = logging.getLogger("rlaif")
 
@@ -70,17 +72,13 @@ def main(config: TrainConfig, output: Path) -> None:
         raise UserError(f"method is not set: give method={'|'.join(method.value for method in Method)}")
     if not config.policy.name:
         raise UserError("policy.name is not set: name a hub model, a folder, or `embedded`")
-    train(config, output, name=f"{config.method.value}_{config.feedback.value}")
+    policy, pm = fit(config, output)
+    if policy is not None and config.eval.enabled:
+        measure(config, output, f"{config.method.value}_{config.feedback.value}", policy, pm)
 
 
-def train(
-    config: TrainConfig,
-    output: Path,
-    name: str,
-    baseline_samples: Path | None = None,
-    eval_preference_model: Path | None = None,
-) -> None:
-    """Train one arm into ``output`` and evaluate it there."""
+def fit(config: TrainConfig, output: Path) -> tuple[Path | None, Path | None]:
+    """Train one arm into ``output``: returns the policy (None for method=pm) and the PM (None without one)."""
     from rlaif.preferences import prompts_of, read_preferences
 
     method = config.method
@@ -90,56 +88,67 @@ def train(
     if not data["train"]:
         raise UserError(f"{source}: the training split is empty")
     prompts_file = find_prompts(config.prompts) if config.prompts else None
-    if method is not Method.pm and prompts_file is None and (config.eval.enabled):
-        raise UserError(
-            "prompts is not set: evaluation needs held-out prompts; give prompts=FILE, or eval.enabled=false"
-        )
+    if method is not Method.pm and config.eval.enabled:
+        if prompts_file is None:
+            raise UserError(
+                "prompts is not set: evaluation needs held-out prompts; give prompts=FILE, or eval.enabled=false"
+            )
+        _warn_of_leak(read_split(prompts_file, config.data, config.eval.split), data["train"])
     pm = existing_dir(config.preference_model, "preference_model") if config.preference_model else None
     if method is Method.pm or (method is Method.ppo and pm is None):
         pm = _train_pm(config, output, source, data)
     if method is Method.pm:
-        return
-    if method is Method.ppo:
-        assert pm is not None
-        prompts = split_prompts(config, prompts_file, Split.train) if prompts_file else prompts_of(data["train"])
-        policy = _train_ppo(config, output, prompts, pm, prompts_file or source)
-    else:
-        policy = _train_supervised(config, output, source, data["train"])
-    if config.eval.enabled:
-        assert prompts_file is not None
-        from rlaif.evaluate import run_evaluation
+        return None, pm
+    if method is not Method.ppo:
+        return _train_supervised(config, output, source, data["train"]), pm
+    assert pm is not None
+    prompts = read_split(prompts_file, config.data, Split.train) if prompts_file else prompts_of(data["train"])
+    return _train_ppo(config, output, prompts, pm, prompts_file or source), pm
 
-        run_evaluation(
-            output / "evaluation",
-            policy=ModelConfig(
-                name=str(policy),
-                dtype=config.policy.dtype,
-                device=config.policy.device,
-                trust_remote_code=config.policy.trust_remote_code,
-            ),
-            reference=config.policy,
-            prompts=split_prompts(config, prompts_file, config.eval.split)[: config.eval.max_prompts],
-            prompts_file=prompts_file,
-            config=config.eval,
-            row={
-                "name": name,
-                "method": method.value,
-                "feedback": config.feedback.value,
-                "seed": config.seed,
-            },
-            seed=config.seed,
-            baseline_samples=baseline_samples,
-            preference_model=eval_preference_model or pm,
+
+def _warn_of_leak(held_out: Sequence[Prompt], preferences: Sequence[Preference]) -> None:
+    """Preferences that people bring may hold the very prompts that evaluation holds out."""
+    trained = {preference.prompt[-1]["content"] for preference in preferences}
+    leaked = sum(prompt.messages[-1]["content"] in trained for prompt in held_out)
+    if leaked:
+        log.warning(
+            "WARNING: %d of %d evaluation prompts are also in the training preferences; the evaluation will flatter",
+            leaked,
+            len(held_out),
         )
 
 
-def split_prompts(config: TrainConfig, file: Path, split: Split) -> list[Prompt]:
-    """The prompts of one split of the prompts file."""
-    from rlaif.splits import assign_splits
+def measure(
+    config: TrainConfig,
+    output: Path,
+    name: str,
+    policy: Path,
+    preference_model: Path | None = None,
+    baseline_samples: Path | None = None,
+) -> None:
+    """Evaluate a trained policy into ``output/evaluation``."""
+    from rlaif.evaluate import run_evaluation
 
-    prompts = read_prompts(file)[: config.data.max_prompts]
-    splits = assign_splits(prompts, config.data)
-    return [prompt for prompt in prompts if splits[prompt.prompt_id] is split]
+    assert config.method is not None
+    prompts_file = find_prompts(config.prompts)
+    start = config.policy
+    run_evaluation(
+        output / "evaluation",
+        policy=replace(start, name=str(policy), adapter=None, revision=None),
+        reference=start,
+        prompts=read_split(prompts_file, config.data, config.eval.split)[: config.eval.max_prompts],
+        prompts_file=prompts_file,
+        config=config.eval,
+        row={
+            "name": name,
+            "method": config.method.value,
+            "feedback": config.feedback.value,
+            "seed": config.seed,
+        },
+        seed=config.seed,
+        baseline_samples=baseline_samples,
+        preference_model=preference_model,
+    )
 
 
 def _train_pm(config: TrainConfig, output: Path, source: Path, data: dict[str, list[Preference]]) -> Path:
