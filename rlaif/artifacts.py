@@ -25,11 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import rlaif
-from rlaif.records import UserError, content_hash, read_json, write_json
+from rlaif.config import ModelConfig
+from rlaif.records import UserError, bounded_examples, content_hash, read_json, write_json
 
 log = logging.getLogger("rlaif")
 
 PROVENANCE = "provenance.json"
+FAILED = "failed.json"
+"""What a sweep leaves in the folder of a job that failed."""
+MARKER = ".fingerprint"
+"""In a partial folder: what it is being made from."""
 _HASHED_BYTES = 64 * 2**20
 _PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "openai", "hydra-core")
 
@@ -60,13 +65,15 @@ def run_stage(
         UserError: if ``output`` cannot be written, or holds files that no stage made.
     """
     fingerprint = content_hash(stage, rlaif.__version__, config, seed, {k: _input_hash(v) for k, v in inputs.items()})
+    output = output.absolute()
+    partial = output.with_name(f".{output.name}.partial")
+    outdated = output.with_name(f".{output.name}.outdated")
+    _finish_renames(partial, output, outdated, fingerprint)
     recorded = _recorded(output)
     if recorded and recorded.get("fingerprint") == fingerprint and not unfinished(output):
         log.info("%s: up to date, skipped (%s)", stage, output)
         return output
-    if output.exists() and any(output.iterdir()) and not recorded:
-        raise UserError(f"output_dir={output}: the folder exists and was not made by rlaif.{stage}; choose another")
-    partial = output.with_name(f".{output.name}.partial")
+    _check_replaceable(output, recorded, stage)
     check_writable(output.parent)
     _prepare_partial(partial, output, fingerprint, carry_over, remake=bool(recorded), stage=stage)
     started = time.time()
@@ -75,7 +82,7 @@ def run_stage(
     except Exception as error:
         if _disk_full(error, partial):
             raise UserError(f"{output}: no space left on the disk; free some and run the same command again") from error
-        if os.listdir(partial) == [".fingerprint"]:
+        if os.listdir(partial) == [MARKER]:
             shutil.rmtree(partial)
         raise
     write_json(
@@ -88,20 +95,51 @@ def run_stage(
             "inputs": {k: None if v is None else str(v) for k, v in inputs.items()},
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
             "wall_s": round(time.time() - started, 2),
+            "files": sorted(set(os.listdir(partial)) - {MARKER}),
             **environment(),
         },
     )
-    (partial / ".fingerprint").unlink()
-    if output.exists():
-        outdated = output.with_name(f".{output.name}.outdated")
-        shutil.rmtree(outdated, ignore_errors=True)
-        os.replace(output, outdated)
-        os.replace(partial, output)
-        shutil.rmtree(outdated, ignore_errors=True)
-    else:
-        os.replace(partial, output)
+    _finish_renames(partial, output, outdated, fingerprint)
     log.info("%s: done in %s (%s)", stage, duration(time.time() - started), output)
     return output
+
+
+def _finish_renames(partial: Path, output: Path, outdated: Path, fingerprint: str) -> None:
+    """Give a complete partial folder its name; also what a kill between two renames left half done."""
+    if outdated.exists() and not output.exists():
+        os.replace(outdated, output)
+    done = _recorded(partial)
+    if done and done.get("fingerprint") == fingerprint:
+        (partial / MARKER).unlink(missing_ok=True)
+        if output.exists():
+            shutil.rmtree(outdated, ignore_errors=True)
+            os.replace(output, outdated)
+        os.replace(partial, output)
+    shutil.rmtree(outdated, ignore_errors=True)
+
+
+def _check_replaceable(output: Path, recorded: dict[str, Any] | None, stage: str) -> None:
+    """Refuse to replace a folder unless this stage made everything in it."""
+    if not output.exists():
+        return
+    found = set(os.listdir(output)) - {FAILED}
+    if not recorded:
+        if found:
+            raise UserError(f"output_dir={output}: the folder exists and was not made by rlaif.{stage}; choose another")
+        return
+    if recorded.get("stage") != stage:
+        raise UserError(
+            f"output_dir={output}: holds the output of stage {recorded.get('stage')}, which rlaif.{stage} would "
+            "replace; choose another"
+        )
+    own = {PROVENANCE, *recorded.get("files", found)}
+    # SQLite puts its log and index beside a database that somebody has open.
+    foreign = sorted(name for name in found - own if name.removesuffix("-wal").removesuffix("-shm") not in own)
+    if foreign:
+        raise UserError(
+            f"output_dir={output}: inputs or settings changed, so rlaif.{stage} would make it again, but it also holds "
+            f"{bounded_examples(foreign)}; move that away or choose another folder"
+        )
 
 
 def _disk_full(error: BaseException | None, folder: Path) -> bool:
@@ -129,26 +167,45 @@ def _recorded(output: Path) -> dict[str, Any] | None:
 def _prepare_partial(
     partial: Path, output: Path, fingerprint: str, carry_over: Sequence[str], remake: bool, stage: str
 ) -> None:
-    marker = partial / ".fingerprint"
+    marker = partial / MARKER
     resumable = marker.is_file() and read_json(marker).get("fingerprint") == fingerprint
     if resumable:
         log.info("%s: going on where an interrupted run stopped", stage)
         return
-    kept: dict[str, bytes | Path] = {}
-    source = partial if partial.exists() else output
+    kept: dict[str, Path] = {}
+    fresh = partial.with_name(f"{partial.name}.new")
+    source = next((place for place in (partial, fresh) if place.exists()), output)
     for name in carry_over:
         if (source / name).is_file():
             kept[name] = source / name
     if remake:
         log.info("%s: inputs or settings changed, or requests failed last time; making it again", stage)
-    fresh = partial.with_name(f"{partial.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    if source != fresh:
+        shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True, exist_ok=True)
     for name, path in kept.items():
-        shutil.copy2(str(path), fresh / name)
-    write_json(fresh / ".fingerprint", {"fingerprint": fingerprint})
+        if source != fresh:
+            shutil.copy2(path, fresh / name)
+    write_json(fresh / MARKER, {"fingerprint": fingerprint})
     shutil.rmtree(partial, ignore_errors=True)
     os.replace(fresh, partial)
+
+
+def model_inputs(role: str, model: ModelConfig | None) -> dict[str, Path | str | None]:
+    """What a model contributes to a fingerprint: its folder's content, or its name; likewise its adapter."""
+    if model is None:
+        return {role: None}
+    folder = Path(model.name or "")
+    return {
+        role: folder if model.name and folder.is_dir() else f"{model.name}@{model.revision}",
+        f"{role}_adapter": Path(model.adapter) if model.adapter else None,
+        f"{role}_loading": f"{model.dtype.value} {model.attn_implementation}",
+    }
+
+
+def folder_hash(folder: Path) -> str | None:
+    """Hash of a folder's content, as fingerprints take it."""
+    return _input_hash(folder)
 
 
 def check_writable(folder: Path) -> None:

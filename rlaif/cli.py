@@ -132,13 +132,17 @@ def _hydra(
             assert isinstance(config, COMMANDS[command])
             task(config, output)
         except BaseException as error:
-            message = explain(error, command) if sweep and output else None
-            if message is None or output is None:
+            if not sweep or output is None or not isinstance(error, Exception):
                 # Kept for the caller: Hydra would print lines of its own about it.
                 raised.append(error)
                 return
             # One failed job must not take the others down; it keeps its row.
-            log.error("%s failed: %s", output.name, message)
+            message = explain(error, command)
+            if message is None:
+                log.error("%s failed", output.name, exc_info=error)
+                message = f"{type(error).__name__}: {str(error)[:300]}"
+            else:
+                log.error("%s failed: %s", output.name, message)
             failures.append(f"{output.name}: {message}")
             write_json(output / "failed.json", {"error": message, "overrides": _job_overrides()})
         else:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from rlaif.config import LabelMode
 from rlaif.records import UserError
 
 
@@ -139,6 +140,20 @@ def load_constitution(name_or_file: str | None) -> Constitution:
     except (OSError, ValueError, yaml.YAMLError) as error:
         # Not UTF-8, a control character, a date that does not exist.
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+
+
+def check_mode(constitution: Constitution, mode: LabelMode) -> None:
+    """Check that a constitution has what a labeling mode needs.
+
+    Raises:
+        UserError: naming the principles that lack it.
+    """
+    missing = [principle.id for principle in constitution.principles if principle.statement is None]
+    if mode is LabelMode.pointwise and missing:
+        raise UserError(
+            f"constitution {constitution.name}: labeling.mode=pointwise needs statement and verdicts, and "
+            f"{', '.join(missing)} has none"
+        )
 
 
 def _fields(mapping: Any, where: str, required: set[str], optional: set[str], line: int) -> _Mapping:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from rlaif.artifacts import plain, run_stage
+from rlaif.artifacts import model_inputs, plain, run_stage
 from rlaif.cli import launch
 from rlaif.config import EvalConfig, EvaluateConfig, ModelConfig
 from rlaif.records import Prompt, UserError, existing_dir, existing_file, find_prompts
@@ -58,17 +59,18 @@ def run_evaluation(
             write_evaluation,
         )
 
-        pm = str(preference_model) if preference_model else None
+        pm = replace(policy, name=str(preference_model), adapter=None) if preference_model else None
         samples = sample_policy(policy, reference, prompts, config, seed)
-        score_samples(samples, config.gold, pm, policy.device)
+        score_samples(samples, config.gold, pm)
         if reference is None:
             baseline = samples
         elif baseline_samples is not None:
             baseline = read_samples(baseline_samples)
+            score_samples(baseline, config.gold, pm)
         else:
             log.info("sampling the reference policy for comparison")
             baseline = sample_policy(reference, None, prompts, config, seed)
-            score_samples(baseline, config.gold, pm, policy.device)
+            score_samples(baseline, config.gold, pm)
         metrics = {
             **row,
             "gold": config.gold,
@@ -83,21 +85,14 @@ def run_evaluation(
         write_evaluation(folder, samples, metrics)
 
     inputs: dict[str, Path | str | None] = {
-        "policy": _source(policy),
-        "reference": _source(reference),
+        **model_inputs("policy", policy),
+        **model_inputs("reference", reference),
         "prompts": prompts_file,
         "preference_model": preference_model,
         "baseline_samples": baseline_samples,
     }
     settings = plain(eval=config, row=row, prompt_ids=[prompt.prompt_id for prompt in prompts])
     return run_stage("evaluate", output, settings, inputs, make, seed)
-
-
-def _source(model: ModelConfig | None) -> Path | str | None:
-    if model is None:
-        return None
-    folder = Path(model.name or "")
-    return folder if model.name and folder.is_dir() else f"{model.name}@{model.revision}+{model.adapter}"
 
 
 def main(config: EvaluateConfig, output: Path) -> None:

@@ -16,6 +16,10 @@ import torch
 
 from rlaif.losses import token_logps
 
+# First words of random streams after the seed, so that no two purposes share numbers. NumPy pads short seeds with
+# zeros, so all have the same length and end in 1.
+STREAM_ROLLOUT, STREAM_EVALUATION, STREAM_PROMPTS, STREAM_MINIBATCHES = range(1, 5)
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -121,7 +125,7 @@ def generate(
     uniform = torch.from_numpy(
         np.stack([np.random.default_rng(list(seed)).random(max_new_tokens, np.float32) for seed in seeds])
     ).to(device)
-    ends = torch.tensor(list(eos), device=device)
+    ends = torch.tensor(list(eos), dtype=torch.long, device=device)
     tokens = torch.full((len(prompts), max_new_tokens), pad, dtype=torch.long, device=device)
     logps = torch.zeros((len(prompts), max_new_tokens), device=device)
     values = torch.zeros_like(logps)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlaif.artifacts import plain, run_stage
+from rlaif.artifacts import model_inputs, plain, run_stage
 from rlaif.cli import launch
-from rlaif.config import Feedback, LabelConfig
+from rlaif.config import Feedback, LabelConfig, LabelerType, ModelConfig
 from rlaif.constitution import find_constitution, load_constitution
 from rlaif.records import (
     Candidates,
@@ -26,6 +27,8 @@ from rlaif.records import (
 log = logging.getLogger("rlaif")
 
 STORE = "store.sqlite"
+# A run that was killed leaves its newest verdicts in the write-ahead log.
+STORE_FILES = (STORE, f"{STORE}-wal")
 USAGE = """
 Label candidate completions by written principles; build the preference dataset.
 
@@ -120,8 +123,15 @@ def _label_with_ai(lines: list[Candidates], file: Path, config: LabelConfig, out
         gold=config.gold,
         feedback=config.feedback,
     )
-    inputs = {"candidates": file, "constitution": principles}
-    run_stage("label", output, settings, inputs, make, config.seed, carry_over=(STORE,), unfinished=_has_failures)
+    labeler = ModelConfig(name=config.labeler.model, revision=config.labeler.revision, dtype=config.labeler.dtype)
+    inputs = {
+        "candidates": file,
+        "constitution": principles,
+        **model_inputs("labeler", labeler),
+        # Where labeler.base_url is unset this decides which server is asked.
+        "openai_base_url": os.environ.get("OPENAI_BASE_URL") if config.labeler.type is LabelerType.openai else None,
+    }
+    run_stage("label", output, settings, inputs, make, config.seed, carry_over=STORE_FILES, unfinished=_has_failures)
 
 
 def _has_failures(folder: Path) -> bool:
@@ -152,7 +162,7 @@ def _label_with_annotator(lines: list[Candidates], file: Path, config: LabelConf
         gold=gold,
         feedback=config.feedback,
     )
-    run_stage("label", output, settings, {"candidates": file}, make, config.seed)
+    run_stage("label", output, settings, {"candidates": file}, make, config.seed, carry_over=STORE_FILES)
 
 
 def _finish(

@@ -177,6 +177,8 @@ def load_tokenizer(config: ModelConfig, key: str = "policy") -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name_key(key)}={config.name}: its tokenizer has no end token (eos), so nothing could end")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

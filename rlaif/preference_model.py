@@ -40,8 +40,8 @@ def separate_pad_token(tokenizer: Any) -> None:
 class PreferenceModel:
     """A sequence-classification model with one output, and its tokenizer."""
 
-    def __init__(self, path: str | Path, device: str = "auto", batch_tokens: int = 8192) -> None:
-        config = ModelConfig(name=str(path), device=device)
+    def __init__(self, config: ModelConfig, batch_tokens: int = 8192) -> None:
+        path = str(config.name)
         if Path(path).is_dir() and not any(
             (Path(path) / name).is_file() for name in ("config.json", "adapter_config.json")
         ):
@@ -90,7 +90,9 @@ def last_hidden(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tens
 
 def head_scores(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Scores of last hidden states: (B, H) -> (B,), float32."""
-    return _classifier(model).score(hidden).squeeze(-1).float()
+    head = _classifier(model).score
+    weight = next(head.parameters())
+    return head(hidden.to(weight.dtype)).squeeze(-1).float()
 
 
 def _classifier(model: Any) -> Any:

@@ -13,17 +13,20 @@ from rlaif.config import (
     ArmConfig,
     Feedback,
     LabelConfig,
+    LabelerType,
     RunConfig,
     SampleConfig,
     TrainConfig,
 )
-from rlaif.constitution import load_constitution
+from rlaif.constitution import check_mode, load_constitution
+from rlaif.engines import build_labeler
 from rlaif.evaluate import run_evaluation
+from rlaif.gold import check_gold
 from rlaif.label import run_label
 from rlaif.records import UserError, find_prompts
 from rlaif.sample import run_sample
 from rlaif.splits import read_split
-from rlaif.train import fit, measure
+from rlaif.train import fit, measure, preference_folder
 
 log = logging.getLogger("rlaif")
 
@@ -86,7 +89,10 @@ def main(config: RunConfig, output: Path) -> None:
     from rlaif.reporting import write_report
 
     base = next((name for name, arm in config.arms.items() if arm.method is None), "base")
-    for path in write_report([output], output, config.title, base, config.examples, config.seed):
+    # Only what this run made: an arm that was dropped from the settings may still lie there.
+    roots = [output / "candidates", output / "labels", *(output / "arms" / name for name in arms)]
+    roots = [root for root in roots if root.is_dir()]
+    for path in write_report(roots, output, config.title, base, config.examples, config.seed):
         log.info("report: %s", path)
     log.info("done in %s", duration(time.time() - started))
 
@@ -102,17 +108,20 @@ def check(config: RunConfig) -> Path:
         )
     feedbacks = {arm.feedback for arm in config.arms.values() if arm.method is not None}
     if Feedback.ai in feedbacks:
-        load_constitution(config.constitution)
+        check_mode(load_constitution(config.constitution), config.labeling.mode)
         if config.labeler.type is None:
             raise UserError("labeler is not set: give labeler=hf, labeler=openai or labeler=scripted")
+        if config.labeler.type is LabelerType.openai:
+            # Asks the server whether it is there, takes the key and serves the model.
+            build_labeler(config.labeler, config.seed).close()
     if Feedback.simulated_human in feedbacks and config.gold is None:
         raise UserError("feedback=simulated_human draws its labels from a gold judge: give gold=vader (or another)")
-    if Feedback.human in feedbacks and config.human_preferences is None:
-        raise UserError("feedback=human needs human_preferences=DIR, a preference dataset labelled by people")
-    if config.gold is not None:
-        from rlaif.gold import check_gold
-
-        check_gold(config.gold)
+    if Feedback.human in feedbacks:
+        if config.human_preferences is None:
+            raise UserError("feedback=human needs human_preferences=DIR, a preference dataset labelled by people")
+        preference_folder(config.human_preferences, Feedback.human)
+    for gold in {config.gold, config.eval.gold} - {None}:
+        check_gold(str(gold))
     return prompts_file
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlaif.artifacts import plain, run_stage
+from rlaif.artifacts import model_inputs, plain, run_stage
 from rlaif.cli import launch
 from rlaif.config import SampleConfig
 from rlaif.records import find_prompts, read_prompts
@@ -43,7 +43,7 @@ def run_sample(config: SampleConfig, output: Path) -> Path:
             sample_candidates(wanted, splits, engine, config.sampling, folder, config.seed)
 
     settings = plain(policy=config.policy, sampling=config.sampling, data=config.data)
-    run_stage("sample", output, settings, {"prompts": file}, make, config.seed)
+    run_stage("sample", output, settings, {"prompts": file, **model_inputs("policy", config.policy)}, make, config.seed)
     return output / "candidates.jsonl"
 
 

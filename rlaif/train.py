@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlaif.artifacts import plain, run_stage
+from rlaif.artifacts import model_inputs, plain, run_stage
 from rlaif.cli import launch
-from rlaif.config import Feedback, Method, ModelConfig, Split, TrainConfig
+from rlaif.config import Feedback, Method, Split, TrainConfig
 from rlaif.records import Preference, Prompt, UserError, existing_dir, find_prompts
 from rlaif.splits import read_split
 
@@ -72,6 +72,10 @@ def main(config: TrainConfig, output: Path) -> None:
         raise UserError(f"method is not set: give method={'|'.join(method.value for method in Method)}")
     if not config.policy.name:
         raise UserError("policy.name is not set: name a hub model, a folder, or `embedded`")
+    if config.eval.gold is not None:
+        from rlaif.gold import check_gold
+
+        check_gold(config.eval.gold)
     policy, pm = fit(config, output)
     if policy is not None and config.eval.enabled:
         measure(config, output, f"{config.method.value}_{config.feedback.value}", policy, pm)
@@ -103,7 +107,10 @@ def fit(config: TrainConfig, output: Path) -> tuple[Path | None, Path | None]:
         return _train_supervised(config, output, source, data["train"]), pm
     assert pm is not None
     prompts = read_split(prompts_file, config.data, Split.train) if prompts_file else prompts_of(data["train"])
-    return _train_ppo(config, output, prompts, pm, prompts_file or source), pm
+    source_files: Mapping[str, Path | str | None] = (
+        {"prompts": prompts_file} if prompts_file else _preference_inputs(source)
+    )
+    return _train_ppo(config, output, prompts, pm, source_files), pm
 
 
 def _warn_of_leak(held_out: Sequence[Prompt], preferences: Sequence[Preference]) -> None:
@@ -134,7 +141,7 @@ def measure(
     start = config.policy
     run_evaluation(
         output / "evaluation",
-        policy=replace(start, name=str(policy), adapter=None, revision=None),
+        policy=replace(start, name=str(policy), adapter=None),
         reference=start,
         prompts=read_split(prompts_file, config.data, config.eval.split)[: config.eval.max_prompts],
         prompts_file=prompts_file,
@@ -158,22 +165,29 @@ def _train_pm(config: TrainConfig, output: Path, source: Path, data: dict[str, l
         train_pm(config.pm, config.policy, data["train"], data["validation"], folder, config.seed, config.eval.gold)
 
     settings = plain(pm=config.pm, policy=config.policy, gold=config.eval.gold)
-    return run_stage("pm", output / "pm", settings, {"preferences": source}, make, config.seed) / ("preference_model")
+    inputs = {**_preference_inputs(source), **model_inputs("start", config.policy)}
+    return run_stage("pm", output / "pm", settings, inputs, make, config.seed) / "preference_model"
 
 
-def _train_ppo(config: TrainConfig, output: Path, prompts: Sequence[Prompt], pm: Path, prompts_source: Path) -> Path:
+def _train_ppo(
+    config: TrainConfig,
+    output: Path,
+    prompts: Sequence[Prompt],
+    pm: Path,
+    origin: Mapping[str, Path | str | None],
+) -> Path:
     def make(folder: Path) -> None:
         from rlaif.methods.ppo import train_ppo
         from rlaif.preference_model import PreferenceModel
 
-        model = PreferenceModel(pm, config.policy.device)
+        model = PreferenceModel(replace(config.policy, name=str(pm), adapter=None))
 
         def score(asked: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
             return model.score([(prompt.messages, text) for prompt, text in zip(asked, texts, strict=True)])
 
         train_ppo(config.ppo, config.policy, prompts, score, folder, config.seed)
 
-    inputs = {"preference_model": pm, "prompts": prompts_source, "start": _start(config.policy)}
+    inputs = {"preference_model": pm, **origin, **model_inputs("start", config.policy)}
     settings = plain(ppo=config.ppo, policy=config.policy, data=config.data)
     return run_stage("ppo", output / "ppo", settings, inputs, make, config.seed) / "policy"
 
@@ -193,7 +207,7 @@ def _train_supervised(config: TrainConfig, output: Path, source: Path, preferenc
 
             train_sft(config.sft, config.policy, preferences, folder, config.seed)
 
-    inputs = {"preferences": source, "start": _start(config.policy)}
+    inputs = {**_preference_inputs(source), **model_inputs("start", config.policy)}
     return (
         run_stage(
             method.value,
@@ -207,9 +221,10 @@ def _train_supervised(config: TrainConfig, output: Path, source: Path, preferenc
     )
 
 
-def _start(policy: ModelConfig) -> Path | None:
-    folder = Path(policy.adapter or policy.name or "")
-    return folder if folder.name and folder.is_dir() else None
+def _preference_inputs(folder: Path) -> dict[str, Path | str | None]:
+    """The files of a preference dataset that training reads."""
+    names = [f"{split}.{ending}" for split in ("train", "validation") for ending in ("parquet", "jsonl", "jsonl.gz")]
+    return {f"preferences/{name}": folder / name for name in names if (folder / name).is_file()}
 
 
 if __name__ == "__main__":

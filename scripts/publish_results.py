@@ -36,7 +36,8 @@ def readme_table(rows: list[Evaluation]) -> str:
 
 def main(folder: Path) -> None:
     """Publish the runs below ``folder``."""
-    found = collect([folder])
+    folders = sorted(folder.glob("seed=*")) or [folder]
+    found = collect(folders)
     rows = sorted(found.evaluations, key=lambda row: (row.name != "base", row.name, row.seed or 0))
     seeds = sorted({row.seed for row in rows if row.seed is not None})
     command = f"python -m rlaif.run experiment=demo seed={','.join(map(str, seeds))}"
@@ -52,7 +53,7 @@ def main(folder: Path) -> None:
     if not found_end:
         raise UserError(f"{readme}: no {BEGIN} ... {END} block")
     readme.write_text(before + block + after, encoding="utf-8")
-    write_report([folder], folder, "Demo: a 135M model warms its own tone", "base", 10, 0)
+    write_report(folders, folder, "Demo: a 135M model warms its own tone", "base", 10, 0)
     results = (folder / "report.md").read_text(encoding="utf-8")
     (ROOT / "docs" / "results.md").write_text(f"<!-- made by: {command} -->\n\n{results}\n", encoding="utf-8")
 

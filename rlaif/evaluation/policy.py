@@ -11,7 +11,7 @@ from typing import Any
 from rlaif.chat import encode_chat
 from rlaif.config import EvalConfig, ModelConfig
 from rlaif.evaluation.statistics import bootstrap_mean
-from rlaif.generation import generate
+from rlaif.generation import STREAM_EVALUATION, generate
 from rlaif.gold import gold_score
 from rlaif.models import eos_ids, load_causal_lm, load_tokenizer
 from rlaif.policy import completion_logps
@@ -62,7 +62,7 @@ def sample_policy(
             generations = generate(
                 model,
                 [encoded[index] for index, _ in part],
-                [(seed, 3, index, number) for index, number in part],
+                [(seed, STREAM_EVALUATION, index, number, 1) for index, number in part],
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,
                 eos=eos,
@@ -93,15 +93,13 @@ def sample_policy(
     return samples
 
 
-def score_samples(samples: Sequence[Sample], gold: str | None, preference_model: str | None, device: str) -> None:
+def score_samples(samples: Sequence[Sample], gold: str | None, preference_model: ModelConfig | None) -> None:
     """Fill in gold and PM scores."""
     if gold is not None:
         for sample in samples:
             sample.gold_score = gold_score(gold, sample.completion)
     if preference_model is not None:
-        scores = PreferenceModel(preference_model, device).score(
-            [(sample.prompt, sample.completion) for sample in samples]
-        )
+        scores = PreferenceModel(preference_model).score([(sample.prompt, sample.completion) for sample in samples])
         for sample, score in zip(samples, scores, strict=True):
             sample.pm_score = score
 
@@ -120,6 +118,9 @@ def policy_metrics(samples: Sequence[Sample], baseline: Sequence[Sample], resamp
     if missing:
         raise UserError(f"baseline_samples lacks {len(missing)} of the evaluated prompts, first {missing[0]}")
     pairs = [other[sample.prompt_id, sample.sample] for sample in samples]
+    changed = [one.prompt_id for one, two in zip(samples, pairs, strict=True) if list(one.prompt) != list(two.prompt)]
+    if changed:
+        raise UserError(f"baseline_samples has another text for {len(changed)} of the prompts, first {changed[0]}")
     columns: dict[str, list[float]] = {
         "length": [float(sample.tokens) for sample in samples],
         "eos_rate": [float(sample.finish_reason == "stop") for sample in samples],

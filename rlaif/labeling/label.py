@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlaif.config import LabelingConfig, LabelMode
-from rlaif.constitution import Constitution, Principle
+from rlaif.constitution import Constitution, Principle, check_mode
 from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest
 from rlaif.labeling.prompts import (
     LETTERS,
@@ -21,7 +21,7 @@ from rlaif.labeling.prompts import (
 )
 from rlaif.labeling.store import VerdictStore
 from rlaif.progress import progress
-from rlaif.records import Candidates, Label, UserError, content_hash
+from rlaif.records import Candidates, Label, content_hash
 
 log = logging.getLogger("rlaif")
 
@@ -85,13 +85,7 @@ def build_questions(
     Raises:
         UserError: if the constitution lacks what the mode needs.
     """
-    if config.mode is LabelMode.pointwise:
-        missing = [principle.id for principle in constitution.principles if principle.statement is None]
-        if missing:
-            raise UserError(
-                f"constitution {constitution.name}: labeling.mode=pointwise needs statement and verdicts, and "
-                f"{', '.join(missing)} has none"
-            )
+    check_mode(constitution, config.mode)
     for line in lines:
         if config.mode is LabelMode.pointwise:
             yield from _pointwise(line, constitution, labeler)

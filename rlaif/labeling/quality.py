@@ -27,6 +27,7 @@ def verdict_quality(labels: Sequence[Label]) -> dict[str, Any]:
     result: dict[str, Any] = {
         "n_verdicts": len(labels),
         "uncovered": reasons.pop("uncovered", 0),
+        "unlisted": reasons.pop("option_unknown", 0),
         "failed": sum(reasons.values()),
         "failed_reasons": dict(reasons),
         "methods": dict(Counter(label.method for label in valid)),

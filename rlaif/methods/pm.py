@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,10 @@ def train_pm(
         data_collator=collate,
         **peft_arguments(config, model, "SEQ_CLS", ["score"]),
     )
+    # PEFT raises only adapters to float32: a bfloat16 head would round small updates away.
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad and ".score." in f".{name}":
+            parameter.data = parameter.data.float()
     run_trainer(trainer, folder, "pm")
     target = folder / "preference_model"
     trainer.model.save_pretrained(target)
@@ -118,7 +123,7 @@ def train_pm(
         "dropped_long": len(rows) - len(kept),
     }
     if validation:
-        metrics |= preference_metrics(PreferenceModel(target, start.device), validation, gold)
+        metrics |= preference_metrics(PreferenceModel(replace(start, name=str(target), adapter=None)), validation, gold)
     else:
         log.warning("pm: the preference dataset has no validation split; the PM is not measured")
     write_json(folder / "pm_metrics.json", metrics)

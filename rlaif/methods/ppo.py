@@ -26,7 +26,13 @@ from torch import Tensor, nn
 from rlaif import losses
 from rlaif.chat import encode_chat
 from rlaif.config import KLControl, ModelConfig, PPOConfig, Tuning
-from rlaif.generation import generate, head_inputs
+from rlaif.generation import (
+    STREAM_MINIBATCHES,
+    STREAM_PROMPTS,
+    STREAM_ROLLOUT,
+    generate,
+    head_inputs,
+)
 from rlaif.methods.ppo_checks import check_start
 from rlaif.models import eos_ids, seed_everything
 from rlaif.policy import Packed, Policy, completion_logits, load_policy, merged, pack
@@ -230,7 +236,7 @@ class PPOTrainer:
                 generations += generate(
                     sampler,
                     [ids for _, ids in part],
-                    [(self.seed, iteration, start + offset) for offset in range(len(part))],
+                    [(self.seed, STREAM_ROLLOUT, iteration, start + offset, 1) for offset in range(len(part))],
                     max_new_tokens=config.max_new_tokens,
                     temperature=config.temperature,
                     eos=self.eos,
@@ -277,7 +283,7 @@ class PPOTrainer:
         count, size = self.config.rollouts, len(self.prompts)
         positions = range(iteration * count, (iteration + 1) * count)
         orders = {
-            epoch: np.random.default_rng([self.seed, 1, epoch]).permutation(size)
+            epoch: np.random.default_rng([self.seed, STREAM_PROMPTS, epoch, 0, 1]).permutation(size)
             for epoch in {position // size for position in positions}
         }
         return [int(orders[position // size][position % size]) for position in positions]
@@ -314,7 +320,8 @@ class PPOTrainer:
         ):
             logits = completion_logits(self.model, batch, self.config.temperature)
             states = hidden()[:, -batch.tokens.shape[1] - 1 : -1]
-        return logits, self.value_head(states)
+        # The value learns on the policy's features without pulling on them.
+        return logits, self.value_head(states.detach())
 
     def micro_batches(self, batch: Packed) -> list[Tensor]:
         """Rows in micro-batches of similar length."""
@@ -345,7 +352,9 @@ class PPOTrainer:
         sums: dict[str, float] = {}
         steps = 0
         for epoch in range(config.epochs):
-            order = np.random.default_rng([self.seed, 2, iteration, epoch]).permutation(len(rollouts.batch))
+            order = np.random.default_rng([self.seed, STREAM_MINIBATCHES, iteration, epoch, 1]).permutation(
+                len(rollouts.batch)
+            )
             for rows in torch.from_numpy(order).to(self.device).split(config.minibatch_size):
                 for name, value in self.minibatch(rows, rollouts, advantages, returns, train_policy).items():
                     sums[name] = sums.get(name, 0.0) + value

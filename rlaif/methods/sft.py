@@ -44,7 +44,11 @@ def train_sft(config: SFTConfig, start: ModelConfig, train: Sequence[Preference]
     model = load_causal_lm(start, trainable=config.tuning is Tuning.full)
     trainer = SFTTrainer(
         model=model,
-        args=TRLSFTConfig(**trainer_arguments(config, folder, seed, len(kept)), max_length=config.max_length),
+        args=TRLSFTConfig(
+            **trainer_arguments(config, folder, seed, len(kept)),
+            max_length=config.max_length,
+            completion_only_loss=True,
+        ),
         train_dataset=Dataset.from_list(kept),
         processing_class=tokenizer,
         **peft_arguments(config, model, "CAUSAL_LM"),

@@ -77,3 +77,17 @@ def test_sft_raises_the_probability_of_chosen_completions(tmp_path: Path, tuning
     settings = SFTConfig(tuning=tuning, learning_rate=1e-2, batch_size=8, epochs=3, lora=LoraSettings(r=4, alpha=8))
     target = train_sft(settings, TINY, DATA, tmp_path, seed=0)
     assert logp(ModelConfig(name=str(target), device="cpu"), "aaaa") > logp(TINY, "aaaa") + 1
+
+
+def test_the_sft_loss_is_that_of_completion_tokens_alone(tmp_path: Path) -> None:
+    from rlaif.chat import encode_chat
+    from rlaif.methods.dpo import completion_ids
+
+    settings = SFTConfig(learning_rate=1e-5, batch_size=4, max_steps=1, lora=LoraSettings(r=4, alpha=8))
+    train_sft(settings, TINY, DATA[:4], tmp_path, seed=0)
+    tokenizer, model = load_tokenizer(TINY), load_causal_lm(TINY)
+    prompts = [encode_chat(tokenizer, row.prompt) for row in DATA[:4]]
+    completions = [completion_ids(tokenizer, row.chosen, True) for row in DATA[:4]]
+    logps = completion_logps(model, prompts, completions, tokenizer.pad_token_id)
+    tokens = [value for row in logps for value in row]
+    assert curve(tmp_path)[0]["loss"] == pytest.approx(-sum(tokens) / len(tokens), abs=1e-3)

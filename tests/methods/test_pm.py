@@ -47,7 +47,7 @@ def test_a_pm_learns_and_its_folder_gives_the_same_scores(tmp_path: Path, tuning
     assert metrics["accuracy"] > 0.9
     assert metrics["nll"] < 0.6
     assert metrics["train_pairs"] == 64
-    model = PreferenceModel(target, "cpu")
+    model = PreferenceModel(ModelConfig(name=str(target), device="cpu"))
     example = (data[0].prompt, "aaaa")
     alone = model.score([example])[0]
     together = model.score([example, (data[0].prompt, "z" * 60), (data[3].prompt, "a")])[0]

@@ -1,0 +1,90 @@
+"""Stages: complete or absent, never over somebody else's files, nothing lost between renames."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlaif.artifacts import FAILED, MARKER, PROVENANCE, run_stage
+from rlaif.records import UserError
+
+
+def stage(output: Path, content: str = "one", name: str = "sample", **settings: Any) -> list[Path]:
+    """Run a stage that writes one file; returns the folders that it was made in."""
+    made: list[Path] = []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        (folder / "file.txt").write_text(content)
+
+    run_stage(name, output, {"content": content}, {}, make, seed=0, **settings)
+    return made
+
+
+def test_a_stage_is_made_once(tmp_path: Path) -> None:
+    assert len(stage(tmp_path / "out")) == 1
+    assert stage(tmp_path / "out") == []
+    assert len(stage(tmp_path / "out", "two")) == 1
+    assert (tmp_path / "out" / "file.txt").read_text() == "two"
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+
+
+def test_another_stages_output_is_never_replaced(tmp_path: Path) -> None:
+    stage(tmp_path / "out")
+    with pytest.raises(UserError, match="holds the output of stage sample"):
+        stage(tmp_path / "out", name="label")
+    assert (tmp_path / "out" / "file.txt").read_text() == "one"
+
+
+def test_files_that_came_later_are_never_deleted(tmp_path: Path) -> None:
+    stage(tmp_path / "out")
+    (tmp_path / "out" / "labels").mkdir()
+    with pytest.raises(UserError, match="it also holds labels"):
+        stage(tmp_path / "out", "two")
+    assert (tmp_path / "out" / "labels").is_dir()
+
+
+def test_what_a_failed_job_left_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / FAILED).write_text("{}")
+    assert len(stage(tmp_path / "out")) == 1
+
+
+def test_a_kill_before_the_last_rename_loses_nothing(tmp_path: Path) -> None:
+    stage(tmp_path / "out")
+    os.replace(tmp_path / "out", tmp_path / ".out.partial")
+    assert stage(tmp_path / "out") == []
+    assert (tmp_path / "out" / "file.txt").read_text() == "one"
+
+
+def test_a_kill_between_the_renames_loses_nothing(tmp_path: Path) -> None:
+    stage(tmp_path / "out")
+    os.replace(tmp_path / "out", tmp_path / ".out.outdated")
+    assert stage(tmp_path / "out") == []
+    assert (tmp_path / "out" / "file.txt").read_text() == "one"
+
+
+def test_an_unfinished_output_is_made_again_with_what_it_carries_over(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+
+    def make(folder: Path) -> None:
+        store = folder / "store"
+        store.write_text((store.read_text() if store.exists() else "") + "x")
+
+    for _ in range(3):
+        run_stage("label", output, {}, {}, make, 0, carry_over=("store",), unfinished=lambda folder: True)
+    assert (output / "store").read_text() == "xxx"
+
+
+def test_a_killed_run_with_other_settings_keeps_what_carries_over(tmp_path: Path) -> None:
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / MARKER).write_text(json.dumps({"fingerprint": "other"}))
+    for name in ("store", "store-wal", "rest"):
+        (partial / name).write_text("kept")
+    stage(tmp_path / "out", carry_over=("store", "store-wal"))
+    assert sorted(os.listdir(tmp_path / "out")) == ["file.txt", PROVENANCE, "store", "store-wal"]
