@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 
 def progress(total: int, what: str, unit: str = "it", initial: int = 0) -> Any:
@@ -24,11 +21,3 @@ def progress(total: int, what: str, unit: str = "it", initial: int = 0) -> Any:
         mininterval=0.2 if terminal else 10,
         ascii=not terminal,
     )
-
-
-def tracked(items: Iterable[T], total: int, what: str, unit: str = "it") -> Iterator[T]:
-    """Yield ``items`` with a progress bar."""
-    with progress(total, what, unit) as bar:
-        for item in items:
-            yield item
-            bar.update()
