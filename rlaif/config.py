@@ -324,7 +324,7 @@ class TrainerSettings:
     max_steps: int = -1
     """Optimiser steps; above 0 it overrides ``epochs``."""
     batch_size: int = 16
-    """Examples per optimiser step and device."""
+    """Examples per optimiser step and device; for pm and dpo one example is a prompt with all its comparisons."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimiser step."""
     warmup_ratio: float = 0.05

@@ -16,7 +16,9 @@ from rlaif.config import DPOConfig, ModelConfig, Tuning
 from rlaif.losses import dpo_margin, soft_bradley_terry, token_logps
 from rlaif.methods.supervised import (
     clear_checkpoints,
+    collate_comparisons,
     drop_long,
+    group_comparisons,
     peft_arguments,
     run_trainer,
     trainer_arguments,
@@ -40,8 +42,8 @@ class SoftDPOTrainer(DPOTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Soft-label sigmoid loss; the first half of the rows is chosen, the second rejected."""
-        batch, p_chosen = inputs["batch"], inputs["p_chosen"]
+        """Soft-label sigmoid loss over the pairs of the batch."""
+        batch, chosen, rejected = inputs["batch"], inputs["chosen"], inputs["rejected"]
         logps = self._summed(model, batch)
         with torch.no_grad():
             if self.ref_model is None:
@@ -49,22 +51,23 @@ class SoftDPOTrainer(DPOTrainer):
                     ref_logps = self._summed(self.model, batch)
             else:
                 ref_logps = self._summed(self.ref_model, batch)
-        margin = dpo_margin(logps, ref_logps, self.beta)
-        loss = soft_bradley_terry(margin, p_chosen).mean()
+        pairs = torch.stack([chosen, rejected], dim=1)
+        margin = dpo_margin(logps[pairs], ref_logps[pairs], self.beta)
+        loss = (soft_bradley_terry(margin, inputs["p_chosen"]) * inputs["weight"]).sum()
         metrics = self._metrics["train" if model.training else "eval"]
         metrics["accuracy"].append((margin > 0).float().mean().item())
         metrics["margin"].append(margin.mean().item())
-        metrics["chosen_log_ratio"].append((logps - ref_logps)[:, 0].mean().item())
+        metrics["chosen_log_ratio"].append((logps - ref_logps)[chosen].mean().item())
         return (loss, {"margin": margin}) if return_outputs else loss
 
     def _summed(self, model: Any, batch: Any) -> torch.Tensor:
         logps = token_logps(completion_logits(model, batch), batch.tokens)
-        return torch.stack((logps * batch.completion_mask).sum(dim=1).chunk(2), dim=1)
+        return (logps * batch.completion_mask).sum(dim=1)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         device = self.accelerator.device
-        batch = pack(inputs["prompts"], inputs["completions"], self.processing_class.pad_token_id, device)
-        return {"batch": batch, "p_chosen": inputs["p_chosen"].to(device)}
+        batch = pack(inputs.pop("prompts"), inputs.pop("sequences"), self.processing_class.pad_token_id, device)
+        return {"batch": batch, **{name: value.to(device) for name, value in inputs.items()}}
 
 
 def train_dpo(config: DPOConfig, start: ModelConfig, train: Sequence[Preference], folder: Path, seed: int) -> Path:
@@ -75,6 +78,7 @@ def train_dpo(config: DPOConfig, start: ModelConfig, train: Sequence[Preference]
     for preference in train:
         rows.append(
             {
+                "prompt_id": preference.prompt_id,
                 "prompt_ids": encode_chat(tokenizer, preference.prompt),
                 "chosen_ids": completion_ids(tokenizer, preference.chosen, preference.chosen_ended),
                 "rejected_ids": completion_ids(tokenizer, preference.rejected, preference.rejected_ended),
@@ -87,24 +91,18 @@ def train_dpo(config: DPOConfig, start: ModelConfig, train: Sequence[Preference]
         config.max_length,
         "dpo",
     )
+    groups = group_comparisons(kept)
     full = config.tuning is Tuning.full
     model = load_causal_lm(start, trainable=full)
     reference = load_causal_lm(start) if full else None
 
-    def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "prompts": [row["prompt_ids"] for row in examples] * 2,
-            "completions": [row["chosen_ids"] for row in examples] + [row["rejected_ids"] for row in examples],
-            "p_chosen": torch.tensor([row["p_chosen"] for row in examples]),
-        }
-
     trainer = SoftDPOTrainer(
         model=model,
         ref_model=reference,
-        args=TRLDPOConfig(**trainer_arguments(config, folder, seed, len(kept)), max_length=None, beta=config.beta),
-        train_dataset=Dataset.from_list(kept),
+        args=TRLDPOConfig(**trainer_arguments(config, folder, seed, len(groups)), max_length=None, beta=config.beta),
+        train_dataset=Dataset.from_list(groups),
         processing_class=tokenizer,
-        data_collator=collate,
+        data_collator=collate_comparisons,
         **peft_arguments(config, model, "CAUSAL_LM"),
     )
     run_trainer(trainer, folder, "dpo")

@@ -18,7 +18,9 @@ from rlaif.generation import left_pad
 from rlaif.losses import soft_bradley_terry
 from rlaif.methods.supervised import (
     clear_checkpoints,
+    collate_comparisons,
     drop_long,
+    group_comparisons,
     peft_arguments,
     run_trainer,
     trainer_arguments,
@@ -45,13 +47,14 @@ class SoftRewardTrainer(RewardTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Soft Bradley-Terry plus centring; the first half of the rows is chosen, the second rejected."""
+        """Soft Bradley-Terry plus centring over the pairs of the batch."""
         unwrapped = self.accelerator.unwrap_model(model)
         scores = head_scores(unwrapped, last_hidden(unwrapped, inputs["input_ids"], inputs["attention_mask"]))
-        chosen, rejected = scores.chunk(2)
-        loss = soft_bradley_terry(chosen - rejected, inputs["p_chosen"]).mean()
+        chosen, rejected = scores[inputs["chosen"]], scores[inputs["rejected"]]
+        losses = soft_bradley_terry(chosen - rejected, inputs["p_chosen"])
         if self.args.center_rewards_coefficient:
-            loss = loss + self.args.center_rewards_coefficient * ((chosen + rejected) ** 2).mean()
+            losses = losses + self.args.center_rewards_coefficient * (chosen + rejected) ** 2
+        loss = (losses * inputs["weight"]).sum()
         mode = "train" if model.training else "eval"
         self._metrics[mode]["accuracy"].append((chosen > rejected).float().mean().item())
         self._metrics[mode]["margin"].append((chosen - rejected).mean().item())
@@ -71,8 +74,10 @@ def train_pm(
     seed_everything(seed)
     tokenizer = load_tokenizer(start)
     separate_pad_token(tokenizer)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
+            "prompt_id": preference.prompt_id,
+            "prompt_ids": [],
             "chosen_ids": encode_example(tokenizer, preference.prompt, preference.chosen),
             "rejected_ids": encode_example(tokenizer, preference.prompt, preference.rejected),
             "p_chosen": preference.p_chosen if config.soft_labels else float(preference.p_chosen >= 0.5),
@@ -80,28 +85,26 @@ def train_pm(
         for preference in train
     ]
     kept = drop_long(rows, lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])), config.max_length, "pm")
+    groups = group_comparisons(kept)
     model = load_sequence_scorer(start, new_head=True)
     model.config.pad_token_id = tokenizer.pad_token_id
     if config.tuning is Tuning.full:
         model = model.float()
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        sequences = [row["chosen_ids"] for row in examples] + [row["rejected_ids"] for row in examples]
-        ids, mask = left_pad(sequences, tokenizer.pad_token_id, torch.device("cpu"))
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "p_chosen": torch.tensor([row["p_chosen"] for row in examples]),
-        }
+        batch = collate_comparisons(examples)
+        del batch["prompts"]
+        ids, mask = left_pad(batch.pop("sequences"), tokenizer.pad_token_id, torch.device("cpu"))
+        return {"input_ids": ids, "attention_mask": mask, **batch}
 
     trainer = SoftRewardTrainer(
         model=model,
         args=RewardConfig(
-            **trainer_arguments(config, folder, seed, len(kept)),
+            **trainer_arguments(config, folder, seed, len(groups)),
             max_length=None,
             center_rewards_coefficient=config.center_coefficient,
         ),
-        train_dataset=Dataset.from_list(kept),
+        train_dataset=Dataset.from_list(groups),
         processing_class=tokenizer,
         data_collator=collate,
         **peft_arguments(config, model, "SEQ_CLS", ["score"]),
@@ -120,6 +123,7 @@ def train_pm(
         "feedback": train[0].feedback,
         "labeler": train[0].labeler,
         "train_pairs": len(kept),
+        "train_prompts": len({row["prompt_id"] for row in kept}),
         "dropped_long": len(rows) - len(kept),
     }
     if validation:

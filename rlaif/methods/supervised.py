@@ -20,6 +20,9 @@ from rlaif.records import UserError
 
 log = logging.getLogger("rlaif")
 
+# Completions in one training example of a preference method.
+_GROUP = 16
+
 
 def trainer_arguments(config: TrainerSettings, folder: Path, seed: int, examples: int) -> dict[str, Any]:
     """Arguments that every TRL configuration takes."""
@@ -79,6 +82,62 @@ def drop_long(
     if not kept:
         raise UserError(f"{what}: all {len(rows)} training examples are longer than max_length={limit} tokens")
     return kept
+
+
+def group_comparisons(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All comparisons of a prompt as one training example, in which each completion stands once.
+
+    Ouyang et al. (2022), section 3.5: K completions then cost K forward passes instead of K (K - 1), and no
+    completion is seen several times within an epoch. Prompts with many completions make several examples.
+
+    Args:
+        rows: pairs with ``prompt_id``, ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` and ``p_chosen``.
+
+    Returns:
+        Examples with ``prompt_ids``, ``sequences`` (the distinct completions) and, for every pair, places in
+        ``sequences`` as ``chosen`` and ``rejected`` beside its ``p_chosen``.
+    """
+    open_groups: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+    groups: list[dict[str, Any]] = []
+    for row in rows:
+        key = (row["prompt_id"], tuple(row["prompt_ids"]))
+        group = open_groups.get(key)
+        if group is None or len(group["sequences"]) > _GROUP - 2:
+            group = {"prompt_ids": row["prompt_ids"], "sequences": [], "chosen": [], "rejected": [], "p_chosen": []}
+            open_groups[key] = group
+            groups.append(group)
+        for side in ("chosen", "rejected"):
+            sequence = row[f"{side}_ids"]
+            if sequence not in group["sequences"]:
+                group["sequences"].append(sequence)
+            group[side].append(group["sequences"].index(sequence))
+        group["p_chosen"].append(row["p_chosen"])
+    return groups
+
+
+def collate_comparisons(groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of examples with their pairs as tensors (P,).
+
+    ``chosen`` and ``rejected`` index the batch's sequences; ``weight`` sums to 1, every example counting the same.
+    """
+    chosen: list[int] = []
+    rejected: list[int] = []
+    weight: list[float] = []
+    offset = 0
+    for group in groups:
+        count = len(group["p_chosen"])
+        chosen += [offset + place for place in group["chosen"]]
+        rejected += [offset + place for place in group["rejected"]]
+        weight += [1 / (count * len(groups))] * count
+        offset += len(group["sequences"])
+    return {
+        "prompts": [group["prompt_ids"] for group in groups for _ in group["sequences"]],
+        "sequences": [sequence for group in groups for sequence in group["sequences"]],
+        "chosen": torch.tensor(chosen),
+        "rejected": torch.tensor(rejected),
+        "p_chosen": torch.tensor([p for group in groups for p in group["p_chosen"]]),
+        "weight": torch.tensor(weight),
+    }
 
 
 class Curve(TrainerCallback):

@@ -1,0 +1,74 @@
+"""Comparisons as training examples: every pair once, every completion once, every prompt with the same weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlaif.methods.supervised import collate_comparisons, group_comparisons
+
+
+def row(prompt: str, chosen: list[int], rejected: list[int], p_chosen: float = 1.0) -> dict[str, object]:
+    return {
+        "prompt_id": prompt,
+        "prompt_ids": [ord(c) for c in prompt],
+        "chosen_ids": chosen,
+        "rejected_ids": rejected,
+        "p_chosen": p_chosen,
+    }
+
+
+def test_three_completions_are_three_sequences_in_three_pairs() -> None:
+    groups = group_comparisons(
+        [row("a", [1], [2], 0.9), row("b", [7], [8]), row("a", [2], [3], 0.8), row("a", [1], [3], 0.7)]
+    )
+    assert [group["sequences"] for group in groups] == [[[1], [2], [3]], [[7], [8]]]
+    assert (groups[0]["chosen"], groups[0]["rejected"]) == ([0, 1, 0], [1, 2, 2])
+    batch = collate_comparisons(groups)
+    assert batch["chosen"].tolist() == [0, 1, 0, 3]
+    assert batch["rejected"].tolist() == [1, 2, 2, 4]
+    assert batch["p_chosen"].tolist() == pytest.approx([0.9, 0.8, 0.7, 1.0])
+    # Two prompts, half the weight each, whatever their number of pairs.
+    assert batch["weight"].tolist() == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 2])
+    assert batch["prompts"] == [[97]] * 3 + [[98]] * 2
+
+
+def test_one_id_for_two_prompts_keeps_them_apart() -> None:
+    other = row("a", [1], [2]) | {"prompt_ids": [5]}
+    assert len(group_comparisons([row("a", [1], [2]), other])) == 2
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from("abc"),
+            st.lists(st.integers(0, 30), min_size=1, max_size=2),
+            st.lists(st.integers(31, 60), min_size=1, max_size=2),
+            st.floats(0, 1),
+        ),
+        min_size=1,
+        max_size=80,
+    )
+)
+def test_grouping_keeps_every_pair(pairs: list[tuple[str, list[int], list[int], float]]) -> None:
+    groups = group_comparisons([row(*pair) for pair in pairs])
+    batch = collate_comparisons(groups)
+    found = [
+        (
+            "".join(map(chr, batch["prompts"][chosen])),
+            batch["sequences"][chosen],
+            batch["sequences"][rejected],
+            p,
+        )
+        for chosen, rejected, p in zip(
+            batch["chosen"].tolist(), batch["rejected"].tolist(), batch["p_chosen"].double().tolist(), strict=True
+        )
+    ]
+    rounded = [(*pair[:3], float(torch.tensor(pair[3]))) for pair in pairs]
+    assert sorted(found) == sorted(rounded)
+    assert batch["weight"].sum().item() == pytest.approx(1, abs=1e-5)
+    for group in groups:
+        assert len(group["sequences"]) <= 16
+        assert len({tuple(sequence) for sequence in group["sequences"]}) == len(group["sequences"])
