@@ -8,6 +8,7 @@ interrupted stage finds its partial folder again if the fingerprint is still the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -64,7 +65,7 @@ def run_stage(
     Raises:
         UserError: if ``output`` cannot be written, or holds files that no stage made.
     """
-    fingerprint = content_hash(stage, rlaif.__version__, config, seed, {k: _input_hash(v) for k, v in inputs.items()})
+    fingerprint = content_hash(stage, rlaif.__version__, config, seed, {k: input_hash(v) for k, v in inputs.items()})
     output = output.absolute()
     partial = output.with_name(f".{output.name}.partial")
     outdated = output.with_name(f".{output.name}.outdated")
@@ -77,13 +78,19 @@ def run_stage(
     check_writable(output.parent)
     _prepare_partial(partial, output, fingerprint, carry_over, remake=bool(recorded), stage=stage)
     started = time.time()
+    spent = float(read_json(partial / MARKER).get("wall_s", 0.0))
     try:
         make(partial)
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            _note_time(partial, fingerprint, spent + time.time() - started)
+            raise
         if _disk_full(error, partial):
             raise UserError(f"{output}: no space left on the disk; free some and run the same command again") from error
         if os.listdir(partial) == [MARKER]:
             shutil.rmtree(partial)
+        else:
+            _note_time(partial, fingerprint, spent + time.time() - started)
         raise
     write_json(
         partial / PROVENANCE,
@@ -94,7 +101,7 @@ def run_stage(
             "config": config,
             "inputs": {k: None if v is None else str(v) for k, v in inputs.items()},
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-            "wall_s": round(time.time() - started, 2),
+            "wall_s": round(spent + time.time() - started, 2),
             "files": sorted(set(os.listdir(partial)) - {MARKER}),
             **environment(),
         },
@@ -102,6 +109,12 @@ def run_stage(
     _finish_renames(partial, output, outdated, fingerprint)
     log.info("%s: done in %s (%s)", stage, duration(time.time() - started), output)
     return output
+
+
+def _note_time(partial: Path, fingerprint: str, seconds: float) -> None:
+    """Remember how long an interrupted stage has worked; what a kill leaves is not known and not counted."""
+    with contextlib.suppress(OSError):
+        write_json(partial / MARKER, {"fingerprint": fingerprint, "wall_s": round(seconds, 2)})
 
 
 def _finish_renames(partial: Path, output: Path, outdated: Path, fingerprint: str) -> None:
@@ -203,11 +216,6 @@ def model_inputs(role: str, model: ModelConfig | None) -> dict[str, Path | str |
     }
 
 
-def folder_hash(folder: Path) -> str | None:
-    """Hash of a folder's content, as fingerprints take it."""
-    return _input_hash(folder)
-
-
 def check_writable(folder: Path) -> None:
     """Make ``folder`` and prove that a file can be written there.
 
@@ -223,7 +231,7 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"output_dir={folder}: cannot be written ({error.strerror})") from None
 
 
-def _input_hash(source: Path | str | None) -> str | None:
+def input_hash(source: Path | str | None) -> str | None:
     """Hash of a file's or folder's content; files above 64 MiB count by name, size and time of change."""
     if source is None:
         return None

@@ -16,17 +16,10 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from rlaif.config import COMMANDS, CommandConfig, register
-from rlaif.records import UserError, write_json
+from rlaif.records import UserError, shipped, write_json
 
 ConfigT = TypeVar("ConfigT", bound=CommandConfig)
 log = logging.getLogger("rlaif")
-
-
-def conf_dir() -> Path:
-    """Folder of the Hydra configuration (checkout, editable or plain install)."""
-    package = Path(__file__).parent
-    beside = package.parent / "conf"
-    return beside if beside.is_dir() else package / "conf"
 
 
 def launch(command: str, task: Callable[[Any, Path], None], usage: str) -> NoReturn:
@@ -152,7 +145,7 @@ def _hydra(
         # Hydra's in-process sweeper would leave a multirun.yaml in the current folder.
         in_process = sweep and not any(argument.startswith("hydra") for argument in arguments)
         sys.argv = [f"rlaif.{command}", *arguments, *([f"hydra.sweep.dir={scratch}"] if in_process else [])]
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(job)()
+        hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name=command)(job)()
     if raised:
         raise raised[0]
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from rlaif.config import LabelMode
-from rlaif.records import UserError
+from rlaif.records import UserError, shipped
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,6 @@ class _ProblemError(Exception):
         self.line = line
 
 
-def shipped_dir() -> Path:
-    """Folder of the constitutions that come with the project (checkout or installed package)."""
-    package = Path(__file__).parent
-    beside = package.parent / "constitutions"
-    return beside if beside.is_dir() else package / "constitutions"
-
-
 def find_constitution(name_or_file: str | None) -> Path:
     """The file of a shipped constitution's name, or the user's own file.
 
@@ -112,11 +105,11 @@ def find_constitution(name_or_file: str | None) -> Path:
         if not own.is_file():
             raise UserError(f"constitution={own}: no such file")
         return own
-    shipped = shipped_dir() / f"{name_or_file}.yaml"
-    if not shipped.is_file():
-        names = ", ".join(sorted(path.stem for path in shipped_dir().glob("*.yaml")))
+    file = shipped("constitutions") / f"{name_or_file}.yaml"
+    if not file.is_file():
+        names = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
         raise UserError(f"constitution={name_or_file}: no such constitution. Shipped: {names}; or give a .yaml file")
-    return shipped
+    return file
 
 
 def load_constitution(name_or_file: str | None) -> Constitution:

@@ -102,17 +102,19 @@ def _label_with_ai(lines: list[Candidates], file: Path, config: LabelConfig, out
         started = time.perf_counter()
         with build_labeler(config.labeler, config.seed) as engine, VerdictStore(folder / STORE) as store:
             labels = label_candidates(lines, constitution, engine, config.labeling, store, config.seed)
-            name = engine.name
+            name, asked = engine.name, store.written
         seconds = time.perf_counter() - started
         write_jsonl(folder / "labels.jsonl", (label.to_json() for label in labels))
-        usable = sum(label.p is not None for label in labels)
-        if not usable:
+        if not any(label.p is not None for label in labels):
             raise UserError(
                 f"the labeler gave no usable verdict in {len(labels)} requests; first reason: {labels[0].reason}"
             )
         weights = {principle.id: principle.weight for principle in constitution.principles}
         pairs, dropped = pair_labels(labels, weights, config.labeling.temperature, config.labeling.both_orders)
-        quality = verdict_quality(labels) | {"usable_per_s": round(usable / seconds, 3)}
+        quality = verdict_quality(labels)
+        if asked:
+            # Of this run: what an earlier one asked took time that is not counted here.
+            quality["verdicts_per_s"] = round(asked / seconds, 3)
         quality |= {"mode": config.labeling.mode.value, "constitution": constitution.name}
         _finish(folder, lines, pairs, dropped, quality, name, config)
 

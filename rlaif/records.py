@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -158,6 +159,17 @@ def existing_file(path: str | os.PathLike[str] | None, key: str) -> Path:
     return file
 
 
+def shipped(name: str) -> Path:
+    """Folder of what comes with the project (``conf``, ``constitutions``, ``data``).
+
+    An installed package has them inside; a checkout beside the package. Inside goes first: beside an installed
+    package lie other packages, and one of them may be called ``data``.
+    """
+    package = Path(__file__).parent
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
+
+
 def find_prompts(path: str | os.PathLike[str] | None) -> Path:
     """The user's prompts file, or one that comes with the project (``everyday``).
 
@@ -166,11 +178,10 @@ def find_prompts(path: str | os.PathLike[str] | None) -> Path:
     """
     if path is None:
         raise UserError("prompts is not set: give prompts=FILE.jsonl")
-    package = Path(__file__).parent
-    folder = next(place for place in (package.parent / "data", package / "data") if place.is_dir())
-    shipped = folder / f"{path}_prompts.jsonl"
-    if not Path(path).exists() and shipped.is_file():
-        return shipped
+    folder = shipped("data")
+    own = folder / f"{path}_prompts.jsonl"
+    if not Path(path).exists() and own.is_file():
+        return own
     if not Path(path).exists():
         names = ", ".join(sorted(file.name.removesuffix("_prompts.jsonl") for file in folder.glob("*_prompts.jsonl")))
         raise UserError(f"prompts={path}: no such file (shipped sets of prompts: {names})")
@@ -189,6 +200,8 @@ def existing_dir(path: str | os.PathLike[str] | None, key: str) -> Path:
 
 def read_jsonl(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
     """Parse a JSONL file (gzip if it ends in ``.gz``) line by line; blank lines are skipped.
+
+    Half of a surrogate pair (text that was cut in the middle of an emoji) becomes U+FFFD: no tokenizer takes it.
 
     ``parse`` raises ``ValueError`` for a bad line.
 
@@ -210,6 +223,8 @@ def read_jsonl(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
                     ) from None
                 except (ValueError, RecursionError) as error:
                     raise UserError(f"{path}, line {number}: not valid JSON ({error})") from None
+                if _HALF_PAIR.search(line):
+                    value = _whole(value)
                 if not isinstance(value, dict):
                     raise UserError(f"{path}, line {number}: expected a JSON object, found {_kind(value)}")
                 try:
@@ -220,6 +235,20 @@ def read_jsonl(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
         raise UserError(f"{path}, after line {number}: not UTF-8 ({error.reason})") from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _whole(value: Any) -> Any:
+    """A JSON value whose texts can all be encoded."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    if isinstance(value, dict):
+        return {_whole(key): _whole(item) for key, item in value.items()}
+    return value
 
 
 def write_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> None:

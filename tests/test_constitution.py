@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from rlaif.constitution import find_constitution, load_constitution, shipped_dir
-from rlaif.records import UserError
+from rlaif.constitution import find_constitution, load_constitution
+from rlaif.records import UserError, shipped
 
 GOOD = """\
 name: mine
@@ -28,7 +28,7 @@ exemplars:
     preferred: first
     principle: tone
 """
-SHIPPED = sorted(path.stem for path in shipped_dir().glob("*.yaml"))
+SHIPPED = sorted(path.stem for path in shipped("constitutions").glob("*.yaml"))
 
 
 @pytest.fixture

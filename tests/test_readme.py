@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 
 from rlaif.cli import _normalise
 from rlaif.config import COMMANDS, DataConfig, LoraSettings, ModelConfig, TrainerSettings, register
-from rlaif.constitution import load_constitution, shipped_dir
-from rlaif.records import find_prompts, read_prompts
+from rlaif.constitution import load_constitution
+from rlaif.records import find_prompts, read_prompts, shipped
 from rlaif.splits import assign_splits
 
 ROOT = Path(__file__).parents[1]
@@ -285,8 +285,10 @@ def test_demo_numbers() -> None:
     arms = re.findall(r"^\| `(\w+)` \| (?:none|PM, then PPO|DPO)", DEMO.read_text(encoding="utf-8"), re.MULTILINE)
     assert set(arms) == set(demo["arms"])
     rows = re.findall(r"^\| `(\w+)` \| .* \| (\d+) \|$", (ROOT / "docs" / "constitutions.md").read_text(), re.MULTILINE)
-    shipped = {path.stem: len(load_constitution(path.stem).principles) for path in shipped_dir().glob("*.yaml")}
-    assert {name: int(count) for name, count in rows} == shipped
+    names = [path.stem for path in shipped("constitutions").glob("*.yaml")]
+    assert {name: int(count) for name, count in rows} == {
+        name: len(load_constitution(name).principles) for name in names
+    }
 
 
 def test_example_constitution_loads(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rlaif.artifacts import folder_hash
+from rlaif.artifacts import input_hash
 from rlaif.chat import encode_chat, encode_text
 from rlaif.config import LabelerConfig, ModelConfig
 from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
@@ -51,7 +51,7 @@ class HFEngine(Engine):
             "revision": config.revision or getattr(self.model.config, "_commit_hash", None),
             "adapter": config.adapter,
             # A folder's name stays when its weights change.
-            "weights": folder_hash(Path(config.name)) if config.name and Path(config.name).is_dir() else None,
+            "weights": input_hash(Path(config.name)) if config.name and Path(config.name).is_dir() else None,
             "dtype": str(self.model.dtype),
             "template": content_hash(self.tokenizer.chat_template),
         }

@@ -129,6 +129,7 @@ class OpenAIEngine(Engine):
         if config.votes > 1:
             self.identity["seed"] = seed  # only sampled votes depend on it
 
+        self._answered = False  # has the server accepted a request yet?
         self._logprobs: bool | None = None  # does the server give them? None: not known yet
         self._top_logprobs = config.top_logprobs
         self._misses = 0
@@ -381,13 +382,15 @@ class OpenAIEngine(Engine):
             raise _AttemptError("malformed", self._shorten(f"the response has no choices: {payload}"))
         if not payload["choices"]:
             raise _AttemptError("empty", "the response has an empty list of choices")
+        self._answered = True
         return payload
 
     def _status_problem(self, error: openai.APIStatusError) -> Exception:
         status, detail = error.status_code, self._server_message(error)
         if status == 429 and error.code == "insufficient_quota":
             status = 402
-        if status in _HINTS:
+        # Where others went through, a 403 or 404 is about this request (a moderated text), not about key or model.
+        if status in (401, 402) or (status in _HINTS and not self._answered):
             hint = _HINTS[status].format(key_env=self._config.api_key_env)
             return UserError(
                 f"labeler.base_url={self._base_url}, labeler.model={self._config.model}: "

@@ -19,6 +19,8 @@ class VerdictStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.written = 0
+        """Verdicts stored since it was opened."""
         try:
             self.connection = sqlite3.connect(path, isolation_level=None, timeout=60)
             self.connection.execute("PRAGMA journal_mode=WAL")
@@ -52,6 +54,7 @@ class VerdictStore:
             )
         except sqlite3.Error as error:
             raise UserError(f"{self.path}: a verdict cannot be stored ({error})") from None
+        self.written += 1
 
     def close(self) -> None:
         """Fold the write-ahead log into the file and close it."""

@@ -107,7 +107,7 @@ QUALITY: Terms = (
     ("failed", "failed", "Verdicts that could not be had or parsed; kept and counted, never guessed.", True),
     ("uncovered", "uncovered", "Verdicts with too little probability on the allowed words.", True),
     ("dropped", "dropped", "Pairs left out of the preferences, by reason.", True),
-    ("usable_per_s", "usable per s", "Usable verdicts a second.", True),
+    ("verdicts_per_s", "verdicts per s", "Verdicts a second, from loading the labeler to the last answer.", True),
 )
 
 PREFERENCE_MODEL: Terms = (

@@ -360,6 +360,18 @@ def test_wrong_key_or_model_ends_the_run(server: FakeServer, status: int, monkey
     assert KEY not in message
 
 
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_refusal_after_answers_is_about_that_request(server: FakeServer, status: int) -> None:
+    """Some servers answer a moderated text with 403: the other requests go on."""
+    server.plan = [logprobs([("A", 0.6), ("B", 0.2)]), error(status, "moderated")]
+    server.default = logprobs([("A", 0.6), ("B", 0.2)])
+    with build(server, concurrency=1) as engine:
+        results = dict(engine.score_options(ask(number) for number in range(4)))
+    assert isinstance(results[1], Failure)
+    assert (results[1].reason, results[1].detail) == (f"http_{status}", "moderated")
+    assert all(isinstance(results[number], OptionMass) for number in (0, 2, 3))
+
+
 def test_spent_quota_ends_the_run(server: FakeServer) -> None:
     server.default = Reply({"error": {"message": "no quota", "code": "insufficient_quota"}}, 429)
     with build(server) as engine, pytest.raises(UserError, match="no quota; the account has no credit"):
