@@ -131,7 +131,8 @@ class LoraSettings:
     target_modules: list[str] = field(default_factory=list)
     """Names of the linear layers to adapt; empty means every linear layer except heads."""
     top_layers: float = 1.0
-    """Fraction of the layers, counted from the top, that get an adapter. Below 1 the backward pass is shorter."""
+    """Fraction of the layers, counted from the top, that get an adapter. Below 1 the backward pass is shorter,
+    and policy and reference share the passes through the layers below."""
 
     def __post_init__(self) -> None:
         _positive(self, "lora", "r", "alpha")

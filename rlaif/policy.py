@@ -15,6 +15,7 @@ from rlaif.config import LoraSettings, ModelConfig, Tuning
 from rlaif.generation import left_pad
 from rlaif.losses import token_logps
 from rlaif.models import load_causal_lm, load_tokenizer, lora_config
+from rlaif.trunk import starting_at
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Packed:
     """Prompts padded on the left, completions on the right, so that all completions share their columns.
 
     ``ids``, ``mask``, ``positions``: (B, P + T). ``tokens``, ``completion_mask``: (B, T); the mask is float.
+    ``trunk``: (B, P + T, H), what :mod:`rlaif.trunk` has computed of the rows already.
     """
 
     ids: Tensor
@@ -29,24 +31,34 @@ class Packed:
     positions: Tensor
     tokens: Tensor
     completion_mask: Tensor
+    trunk: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def select(self, rows: Tensor) -> Packed:
         """Some of the rows, with columns that are padding in all of them removed."""
-        prompt_width = self.ids.shape[1] - self.tokens.shape[1]
-        mask, completion = self.mask[rows], self.completion_mask[rows]
-        longest = max(int(completion.sum(dim=1).max()), 1)
-        used = int(mask[:, :prompt_width].sum(dim=1).max())
-        columns = slice(prompt_width - used, prompt_width + longest)
+        columns = self.columns(rows)
+        longest = columns.stop - self.prompt_width
         return Packed(
             self.ids[rows, columns],
-            mask[:, columns],
+            self.mask[rows, columns],
             self.positions[rows, columns],
             self.tokens[rows, :longest],
-            completion[:, :longest],
+            self.completion_mask[rows, :longest],
+            None if self.trunk is None else self.trunk[rows, columns],
         )
+
+    @property
+    def prompt_width(self) -> int:
+        """Columns before the completions."""
+        return self.ids.shape[1] - self.tokens.shape[1]
+
+    def columns(self, rows: Tensor) -> slice:
+        """The columns that are not padding in all of these rows."""
+        longest = max(int(self.completion_mask[rows].sum(dim=1).max()), 1)
+        used = int(self.mask[rows, : self.prompt_width].sum(dim=1).max())
+        return slice(self.prompt_width - used, self.prompt_width + longest)
 
 
 def pack(
@@ -74,13 +86,14 @@ def pack(
 def completion_logits(model: Any, batch: Packed, temperature: float = 1.0) -> Tensor:
     """Logits that predict each completion token: (B, T, V). Prompt positions get none."""
     keep = batch.tokens.shape[1] + 1
-    output = model(
-        input_ids=batch.ids,
-        attention_mask=batch.mask,
-        position_ids=batch.positions,
-        use_cache=False,
-        logits_to_keep=keep,
-    )
+    with starting_at(model, batch.trunk):
+        output = model(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            position_ids=batch.positions,
+            use_cache=False,
+            logits_to_keep=keep,
+        )
     logits = output.logits[:, -keep:-1]
     return logits if temperature == 1 else logits / temperature
 

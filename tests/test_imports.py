@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "rlaif"
 LAYERS = [
     {"", "config", "records", "progress"},
     {"gold", "constitution", "losses", "chat", "splits", "evaluation.statistics"},
-    {"models", "generation", "artifacts", "engines", "policy", "preference_model"},
+    {"models", "generation", "artifacts", "engines", "policy", "preference_model", "trunk"},
     {"sampling", "labeling", "preferences", "methods", "evaluation", "reporting"},
     {"cli"},
     {"sample", "label", "train", "evaluate", "report", "run"},

@@ -26,6 +26,7 @@ from rlaif.methods.supervised import (
 from rlaif.models import load_causal_lm, load_tokenizer, seed_everything
 from rlaif.policy import Policy, completion_logits, pack
 from rlaif.records import Preference
+from rlaif.trunk import with_trunk
 
 
 def completion_ids(tokenizer: Any, completion: str, ended: bool) -> list[int]:
@@ -44,6 +45,8 @@ class SoftDPOTrainer(DPOTrainer):
     ) -> Any:
         """Soft-label sigmoid loss over the pairs of the batch."""
         batch, chosen, rejected = inputs["batch"], inputs["chosen"], inputs["rejected"]
+        everything = torch.arange(len(batch), device=batch.ids.device)
+        batch = with_trunk(self.accelerator.unwrap_model(model), batch, [everything])
         logps = self._summed(model, batch)
         with torch.no_grad():
             if self.ref_model is None:

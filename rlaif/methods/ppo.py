@@ -38,6 +38,7 @@ from rlaif.models import eos_ids, seed_everything
 from rlaif.policy import Packed, Policy, completion_logits, load_policy, merged, pack
 from rlaif.progress import progress
 from rlaif.records import Prompt, UserError, read_json, write_json
+from rlaif.trunk import with_trunk
 
 log = logging.getLogger("rlaif")
 
@@ -253,6 +254,7 @@ class PPOTrainer:
             self.pad,
             self.device,
         )
+        batch = with_trunk(self.model, batch, self.micro_batches(batch))
         if next(self.model.parameters()).dtype == torch.float32 and not self.autocast:
             # The sampler's own figures: in float32, merged weights give those of the training forward pass.
             logps, values = (

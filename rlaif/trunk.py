@@ -1,0 +1,104 @@
+"""The layers below the lowest adapter: policy and reference share them, so a batch passes through them once.
+
+With ``lora.top_layers`` below 1 nothing that trains comes before the adapted layers. Their input is computed once
+per batch and kept; every later pass over the batch, of the policy or of the reference, starts from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from rlaif.policy import Packed
+
+
+class _ReachedError(Exception):
+    """The forward pass has come as far as it is needed."""
+
+
+def frozen_layers(model: Any) -> list[nn.Module]:
+    """The decoder layers, from the first on, below everything that trains; none if the model is not built so."""
+    model = getattr(model, "module", model)  # inside a distributed wrapper
+    layers = _decoder_layers(model)
+    if layers is None or any(value.requires_grad for value in model.get_input_embeddings().parameters()):
+        return []
+    for depth, layer in enumerate(layers):
+        if any(value.requires_grad for value in layer.parameters()):
+            return list(layers[:depth])
+    return []
+
+
+def _decoder_layers(model: Any) -> nn.ModuleList | None:
+    depth = model.config.get_text_config().num_hidden_layers
+    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    return found[0] if len(found) == 1 else None
+
+
+def with_trunk(model: Any, batch: Packed, parts: Sequence[Tensor]) -> Packed:
+    """The batch with the output of the frozen layers, or as it is where there are none.
+
+    Args:
+        model: a causal language model.
+        batch: rows to run.
+        parts: their indices in micro-batches.
+    """
+    frozen = frozen_layers(model)
+    if not frozen:
+        return batch
+    trunk: Tensor | None = None
+    for rows in parts:
+        output = _run(model, frozen[-1], batch.select(rows))
+        if not isinstance(output, Tensor):
+            return batch
+        if trunk is None:
+            trunk = output.new_zeros((*batch.ids.shape, output.shape[-1]))
+        trunk[rows, batch.columns(rows)] = output
+    return replace(batch, trunk=trunk)  # type: ignore[type-var]
+
+
+@torch.no_grad()
+def _run(model: Any, last: nn.Module, batch: Packed) -> Any:
+    caught: list[Any] = []
+
+    def stop(module: nn.Module, arguments: Any, output: Any) -> None:
+        caught.append(output)
+        raise _ReachedError
+
+    handle = last.register_forward_hook(stop)
+    try:
+        model(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
+    except _ReachedError:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+@contextlib.contextmanager
+def starting_at(model: Any, trunk: Tensor | None) -> Iterator[None]:
+    """Within the block, forward passes take ``trunk`` as the output of the frozen layers instead of running them."""
+    if trunk is None:
+        yield
+        return
+
+    def known(*arguments: Any, **settings: Any) -> Tensor:
+        return trunk
+
+    frozen = frozen_layers(model)
+    before = [vars(layer).get("forward") for layer in frozen]
+    for layer in frozen:
+        layer.forward = known
+    try:
+        yield
+    finally:
+        for layer, forward in zip(frozen, before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
