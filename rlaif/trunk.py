@@ -59,7 +59,7 @@ def with_trunk(model: Any, batch: Packed, parts: Sequence[Tensor]) -> Packed:
         if trunk is None:
             trunk = output.new_zeros((*batch.ids.shape, output.shape[-1]))
         trunk[rows, batch.columns(rows)] = output
-    return replace(batch, trunk=trunk)  # type: ignore[type-var]
+    return replace(batch, trunk=trunk)
 
 
 @torch.no_grad()
