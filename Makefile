@@ -3,13 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+VLLM_STAMP := $(VENV)/.vllm-ready
 
-.PHONY: setup demo smoke test test-fast lint clean
+.PHONY: setup setup-vllm demo smoke test test-fast lint clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml scripts/constraints.txt scripts/setup.sh
 	PYTHON=$(PYTHON) VENV=$(VENV) sh scripts/setup.sh
+
+setup-vllm: $(VLLM_STAMP)
+
+$(VLLM_STAMP): $(STAMP) scripts/setup-vllm.sh
+	VENV=$(VENV) sh scripts/setup-vllm.sh
 
 demo: $(STAMP)
 	$(BIN)/python -m rlaif.run experiment=demo
@@ -17,7 +23,7 @@ demo: $(STAMP)
 smoke: $(STAMP)
 	$(BIN)/python -m rlaif.run experiment=smoke
 
-test: $(STAMP)
+test: $(VLLM_STAMP)
 	$(BIN)/python -m pytest
 
 test-fast: $(STAMP)

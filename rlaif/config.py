@@ -17,6 +17,7 @@ class LabelerType(StrEnum):
     """Which engine serves the labeler."""
 
     hf = "hf"
+    vllm = "vllm"
     openai = "openai"
     scripted = "scripted"
 
@@ -225,21 +226,48 @@ class ScriptedConfig:
 
 
 @dataclass
+class VLLMConfig:
+    """vLLM's engine, which runs in a process of its own."""
+
+    tensor_parallel_size: int = 1
+    """GPUs that each copy of the model is spread over."""
+    data_parallel_size: int = 1
+    """Copies of the model."""
+    gpu_memory_utilization: float = 0.9
+    """Share of each GPU's memory that vLLM may take."""
+    max_model_len: int | None = None
+    """Longest prompt in tokens; null takes the model's own. Less leaves more room for the cache."""
+    enforce_eager: bool = False
+    """Start sooner, run slower: neither compilation nor CUDA graphs."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Any other arguments of vLLM's EngineArgs, by name."""
+    python: str | None = None
+    """Interpreter that has vLLM, where that is not this one."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "labeler.vllm", "tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization")
+        _require(
+            self.max_model_len is None or self.max_model_len > 0,
+            f"labeler.vllm.max_model_len={self.max_model_len}: must be above 0 or null",
+        )
+
+
+@dataclass
 class LabelerConfig:
     """The model that judges completions against principles."""
 
     type: LabelerType | None = None
-    """Engine: ``hf``, ``openai`` or ``scripted``. Chosen by ``labeler=NAME``."""
+    """Engine: ``hf``, ``vllm``, ``openai`` or ``scripted``. Chosen by ``labeler=NAME``."""
     model: str | None = None
-    """Model name: a hub name, a folder or ``embedded`` for hf; the served model's name for openai."""
+    """Model name: a hub name, a folder or ``embedded`` for hf and vllm; the served model's name for openai."""
     revision: str | None = None
-    """Hub revision (hf)."""
+    """Hub revision (hf, vllm)."""
     dtype: Dtype = Dtype.auto
-    """Weight precision (hf)."""
+    """Weight precision (hf, vllm; vLLM's own ``auto`` is that of the model's files)."""
     device: str = "auto"
     """Device (hf)."""
     trust_remote_code: bool = False
-    """Run code that comes with the model (hf)."""
+    """Run code that comes with the model (hf, vllm)."""
     batch_tokens: int = 4096
     """Padded tokens per forward pass (hf)."""
     base_url: str | None = None
@@ -254,15 +282,27 @@ class LabelerConfig:
     """Retries of a failed request, with exponential back-off and Retry-After (openai)."""
     top_logprobs: int = 20
     """Log-probabilities asked for per position (openai); servers cap this."""
+    audit: str | None = None
+    """Pairs that people have labelled (see ``rlaif.audit``): the labeler is measured on them before it labels."""
+    min_agreement: float | None = None
+    """Refuse to label if the agreement in ``labeler.audit`` is below this."""
     prefill: bool = False
     """The server can continue an assistant message (vLLM, SGLang: yes; OpenAI: no)."""
     votes: int = 1
     """Replies sampled per verdict where the server gives no log-probabilities."""
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    """Settings of the vLLM engine."""
     scripted: ScriptedConfig = field(default_factory=ScriptedConfig)
     """Settings of the scripted labeler."""
 
     def __post_init__(self) -> None:
         _positive(self, "labeler", "batch_tokens", "concurrency", "timeout_s", "votes")
+        if self.min_agreement is not None:
+            _fraction(self, "labeler", "min_agreement")
+            _require(
+                self.audit is not None,
+                f"labeler.min_agreement={self.min_agreement} needs labelled pairs to measure it on: labeler.audit=FILE",
+            )
         _require(self.max_retries >= 0, f"labeler.max_retries={self.max_retries}: must be 0 or more")
         _require(
             1 <= self.top_logprobs <= 20,
@@ -543,6 +583,28 @@ class LabelConfig(CommandConfig):
 
 
 @dataclass
+class AuditConfig(CommandConfig):
+    """``python -m rlaif.audit``."""
+
+    comparisons: str | None = None
+    """JSONL file of pairs that people have labelled."""
+    max_pairs: int | None = None
+    """Use only this many of them, spread evenly over the file."""
+    constitution: str | None = None
+    """Name of a shipped constitution or a YAML file."""
+    labeler: LabelerConfig = field(default_factory=LabelerConfig)
+    labeling: LabelingConfig = field(default_factory=LabelingConfig)
+    compare: list[str] = field(default_factory=list)
+    """Folders of earlier audits on the same pairs: agreement between labelers is written beside."""
+    experiment: Any = None
+    """Chosen by ``experiment=NAME``: a file of ``conf/experiment`` that sets many keys at once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.max_pairs is None or self.max_pairs > 0, f"max_pairs={self.max_pairs}: must be above 0 or null")
+
+
+@dataclass
 class TrainConfig(CommandConfig):
     """``python -m rlaif.train``."""
 
@@ -651,6 +713,7 @@ class RunConfig(CommandConfig):
 COMMANDS: dict[str, type[CommandConfig]] = {
     "sample": SampleConfig,
     "label": LabelConfig,
+    "audit": AuditConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "report": ReportConfig,

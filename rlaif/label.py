@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from rlaif.artifacts import model_inputs, plain, run_stage
 from rlaif.cli import launch
 from rlaif.config import Feedback, LabelConfig, LabelerType, ModelConfig
 from rlaif.constitution import find_constitution, load_constitution
+from rlaif.labeling.store import STORE, STORE_FILES
 from rlaif.records import (
     Candidates,
     UserError,
@@ -26,9 +27,6 @@ from rlaif.records import (
 
 log = logging.getLogger("rlaif")
 
-STORE = "store.sqlite"
-# A run that was killed leaves its newest verdicts in the write-ahead log.
-STORE_FILES = (STORE, f"{STORE}-wal")
 USAGE = """
 Label candidate completions by written principles; build the preference dataset.
 
@@ -39,6 +37,7 @@ Label candidate completions by written principles; build the preference dataset.
   constitution=harmless           harmless, helpful, honest, summarize, concise, warm, instruction_following,
                                   or a YAML file of your own
   labeler=hf labeler.model=NAME   transformers in process (`embedded` needs no hub)
+  labeler=vllm labeler.model=NAME vLLM in a process of its own (`make setup-vllm` installs it)
   labeler=openai labeler.base_url=URL labeler.model=NAME
                                   any OpenAI-compatible server; the key comes from $OPENAI_API_KEY
   labeler=scripted                a deterministic labeler with a known utility, bias and noise
@@ -91,6 +90,11 @@ def _with_splits(lines: Sequence[Candidates], config: LabelConfig) -> list[Candi
 def _label_with_ai(lines: list[Candidates], file: Path, config: LabelConfig, output: Path) -> None:
     constitution = load_constitution(config.constitution)
     principles = find_constitution(config.constitution)
+    comparisons: list[Any] = []
+    if config.labeler.audit is not None:
+        from rlaif.labeling.audit import read_comparisons
+
+        comparisons = read_comparisons(existing_file(config.labeler.audit, "labeler.audit"))
 
     def make(folder: Path) -> None:
         from rlaif.engines import build_labeler
@@ -101,6 +105,13 @@ def _label_with_ai(lines: list[Candidates], file: Path, config: LabelConfig, out
 
         started = time.perf_counter()
         with build_labeler(config.labeler, config.seed) as engine, VerdictStore(folder / STORE) as store:
+            if comparisons:
+                from rlaif.audit import measure
+
+                audit = measure(
+                    comparisons, constitution, engine, config.labeling, store, folder / "audit", config.seed
+                )
+                _check_agreement(audit, config)
             labels = label_candidates(lines, constitution, engine, config.labeling, store, config.seed)
             name, asked = engine.name, store.written
         seconds = time.perf_counter() - started
@@ -129,11 +140,23 @@ def _label_with_ai(lines: list[Candidates], file: Path, config: LabelConfig, out
     inputs = {
         "candidates": file,
         "constitution": principles,
+        "audit": Path(config.labeler.audit) if config.labeler.audit else None,
         **model_inputs("labeler", labeler),
         # Where labeler.base_url is unset this decides which server is asked.
         "openai_base_url": os.environ.get("OPENAI_BASE_URL") if config.labeler.type is LabelerType.openai else None,
     }
     run_stage("label", output, settings, inputs, make, config.seed, carry_over=STORE_FILES, unfinished=_has_failures)
+
+
+def _check_agreement(audit: Mapping[str, Any], config: LabelConfig) -> None:
+    """Stop before anything is paid for if the labeler is not good enough."""
+    wanted, found = config.labeler.min_agreement, audit.get("agreement")
+    if wanted is not None and (found is None or found < wanted):
+        measured = "no label at all" if found is None else f"{found:.1%} of {audit['n_labelled']} pairs"
+        raise UserError(
+            f"labeler.min_agreement={wanted}: {audit['labeler']} agrees with {config.labeler.audit} on {measured}. "
+            f"{audit['verdict']}"
+        )
 
 
 def _has_failures(folder: Path) -> bool:
@@ -142,7 +165,7 @@ def _has_failures(folder: Path) -> bool:
 
 
 # Settings of the labeler that change how fast answers come, not what they are.
-_SPEED_ONLY = {"concurrency", "timeout_s", "max_retries", "batch_tokens", "api_key_env", "device"}
+_SPEED_ONLY = {"concurrency", "timeout_s", "max_retries", "batch_tokens", "api_key_env", "device", "audit"}
 
 
 def _label_with_annotator(lines: list[Candidates], file: Path, config: LabelConfig, output: Path) -> None:

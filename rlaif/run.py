@@ -39,7 +39,7 @@ Run the whole comparison: sample, label, train every arm, evaluate, report.
 
   output_dir=DIR                  one subfolder per stage; what is up to date is skipped
   prompts=FILE                    constitution=NAME_OR_FILE      gold=vader
-  policy.name=MODEL               labeler=hf|openai|scripted labeler.model=NAME
+  policy.name=MODEL               labeler=hf|vllm|openai|scripted labeler.model=NAME
   '+arms.my_dpo={method: dpo, feedback: ai}'          one more arm; ~arms.dpo removes one
   ppo.iterations=20 ppo.kl_coef=0.05 pm.epochs=2 dpo.beta=0.1 eval.samples_per_prompt=2 ...
 
@@ -110,7 +110,7 @@ def check(config: RunConfig) -> Path:
     if Feedback.ai in feedbacks:
         check_mode(load_constitution(config.constitution), config.labeling.mode)
         if config.labeler.type is None:
-            raise UserError("labeler is not set: give labeler=hf, labeler=openai or labeler=scripted")
+            raise UserError("labeler is not set: give labeler=hf, labeler=vllm, labeler=openai or labeler=scripted")
         if config.labeler.type is LabelerType.openai:
             # Asks the server whether it is there, takes the key and serves the model.
             build_labeler(config.labeler, config.seed).close()

@@ -17,7 +17,7 @@ LAYERS = [
     {"models", "generation", "artifacts", "engines", "policy", "preference_model", "trunk"},
     {"sampling", "labeling", "preferences", "methods", "evaluation", "reporting"},
     {"cli"},
-    {"sample", "label", "train", "evaluate", "report", "run"},
+    {"sample", "label", "audit", "train", "evaluate", "report", "run"},
 ]
 # Modules that know less than their layer would allow.
 NARROW = {

@@ -16,7 +16,7 @@ def build_labeler(config: LabelerConfig, seed: int) -> Engine:
         UserError: if the model, server or key that it needs is missing.
     """
     if config.type is None:
-        raise UserError("labeler is not set: give labeler=hf, labeler=openai or labeler=scripted")
+        raise UserError("labeler is not set: give labeler=hf, labeler=vllm, labeler=openai or labeler=scripted")
     if config.type is LabelerType.scripted:
         from rlaif.engines.scripted import ScriptedEngine
 
@@ -27,6 +27,10 @@ def build_labeler(config: LabelerConfig, seed: int) -> Engine:
         from rlaif.engines.openai import OpenAIEngine
 
         return OpenAIEngine(config, seed=seed)
+    if config.type is LabelerType.vllm:
+        from rlaif.engines.vllm import VLLMEngine
+
+        return VLLMEngine(config)
     from rlaif.engines.hf import HFEngine
 
     return HFEngine(config)

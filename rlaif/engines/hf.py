@@ -12,16 +12,15 @@ from typing import Any
 import torch
 
 from rlaif.artifacts import input_hash
-from rlaif.chat import encode_chat, encode_text
+from rlaif.chat import encode_chat
 from rlaif.config import LabelerConfig, ModelConfig
 from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
+from rlaif.engines.options import LOG_NEGLIGIBLE, option_tokens
 from rlaif.generation import generate, left_pad
 from rlaif.models import eos_ids, load_causal_lm, load_tokenizer
 from rlaif.records import content_hash
 
 _WINDOW = 512
-# Spellings of several tokens whose first token is less likely than this are left out of an option's mass.
-_LOG_NEGLIGIBLE = math.log(1e-3)
 
 
 class HFEngine(Engine):
@@ -110,7 +109,7 @@ class HFEngine(Engine):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         logits = self.model(input_ids=padded, attention_mask=mask, position_ids=positions, logits_to_keep=1).logits
         logps = torch.log_softmax(logits[:, -1].float(), dim=-1)
-        spelled = {options: self._spellings(options) for options in {options for _, options in rows}}
+        spelled = {options: option_tokens(self.tokenizer, options) for options in {options for _, options in rows}}
         results = []
         for row, (ids, options) in enumerate(rows):
             masses: list[float | None] = []
@@ -119,26 +118,11 @@ class HFEngine(Engine):
                 mass = float(logps[row, single].exp().sum()) if single else 0.0
                 for tokens in spellings:
                     # A longer spelling has at most the mass of its first token.
-                    if len(tokens) > 1 and float(logps[row, tokens[0]]) > _LOG_NEGLIGIBLE:
+                    if len(tokens) > 1 and float(logps[row, tokens[0]]) > LOG_NEGLIGIBLE:
                         mass += math.exp(self._continuation_logp(ids, tokens))
                 masses.append(min(mass, 1.0))
             results.append(tuple(masses))
         return results
-
-    def _spellings(self, options: tuple[tuple[str, ...], ...]) -> list[list[tuple[int, ...]]]:
-        """Distinct token sequences of each option; one that another of them is a prefix of adds no mass."""
-        result = []
-        for spellings in options:
-            sequences = {tuple(encode_text(self.tokenizer, spelling)) for spelling in spellings}
-            sequences.discard(())
-            result.append(
-                sorted(
-                    tokens
-                    for tokens in sequences
-                    if not any(tokens[:size] in sequences for size in range(1, len(tokens)))
-                )
-            )
-        return result
 
     def _continuation_logp(self, ids: list[int], tokens: tuple[int, ...]) -> float:
         """log P(tokens | ids)."""

@@ -1,10 +1,30 @@
-"""Which option a server's answer gives: from listed log-probabilities, or from the text of a reply. Pure."""
+"""Which option an answer gives: from log-probabilities of its spellings, or from the text of a reply. Pure."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
+
+from rlaif.chat import encode_text
+
+LOG_NEGLIGIBLE = math.log(1e-3)
+"""Spellings of several tokens whose first token is less likely than this are left out of an option's mass."""
+
+
+def option_tokens(tokenizer: Any, options: Sequence[Sequence[str]]) -> list[list[tuple[int, ...]]]:
+    """Distinct token sequences of each option; one that another of them is a prefix of adds no mass."""
+    result = []
+    for spellings in options:
+        sequences = {tuple(encode_text(tokenizer, spelling)) for spelling in spellings}
+        sequences.discard(())
+        result.append(
+            sorted(
+                tokens for tokens in sequences if not any(tokens[:size] in sequences for size in range(1, len(tokens)))
+            )
+        )
+    return result
 
 
 def accepted_tokens(options: Sequence[Sequence[str]]) -> list[set[str]]:

@@ -12,6 +12,9 @@ from typing import Any
 from rlaif.records import UserError
 
 _BATCH = 500
+STORE = "store.sqlite"
+# A run that was killed leaves its newest verdicts in the write-ahead log.
+STORE_FILES = (STORE, f"{STORE}-wal")
 
 
 class VerdictStore:

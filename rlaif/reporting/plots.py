@@ -10,7 +10,7 @@ import hashlib
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,6 +195,24 @@ def _curve(curves: Sequence[Curve], key: str, kind: str, looks: dict[str, Look])
         return None
     caption = key.replace("_", " ")
     return Figure(caption, _svg(draw, 3.4, 2.2, f"{kind} {caption}"))
+
+
+def reliability_diagram(points: Sequence[Mapping[str, float]]) -> str:
+    """Observed frequency against mean label, as an SVG file of its own; circles grow with the number of pairs."""
+    most = max(point["n"] for point in points)
+
+    def draw(axes: Any) -> None:
+        axes.plot([0, 1], [0, 1], color=_INK, linestyle="--", linewidth=1, alpha=0.6)
+        sizes = [20 + 130 * point["n"] / most for point in points]
+        axes.scatter([p["p"] for p in points], [p["observed"] for p in points], s=sizes, color=_PALETTE[0], alpha=0.8)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("label: P(a is better)")
+        axes.set_ylabel("share where people prefer a")
+
+    svg = _svg(draw, 3.4, 3.2, "reliability diagram")
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return svg.replace("<svg", f'<svg {names} style="color: #222; background: #fff"', 1)
 
 
 def _svg(draw: Callable[[Any], None], width: float, height: float, label: str) -> str:

@@ -188,6 +188,17 @@ CASES = {
         ["prompts={inputs}/prompts.jsonl", TINY, "eval.gold=taste"],
         ["'taste'", "vader"],
     ),
+    "audit_comparisons_unset": ("audit", ["constitution=warm", "labeler=scripted"], ["comparisons is not set"]),
+    "audit_not_comparisons": (
+        "audit",
+        ["constitution=warm", "labeler=scripted", "comparisons={inputs}/prompts.jsonl"],
+        ["prompts.jsonl, line 1", 'has no "response_a"'],
+    ),
+    "gate_without_pairs": (
+        "label",
+        ["candidates={inputs}/candidates.jsonl", "constitution=warm", "labeler=scripted", "labeler.min_agreement=0.6"],
+        ["labeler.min_agreement=0.6", "labeler.audit=FILE"],
+    ),
     "report_runs_missing": ("report", ["runs=[no/such]"], ["runs=no/such", "no such folder"]),
     "run_no_arms": ("run", [*RUN, "~arms"], ["arms"]),
     "run_human_without_preferences": (
@@ -254,7 +265,7 @@ def test_unknown_model_with_the_hub_allowed(run_command, inputs, tmp_path):
     assert left_over(tmp_path) == []
 
 
-@pytest.mark.parametrize("command", ["sample", "label", "train", "evaluate", "report", "run"])
+@pytest.mark.parametrize("command", ["sample", "label", "audit", "train", "evaluate", "report", "run"])
 def test_output_dir_unset(command, run_command):
     check_error(run_command(command, expect=2), "output_dir is not set", "output_dir=DIR")
 
@@ -305,7 +316,7 @@ def test_full_disk(command, size, values, run_command, tmp_path):
     assert left_over(tmp_path) == []
 
 
-@pytest.mark.parametrize("command", ["sample", "label", "train", "evaluate", "report", "run"])
+@pytest.mark.parametrize("command", ["sample", "label", "audit", "train", "evaluate", "report", "run"])
 def test_help_is_fast_and_light(command, command_env, tmp_path):
     started = time.perf_counter()
     result = subprocess.run(

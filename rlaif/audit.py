@@ -1,0 +1,141 @@
+"""``python -m rlaif.audit``: a labeler against pairs that people have labelled."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlaif.artifacts import model_inputs, plain, run_stage
+from rlaif.cli import launch
+from rlaif.config import AuditConfig, LabelingConfig, ModelConfig
+from rlaif.constitution import Constitution, find_constitution, load_constitution
+from rlaif.labeling.store import STORE, STORE_FILES
+from rlaif.records import UserError, existing_dir, existing_file, read_json, read_jsonl, write_json, write_jsonl
+
+if TYPE_CHECKING:
+    from rlaif.engines.base import Engine
+    from rlaif.labeling.audit import Comparison
+    from rlaif.labeling.store import VerdictStore
+
+log = logging.getLogger("rlaif")
+
+USAGE = """
+Measure a labeler on pairs that people have labelled, before training on its labels.
+
+  python -m rlaif.audit comparisons=FILE output_dir=DIR constitution=NAME_OR_FILE labeler=... [key=value ...] [-m]
+
+  comparisons=FILE                JSONL (or .gz): "prompt" with "chosen" and "rejected", or with "response_a",
+                                  "response_b" and "label" (a, b or tie), and "annotators" where they are known
+  output_dir=DIR                  gets audit.json, audit.md, reliability.svg, comparisons.jsonl, labels.jsonl
+  labeler=hf labeler.model=NAME   as for rlaif.label: hf, vllm, openai or scripted
+  labeling.mode=pairwise          as for rlaif.label
+  max_pairs=200                   only so many pairs, spread evenly over the file
+  compare=[DIR1,DIR2]             earlier audits on the same pairs: agreement between labelers
+
+To refuse labels of a labeler that is not good enough: rlaif.label ... labeler.audit=FILE labeler.min_agreement=0.65
+"""
+
+COMPARISONS = "comparisons.jsonl"
+
+
+def measure(
+    comparisons: Sequence[Comparison],
+    constitution: Constitution,
+    engine: Engine,
+    labeling: LabelingConfig,
+    store: VerdictStore,
+    folder: Path,
+    seed: int,
+) -> dict[str, Any]:
+    """Ask the labeler about every comparison and write the audit into ``folder``."""
+    from rlaif.labeling.aggregate import pair_labels
+    from rlaif.labeling.audit import audit, verdict
+    from rlaif.labeling.label import label_candidates
+    from rlaif.reporting.audit import audit_markdown
+    from rlaif.reporting.plots import reliability_diagram
+
+    lines = [comparison.candidates() for comparison in comparisons]
+    labels = label_candidates(lines, constitution, engine, labeling, store, seed)
+    weights = {principle.id: principle.weight for principle in constitution.principles}
+    pairs, _ = pair_labels(labels, weights, labeling.temperature, labeling.both_orders)
+    result = {
+        "labeler": engine.name,
+        "mode": labeling.mode.value,
+        "constitution": constitution.name,
+        "seed": seed,
+        **audit(comparisons, labels, pairs),
+    }
+    result["verdict"] = verdict(result)
+    folder.mkdir(parents=True, exist_ok=True)
+    logits = {pair.prompt_id: pair.logit for pair in pairs}
+    truth = {comparison.name: comparison.truth for comparison in comparisons}
+    write_jsonl(folder / COMPARISONS, ({"id": name, "truth": truth[name], "logit": logits.get(name)} for name in truth))
+    write_jsonl(folder / "labels.jsonl", (label.to_json() for label in labels))
+    write_json(folder / "audit.json", result)
+    (folder / "audit.md").write_text(audit_markdown(result), encoding="utf-8")
+    if result["reliability"]:
+        (folder / "reliability.svg").write_text(reliability_diagram(result["reliability"]), encoding="utf-8")
+    log.info("audit of %s: %s", engine.name, result["verdict"])
+    return result
+
+
+def between_labelers(own: Path, others: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Agreement of labelers with each other on the pairs that both labelled with a side.
+
+    Raises:
+        UserError: if a folder holds no audit, or none of the same pairs.
+    """
+    from rlaif.evaluation.statistics import bootstrap_mean, pairs_agreement
+
+    logits: dict[str, dict[str, float]] = {}
+    for folder in (own, *others):
+        if not (folder / COMPARISONS).is_file():
+            raise UserError(f"compare={folder}: no {COMPARISONS} in it; give the output_dir of an earlier rlaif.audit")
+        rows = read_jsonl(folder / COMPARISONS, lambda line: (str(line["id"]), line["logit"]))
+        logits[str(folder)] = {name: value for name, value in rows if value}
+    mine = logits.pop(str(own))
+    result = {}
+    for name, theirs in logits.items():
+        shared = sorted(mine.keys() & theirs.keys())
+        estimate = bootstrap_mean(pairs_agreement([mine[key] for key in shared], [theirs[key] for key in shared]))
+        if estimate is None:
+            raise UserError(f"compare={name}: no pair in common with this audit")
+        labeler = read_json(Path(name) / "audit.json")["labeler"]
+        result[name] = {"labeler": labeler, **estimate.flat("agreement")}
+    return result
+
+
+def main(config: AuditConfig, output: Path) -> None:
+    """Entry of the command."""
+    from rlaif.labeling.audit import read_comparisons
+
+    file = existing_file(config.comparisons, "comparisons")
+    comparisons = read_comparisons(file, config.max_pairs)
+    constitution = load_constitution(config.constitution)
+    others = [existing_dir(folder, "compare") for folder in config.compare]
+
+    def make(folder: Path) -> None:
+        from rlaif.engines import build_labeler
+        from rlaif.labeling.store import VerdictStore
+
+        with build_labeler(config.labeler, config.seed) as engine, VerdictStore(folder / STORE) as store:
+            measure(comparisons, constitution, engine, config.labeling, store, folder, config.seed)
+        if others:
+            write_json(folder / "between_labelers.json", between_labelers(folder, others))
+
+    settings = plain(labeler=config.labeler, labeling=config.labeling, max_pairs=config.max_pairs)
+    model = ModelConfig(name=config.labeler.model, revision=config.labeler.revision, dtype=config.labeler.dtype)
+    inputs = {
+        "comparisons": file,
+        "constitution": find_constitution(config.constitution),
+        **{f"compare_{place}": folder / COMPARISONS for place, folder in enumerate(others)},
+        **model_inputs("labeler", model),
+    }
+    run_stage("audit", output, settings, inputs, make, config.seed, carry_over=STORE_FILES)
+    log.info("%s", read_json(output / "audit.json")["verdict"])
+
+
+if __name__ == "__main__":
+    launch("audit", main, USAGE)

@@ -1,0 +1,282 @@
+"""vLLM's offline engine in a process of its own: log-probabilities of exactly the tokens that spell an option.
+
+Prompts are tokenised here, by the same code as for the in-process engine, and travel as token ids. The process
+starts with the first request, so a run that knows every verdict already never starts it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rlaif.artifacts import input_hash
+from rlaif.chat import encode_chat
+from rlaif.config import LabelerConfig, ModelConfig
+from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
+from rlaif.engines.options import LOG_NEGLIGIBLE, option_tokens
+from rlaif.models import load_tokenizer, resolve_model
+from rlaif.records import UserError, content_hash
+
+T = TypeVar("T")
+Job = dict[str, Any]
+Talk = Generator[list[Job], list[Job], T]
+"""A request's talk with the engine: yields jobs, is sent their answers, returns the result."""
+
+log = logging.getLogger("rlaif")
+
+IN_FLIGHT = 1024
+"""Requests given to vLLM at once; it makes its own batches of them."""
+_WORKER = Path(__file__).with_name("vllm_worker.py")
+_SHUTDOWN_S = 1.5
+
+
+@dataclass
+class _Open:
+    """A talk that waits for answers."""
+
+    index: int
+    talk: Talk[Any]
+    missing: int
+    answers: list[Job] = field(default_factory=list)
+
+
+class VLLMEngine(Engine):
+    """Serves a model with vLLM.
+
+    Raises:
+        UserError: if vLLM is not installed, the model does not exist, or vLLM cannot start or ends early.
+    """
+
+    def __init__(self, config: LabelerConfig) -> None:
+        settings = config.vllm
+        if settings.python is None and importlib.util.find_spec("vllm") is None:
+            raise UserError(
+                "labeler=vllm: vLLM is not installed; run `make setup-vllm`, or name an interpreter that has it: "
+                "labeler.vllm.python=PATH"
+            )
+        if settings.python is not None and not Path(settings.python).is_file():
+            raise UserError(f"labeler.vllm.python={settings.python}: no such file")
+        model = ModelConfig(
+            name=config.model, revision=config.revision, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+        )
+        self.tokenizer = load_tokenizer(model, "labeler")
+        self._python = settings.python or sys.executable
+        self._arguments = {
+            "model": resolve_model(config.model, "labeler.model"),
+            "revision": config.revision,
+            "dtype": config.dtype.value,
+            "trust_remote_code": config.trust_remote_code,
+            "enable_prefix_caching": True,
+            "tensor_parallel_size": settings.tensor_parallel_size,
+            "data_parallel_size": settings.data_parallel_size,
+            "gpu_memory_utilization": settings.gpu_memory_utilization,
+            "max_model_len": settings.max_model_len,
+            "enforce_eager": settings.enforce_eager,
+            "enable_log_requests": False,
+            "disable_log_stats": True,
+            **settings.engine_args,
+        }
+        self.identity = {
+            "engine": "vllm",
+            "model": config.model,
+            "revision": config.revision,
+            "weights": input_hash(Path(config.model)) if config.model and Path(config.model).is_dir() else None,
+            "dtype": config.dtype.value,
+            "engine_args": dict(settings.engine_args),
+            "template": content_hash(self.tokenizer.chat_template),
+        }
+        self._process: subprocess.Popen[str] | None = None
+        self._answers: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._max_length = 0
+        self._spelled: dict[tuple[tuple[str, ...], ...], list[list[tuple[int, ...]]]] = {}
+        self._log: Any = None
+
+    def score_options(self, requests: Iterable[OptionRequest]) -> Iterator[tuple[int, OptionMass | Failure]]:
+        """One prompt a request, and more for spellings of several tokens that may have mass."""
+        return self._stream(requests, self._score)
+
+    def sample(self, requests: Iterable[SampleRequest]) -> Iterator[tuple[int, Sampled | Failure]]:
+        """Sample a completion for each request."""
+        return self._stream(requests, self._complete)
+
+    def _score(self, request: OptionRequest) -> Talk[OptionMass | Failure]:
+        started = time.perf_counter()
+        ids = encode_chat(self.tokenizer, request.messages, request.stem)
+        if request.options not in self._spelled:
+            self._spelled[request.options] = option_tokens(self.tokenizer, request.options)
+        options = self._spelled[request.options]
+        longest = max(len(tokens) for spellings in options for tokens in spellings)
+        if len(ids) + longest > self._max_length:
+            return self._too_long(len(ids))
+        firsts = sorted({tokens[0] for spellings in options for tokens in spellings})
+        [answer] = yield [{"ids": ids, "want": firsts}]
+        if "error" in answer:
+            return Failure("engine_error", answer["error"], time.perf_counter() - started)
+        logps = dict(zip(firsts, answer["logps"], strict=True))
+        masses = [sum(math.exp(logps[tokens[0]]) for tokens in spellings if len(tokens) == 1) for spellings in options]
+        longer = [
+            (option, tokens)
+            for option, spellings in enumerate(options)
+            for tokens in spellings
+            if len(tokens) > 1 and logps[tokens[0]] > LOG_NEGLIGIBLE
+        ]
+        jobs = [
+            {"ids": [*ids, *tokens[:place]], "want": [tokens[place]]}
+            for _, tokens in longer
+            for place in range(1, len(tokens))
+        ]
+        answers = iter((yield jobs) if jobs else [])
+        for option, tokens in longer:
+            total = logps[tokens[0]]
+            for _ in tokens[1:]:
+                answer = next(answers)
+                if "error" in answer:
+                    return Failure("engine_error", answer["error"], time.perf_counter() - started)
+                total += answer["logps"][0]
+            masses[option] += math.exp(total)
+        seconds = time.perf_counter() - started
+        return OptionMass(
+            tuple(min(mass, 1.0) for mass in masses), "logprob", prompt_tokens=len(ids), latency_s=seconds
+        )
+
+    def _complete(self, request: SampleRequest) -> Talk[Sampled | Failure]:
+        ids = encode_chat(self.tokenizer, request.messages)
+        if len(ids) + 1 > self._max_length:
+            return self._too_long(len(ids))
+        parameters = {
+            "max_tokens": request.max_new_tokens,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "seed": request.seed,
+        }
+        [answer] = yield [{"ids": ids, "sample": parameters}]
+        if "error" in answer:
+            return Failure("engine_error", answer["error"])
+        text = self.tokenizer.decode(answer["tokens"], skip_special_tokens=True).strip()
+        finish = "length" if answer["finish"] == "length" else "stop"
+        return Sampled(text, finish, len(answer["tokens"]), len(ids))
+
+    def _too_long(self, length: int) -> Failure:
+        return Failure("too_long", f"{length} tokens, and the model takes {self._max_length}")
+
+    def _stream(self, requests: Iterable[Any], begin: Callable[[Any], Talk[T]]) -> Iterator[tuple[int, T]]:
+        """Hold up to ``IN_FLIGHT`` talks; results come in the order in which they end."""
+        source = enumerate(requests)
+        jobs: dict[int, tuple[_Open, int]] = {}
+        talking = number = 0
+        more = True
+        while True:
+            while more and talking < IN_FLIGHT:
+                index, request = next(source, (-1, None))
+                if request is None:
+                    more = False
+                    break
+                self._start()
+                opened = _Open(index, begin(request), 0)
+                try:
+                    number = self._submit(opened, next(opened.talk), jobs, number)
+                    talking += 1
+                except StopIteration as end:
+                    yield index, end.value
+            if not talking:
+                return
+            answer = self._answers.get()
+            if answer is None:
+                raise self._died("ended early")
+            opened, place = jobs.pop(answer["id"])
+            opened.answers[place] = answer
+            opened.missing -= 1
+            if opened.missing:
+                continue
+            try:
+                number = self._submit(opened, opened.talk.send(opened.answers), jobs, number)
+            except StopIteration as end:
+                talking -= 1
+                yield opened.index, end.value
+
+    def _submit(self, opened: _Open, batch: list[Job], jobs: dict[int, tuple[_Open, int]], number: int) -> int:
+        opened.missing, opened.answers = len(batch), [{}] * len(batch)
+        for place, job in enumerate(batch):
+            jobs[number] = (opened, place)
+            self._send({"id": number, **job})
+            number += 1
+        return number
+
+    def _send(self, message: Job) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            raise self._died("ended early") from None
+
+    def _start(self) -> None:
+        if self._process is not None:
+            return
+        log.info("starting vLLM for %s", self.name)
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - read when it died
+        self._process = subprocess.Popen(
+            [self._python, str(_WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            encoding="utf-8",
+            # A group of its own: Ctrl-C is for this process, which then ends the whole group.
+            start_new_session=True,
+        )
+        threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
+        self._send(self._arguments)
+        ready = self._answers.get()
+        if ready is None:
+            raise self._died("could not start")
+        self._max_length = ready["max_model_len"]
+        log.info("vLLM %s is ready", ready["vllm"])
+
+    def _read(self, stdout: Any) -> None:
+        # Pipes are finite: were answers not taken off while jobs are written, both sides would wait for ever.
+        with contextlib.suppress(ValueError, OSError):
+            for line in stdout:
+                self._answers.put(json.loads(line))
+        self._answers.put(None)
+
+    def _died(self, what: str) -> UserError:
+        self.close()
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log.read()[-20_000:].splitlines() if line.strip()]
+        reasons = [line for line in lines if "Error" in line and "engine core" not in line.lower()] or lines
+        shown = "; ".join(dict.fromkeys(reasons[-2:])) or "no message"
+        return UserError(
+            f"labeler=vllm, labeler.model={self.name}: vLLM {what}: {shown[-600:]} "
+            "(answers that came before are stored)"
+        )
+
+    def close(self) -> None:
+        """End the process and everything that it started."""
+        process = self._process
+        if process is None:
+            return
+        self._process = None
+        with contextlib.suppress(OSError):
+            process.stdin.close()  # type: ignore[union-attr]
+        for kind in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, kind)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_SHUTDOWN_S)

@@ -1,0 +1,89 @@
+"""The process that holds a vLLM engine: jobs as JSON lines on stdin, answers as JSON lines on stdout.
+
+Needs nothing but vLLM, so it can run under another interpreter than the labeler (``labeler.vllm.python``). It ends
+when stdin does.
+
+The first line holds the arguments of vLLM's engine. A job is ``{"id", "ids", "want"}`` (log-probabilities of the
+tokens ``want`` after the prompt ``ids``) or ``{"id", "ids", "sample"}`` (a completion with these sampling
+parameters). The answer is ``{"id", "logps"}``, ``{"id", "tokens", "finish"}`` or ``{"id", "error"}``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from typing import Any
+
+# vLLM's limit for the tokens of one request (MAX_LOGPROB_TOKEN_IDS).
+_MOST_TOKENS = 128
+_LINE_LIMIT = 2**28
+
+
+async def serve(channel: Any) -> None:
+    """Start the engine and answer jobs until stdin ends."""
+    reader = asyncio.StreamReader(limit=_LINE_LIMIT)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+
+    def send(message: dict[str, Any]) -> None:
+        channel.write(json.dumps(message) + "\n")
+        channel.flush()
+
+    settings = json.loads(await reader.readline())
+    # Nobody asked for usage reports to be sent from a labeling run.
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    import vllm
+    from vllm import AsyncEngineArgs, SamplingParams
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    if current_platform.is_cpu():
+        # GiB; without a bound the cache takes a share of the whole machine's memory.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
+    send({"max_model_len": engine.model_config.max_model_len, "vllm": vllm.__version__})
+
+    async def run(name: str, ids: list[int], params: Any) -> Any:
+        *_, last = [output async for output in engine.generate({"prompt_token_ids": ids}, params, request_id=name)]
+        return last.outputs[0]
+
+    async def logps(job: dict[str, Any]) -> dict[str, Any]:
+        found: list[float] = []
+        for start in range(0, len(job["want"]), _MOST_TOKENS):
+            want = job["want"][start : start + _MOST_TOKENS]
+            params = SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=want, detokenize=False)
+            output = await run(f"{job['id']}-{start}", job["ids"], params)
+            found += [output.logprobs[0][token].logprob for token in want]
+        return {"logps": found}
+
+    async def sample(job: dict[str, Any]) -> dict[str, Any]:
+        output = await run(str(job["id"]), job["ids"], SamplingParams(detokenize=False, **job["sample"]))
+        return {"tokens": list(output.token_ids), "finish": output.finish_reason}
+
+    async def answer(job: dict[str, Any]) -> None:
+        try:
+            result = await (logps(job) if "want" in job else sample(job))
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {error}"}
+        send({"id": job["id"], **result})
+        if engine.errored:
+            os._exit(1)
+
+    running: set[asyncio.Task[None]] = set()
+    while line := await reader.readline():
+        task = asyncio.create_task(answer(json.loads(line)))
+        running.add(task)
+        task.add_done_callback(running.discard)
+    engine.shutdown()
+
+
+def main() -> None:
+    """Keep stdout for answers; whatever else is printed goes to stderr."""
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    asyncio.run(serve(channel))
+
+
+if __name__ == "__main__":
+    main()

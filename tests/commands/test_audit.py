@@ -1,0 +1,84 @@
+"""``rlaif.audit`` and the gate in ``rlaif.label``, through the commands, with a labeler whose truth is known."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+HUMAN_DATA = Path(os.environ.get("RLAIF_HUMAN_DATA", Path(__file__).parents[3] / "shared" / "data"))
+SCRIPTED = ["constitution=warm", "labeler=scripted", "labeler.scripted.utility=length"]
+
+
+@pytest.fixture(scope="module")
+def human_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of which people preferred the longer one, four times out of five."""
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    lines = []
+    for number in range(60):
+        longer, shorter = f"a longer reply number {number}", f"reply {number}"
+        chosen, rejected = (shorter, longer) if number % 5 == 0 else (longer, shorter)
+        lines.append({"id": f"c{number}", "prompt": f"question {number}", "chosen": chosen, "rejected": rejected})
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def test_an_audit_recovers_what_was_planted(run_command, human_pairs, tmp_path):
+    biased = ["labeler.scripted.position_bias=3", f"comparisons={human_pairs}", f"output_dir={tmp_path}/biased"]
+    result = run_command("audit", *SCRIPTED, *biased)
+    found = json.loads((tmp_path / "biased" / "audit.json").read_text())
+    assert found["agreement"] == pytest.approx(0.8)
+    assert found["agreement_low"] < 0.8 < found["agreement_high"]
+    assert found["position_bias"] == pytest.approx(3, abs=1e-3)
+    assert found["longer_wins"] == pytest.approx(0.8)
+    assert found["n_verdicts"] == 120
+    assert "not shown to be better than preferring the longer completion" in result.stderr
+    page = (tmp_path / "biased" / "audit.md").read_text()
+    assert "| agreement with people | 80.0% |" in page
+    assert (tmp_path / "biased" / "reliability.svg").read_text().startswith("<svg xmlns=")
+    # Again: up to date, and the verdict is still said.
+    again = run_command("audit", *SCRIPTED, *biased)
+    assert "up to date" in again.stderr
+    assert found["verdict"] in again.stderr
+
+
+def test_a_contrary_labeler_is_reported_and_compared(run_command, human_pairs, tmp_path):
+    run_command("audit", *SCRIPTED, f"comparisons={human_pairs}", f"output_dir={tmp_path}/one")
+    result = run_command(
+        "audit",
+        *SCRIPTED,
+        "labeler.scripted.utility=brevity",
+        f"comparisons={human_pairs}",
+        f"output_dir={tmp_path}/two",
+        f"compare=[{tmp_path}/one]",
+    )
+    assert "DO NOT TRAIN ON THESE LABELS: the labeler agrees with people less often than a coin" in result.stderr
+    [between] = json.loads((tmp_path / "two" / "between_labelers.json").read_text()).values()
+    assert (between["agreement"], between["agreement_n"]) == (0.0, 60)
+
+
+def test_labels_are_refused_below_the_agreement_asked_for(run_command, human_pairs, inputs, tmp_path):
+    arguments = [*SCRIPTED, f"candidates={inputs}/candidates.jsonl", f"labeler.audit={human_pairs}"]
+    out = tmp_path / "out"
+    result = run_command("label", *arguments, "labeler.min_agreement=0.9", f"output_dir={out}", expect=2)
+    assert "labeler.min_agreement=0.9" in result.stderr
+    assert "on 80.0% of 60 pairs" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not out.exists()
+    run_command("label", *arguments, "labeler.min_agreement=0.7", f"output_dir={out}")
+    assert json.loads((out / "audit" / "audit.json").read_text())["agreement"] == pytest.approx(0.8)
+    # A gate that is raised later is not taken for passed.
+    run_command("label", *arguments, "labeler.min_agreement=0.9", f"output_dir={out}", expect=2)
+
+
+@pytest.mark.skipif(not HUMAN_DATA.is_dir(), reason="no human preference data beside the checkout")
+@pytest.mark.parametrize("name", ["llmbar", "pandalm_human", "tulu_human_eval", "hh_harmless_test", "hh_helpful_test"])
+def test_human_data_is_read_and_measured(run_command, tmp_path, name):
+    [file] = HUMAN_DATA.glob(f"{name}.jsonl*")
+    run_command("audit", *SCRIPTED, f"comparisons={file}", "max_pairs=100", f"output_dir={tmp_path}/out")
+    found = json.loads((tmp_path / "out" / "audit.json").read_text())
+    # This labeler prefers the longer completion by words, the rule counts characters.
+    assert found["agreement"] == pytest.approx(found["longer_wins"], abs=0.12)
+    assert ("human_ceiling" in found) == (name in ("pandalm_human", "tulu_human_eval"))
