@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from rlaif.evaluation.statistics import bootstrap_mean, expected_calibration_error, pairs_agreement
+from rlaif.evaluation.statistics import bootstrap_mean, expected_calibration_error, fit_temperature, pairs_agreement
 from rlaif.gold import gold_score
 from rlaif.labeling.aggregate import sigmoid
 from rlaif.losses import soft_bradley_terry
@@ -58,20 +57,3 @@ def preference_metrics(
     result["temperature"] = fit_temperature(margins, labels)
     result["score_mean"], result["score_std"] = float(np.mean(scores)), float(np.std(scores))
     return result
-
-
-def fit_temperature(margins: Sequence[float], labels: Sequence[float]) -> float:
-    """The T that minimises the soft negative log-likelihood of sigmoid(margin / T) (Guo et al. 2017).
-
-    Golden-section search over log T in [-4, 4]; the loss is unimodal in T.
-    """
-    m, p = torch.tensor(margins, dtype=torch.float64), torch.tensor(labels, dtype=torch.float64)
-
-    def loss(log_t: float) -> float:
-        return float(soft_bradley_terry(m / math.exp(log_t), p).mean())
-
-    low, high, ratio = -4.0, 4.0, (math.sqrt(5) - 1) / 2
-    while high - low > 1e-4:
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, right) if loss(left) < loss(right) else (left, high)
-    return round(math.exp((low + high) / 2), 4)

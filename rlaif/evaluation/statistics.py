@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,3 +91,22 @@ def pairs_agreement(logits: Sequence[float], truth: Sequence[float]) -> list[flo
         for logit, true in zip(logits, truth, strict=True)
         if true != 0
     ]
+
+
+def fit_temperature(margins: Sequence[float], labels: Sequence[float]) -> float:
+    """The T that minimises the soft negative log-likelihood of sigmoid(margin / T) (Guo et al. 2017).
+
+    Golden-section search over log T in [-4, 4]; the loss is unimodal in T. Where margins say nothing of the labels,
+    T is the upper end of that range.
+    """
+    m, p = np.asarray(margins, np.float64), np.asarray(labels, np.float64)
+
+    def loss(log_t: float) -> float:
+        scaled = m / math.exp(log_t)
+        return float((p * np.logaddexp(0, -scaled) + (1 - p) * np.logaddexp(0, scaled)).mean())
+
+    low, high, ratio = -4.0, 4.0, (math.sqrt(5) - 1) / 2
+    while high - low > 1e-4:
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        low, high = (low, right) if loss(left) < loss(right) else (left, high)
+    return round(math.exp((low + high) / 2), 4)

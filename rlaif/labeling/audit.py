@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlaif.evaluation.statistics import Estimate, bootstrap_mean, expected_calibration_error, pairs_agreement
+from rlaif.evaluation.statistics import (
+    Estimate,
+    bootstrap_mean,
+    expected_calibration_error,
+    fit_temperature,
+    pairs_agreement,
+)
 from rlaif.labeling.aggregate import PairLabel
 from rlaif.labeling.quality import verdict_quality
 from rlaif.records import Candidates, Completion, Label, Prompt, UserError, content_hash, parse_messages, read_jsonl
@@ -161,6 +167,8 @@ def audit(comparisons: Sequence[Comparison], labels: Sequence[Label], pairs: Seq
     result |= _by_principle(rows)
     outcomes = [(_probability(logit), float(comparison.truth > 0)) for comparison, logit in decided]
     result["ece"] = expected_calibration_error([p for p, _ in outcomes], [won for _, won in outcomes], BINS)
+    if decided:
+        result["temperature"] = fit_temperature([logit for _, logit in decided], [won for _, won in outcomes])
     result["reliability"] = reliability(outcomes)
     return result
 

@@ -53,7 +53,12 @@ def audit_markdown(result: Mapping[str, Any]) -> str:
     for prefix, what in (("agreement_subset_", "subset"), ("agreement_principle_", "principle")):
         keys = [key for key in result if key.startswith(prefix) and f"{key}_n" in result]
         lines += [_estimate(result, key, f"{what} {key.removeprefix(prefix)}", "{:.1%}") for key in sorted(keys)]
-    for key, name in (("kappa", "Cohen's kappa"), ("ece", "expected calibration error")):
+    single = (
+        ("kappa", "Cohen's kappa"),
+        ("ece", "expected calibration error"),
+        ("temperature", "temperature that calibrates the labels"),
+    )
+    for key, name in single:
         if result.get(key) is not None:
             lines.append(f"| {name} | {result[key]:.3f} | | |")
     lines += ["", "| count | |", "| --- | --- |"]

@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 HUMAN_DATA = Path(os.environ.get("RLAIF_HUMAN_DATA", Path(__file__).parents[3] / "shared" / "data"))
-SCRIPTED = ["constitution=warm", "labeler=scripted", "labeler.scripted.utility=length"]
+SCRIPTED = [
+    "constitution=warm",
+    "labeler=scripted",
+    "labeler.scripted.utility=length",
+    "labeler.scripted.sharpness=0.5",
+]
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +64,11 @@ def test_a_contrary_labeler_is_reported_and_compared(run_command, human_pairs, t
     assert (between["agreement"], between["agreement_n"]) == (0.0, 60)
 
 
-def test_labels_are_refused_below_the_agreement_asked_for(run_command, human_pairs, inputs, tmp_path):
-    arguments = [*SCRIPTED, f"candidates={inputs}/candidates.jsonl", f"labeler.audit={human_pairs}"]
+def test_labels_are_refused_below_the_agreement_asked_for(run_command, human_pairs, tmp_path):
+    candidates = tmp_path / "candidates.jsonl"
+    lines = [{"prompt": f"What is {n} times {n + 1}?", "completions": ["Much.", "That is a lot."]} for n in range(20)]
+    candidates.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = [*SCRIPTED, f"candidates={candidates}", f"labeler.audit={human_pairs}"]
     out = tmp_path / "out"
     result = run_command("label", *arguments, "labeler.min_agreement=0.9", f"output_dir={out}", expect=2)
     assert "labeler.min_agreement=0.9" in result.stderr

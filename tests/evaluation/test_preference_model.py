@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rlaif.evaluation.preference_model import fit_temperature
+from rlaif.evaluation.statistics import fit_temperature
 
 
 @settings(max_examples=30, deadline=None)

@@ -115,6 +115,13 @@ def test_the_verdict_cannot_be_missed(right: float, words: str) -> None:
     assert words in verdict(audit(rows, [], pairs))
 
 
+def test_the_temperature_that_calibrates_is_recovered() -> None:
+    # A labeler that is right three times out of four and says 95 %: log(3) is what its logit should have been.
+    rows = [comparison(str(n), 1 if n % 2 else -1) for n in range(400)]
+    pairs = [pair(row.name, row.truth * (3.0 if n % 8 < 6 else -3.0)) for n, row in enumerate(rows)]
+    assert audit(rows, [], pairs)["temperature"] == pytest.approx(3.0 / 1.0986, abs=0.01)
+
+
 def test_no_better_than_length_is_said() -> None:
     rows = [comparison(str(n), 1 if n % 10 else -1) for n in range(200)]
     assert "not shown to be better than preferring the longer" in verdict(
