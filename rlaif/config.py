@@ -328,9 +328,22 @@ class LabelingConfig:
     """Drop pairs with |p_chosen - 0.5| below this; the count is reported."""
     exemplars: bool = False
     """Show the constitution's few-shot exemplars (pairwise)."""
+    rationales: int = 0
+    """Rationales sampled before each pairwise verdict, whose verdicts are averaged; 0 asks for the verdict at once."""
+    rationale_tokens: int = 128
+    """Longest rationale."""
+    clamp: float = 0.4
+    """Verdicts that follow a rationale are clipped to [clamp, 1 - clamp]: reasoning makes a labeler over-confident
+    (Bai et al. 2022, section 4.1, take 0.4). 0 leaves them as they are."""
 
     def __post_init__(self) -> None:
-        _positive(self, "labeling", "temperature")
+        _positive(self, "labeling", "temperature", "rationale_tokens")
+        _require(self.rationales >= 0, f"labeling.rationales={self.rationales}: must be 0 or more")
+        _require(
+            self.rationales == 0 or (self.mode is LabelMode.pairwise and not self.exemplars),
+            f"labeling.rationales={self.rationales}: only with labeling.mode=pairwise, and without exemplars",
+        )
+        _require(0 <= self.clamp < 0.5, f"labeling.clamp={self.clamp}: must be in [0, 0.5)")
         _require(0 <= self.min_margin < 0.5, f"labeling.min_margin={self.min_margin}: must be in [0, 0.5)")
         if self.min_option_mass is not None:
             _fraction(self, "labeling", "min_option_mass")

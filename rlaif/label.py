@@ -42,6 +42,7 @@ Label candidate completions by written principles; build the preference dataset.
                                   any OpenAI-compatible server; the key comes from $OPENAI_API_KEY
   labeler=scripted                a deterministic labeler with a known utility, bias and noise
   labeling.mode=pairwise          or pointwise (verdict words on one completion at a time)
+  labeling.rationales=2           pairwise: let the labeler reason first, twice, and average the verdicts
   labeling.selection=all_pairs    or best_worst        labeling.min_margin=0.1
   gold=vader                      measure the labels against a programmatic gold judge
   feedback=simulated_human        labels drawn from the gold judge instead of a labeler (no people involved)

@@ -66,6 +66,22 @@ def pairwise_prompt(
     return (*shots, {"role": "user", "content": body})
 
 
+def rationale_prompt(
+    principle: Principle, conversation: Sequence[Message], first: str, second: str
+) -> tuple[Message, ...]:
+    """Ask how two replies compare, without a verdict yet: the first step of two (Bai et al. 2022, section 4.1)."""
+    tag = _free_tag([first, second, *(message["content"] for message in conversation)])
+    head = f"{_PAIRWISE_HEAD}\n\nPrinciple: {principle.question}"
+    body = _comparison(conversation, first, second, tag)
+    ask = "In two or three sentences, say how each reply does by this principle. Do not give a verdict yet."
+    return ({"role": "user", "content": f"{head}\n\n{body}\n\n{ask}"},)
+
+
+def after_rationale(asked: Sequence[Message], rationale: str, principle: Principle) -> tuple[Message, ...]:
+    """The second step: the rationale as the labeler's own turn, then the question."""
+    return (*asked, {"role": "assistant", "content": rationale}, {"role": "user", "content": _question(principle)})
+
+
 def _question(principle: Principle) -> str:
     return f"{principle.question} Answer with one letter, A or B."
 

@@ -8,7 +8,7 @@ from fake_server import FakeServer
 from rlaif.config import LabelerConfig, LabelerType, LabelingConfig, LabelMode, ScriptedConfig
 from rlaif.constitution import Constitution, Exemplar, Principle
 from rlaif.engines import build_labeler
-from rlaif.engines.base import Engine, OptionMass
+from rlaif.engines.base import Engine, Failure, OptionMass, Sampled
 from rlaif.engines.scripted import ScriptedEngine
 from rlaif.labeling.aggregate import pair_labels
 from rlaif.labeling.label import build_questions, label_candidates, question_key
@@ -204,7 +204,7 @@ def test_exemplars_of_the_principle_are_shown_when_asked_for():
 def keys(candidates=None, constitution=CONSTITUTION, config=PAIRWISE, labeler=None, seed=0):
     labeler = labeler or engine()
     questions = build_questions(candidates or lines(1, ("a", "b")), constitution, labeler.name, config)
-    return [question_key(question, labeler, seed) for question in questions]
+    return [question_key(question.request, labeler, seed) for question in questions]
 
 
 @pytest.fixture
@@ -255,3 +255,88 @@ def test_the_store_key_of_a_server_ignores_speed_and_names(openai):
     assert keys([replace(line, candidates=renamed)], labeler=openai()) == base
     for other in ({"server": 1}, {"votes": 3}, {"top_logprobs": 5}, {"prefill": True}):
         assert not set(keys(labeler=openai(**other))) & set(base)
+
+
+REASONED = LabelingConfig(rationales=3, rationale_tokens=20, clamp=0.0)
+
+
+class Reasoning(Recording):
+    """Reasons, unless told not to for some prompts, and remembers what it is asked."""
+
+    def __init__(self, inner, silent=()):
+        super().__init__(inner)
+        self.sampled, self.silent = [], silent
+
+    def sample(self, requests):
+        for index, request in enumerate(requests):
+            self.sampled.append(request)
+            text = request.messages[0]["content"]
+            if any(word in text for word in self.silent):
+                yield index, Failure("timeout")
+            else:
+                yield index, Sampled(f"thought {request.seed} <|im_end|>", "stop", 3)
+
+
+def test_rationales_come_before_the_verdict_and_their_verdicts_are_averaged(store):
+    labeler = Reasoning(engine(position_bias=2.0, noise=0.5))
+    data = lines(5, ("a", "a b c"))
+    labels = label_candidates(data, CONSTITUTION, labeler, REASONED, store)
+    assert len(labels) == 10
+    assert len(labeler.sampled) == len(labeler.asked) == 30
+    assert len({request.seed for request in labeler.sampled}) == 30
+    first = labeler.asked[0]
+    assert [message["role"] for message in first.messages] == ["user", "assistant", "user"]
+    assert "Do not give a verdict yet" in first.messages[0]["content"]
+    assert "Answer with one letter" not in first.messages[0]["content"]
+    assert "Answer with one letter" in first.messages[2]["content"]
+    # The label is the mean over its three answers, and shows the three rationales.
+    masses = [answer.masses for _, answer in engine(position_bias=2.0, noise=0.5).score_options(labeler.asked[:3])]
+    assert labels[0].p == pytest.approx(sum(yes / (yes + no) for yes, no in masses) / 3)
+    assert labels[0].reply.count("thought") == 3
+    # Both orders together remove the bias, up to the noise.
+    pairs, _ = pair_labels(labels, {"kind": 1.0})
+    assert all(pair.logit < 0 for pair in pairs)
+
+
+def test_nothing_is_reasoned_or_asked_twice(store):
+    data = lines(4, ("a", "a b c"))
+    labels = label_candidates(data, CONSTITUTION, Reasoning(engine()), REASONED, store)
+    again = Reasoning(engine())
+    assert label_candidates(data, CONSTITUTION, again, REASONED, store) == labels
+    assert not again.sampled
+    assert not again.asked
+    # Another number of rationales keeps those that are there.
+    more = Reasoning(engine())
+    label_candidates(data, CONSTITUTION, more, replace(REASONED, rationales=4), store)
+    assert len(more.sampled) == len(more.asked) == 8
+
+
+def test_a_missing_rationale_is_no_verdict_and_is_asked_again(store):
+    data = lines(4, ("a", "a b c"))
+    labels = label_candidates(data, CONSTITUTION, Reasoning(engine(), silent=["question 2"]), REASONED, store)
+    missing = [label for label in labels if label.p is None]
+    assert {(label.prompt_id, label.reason) for label in missing} == {("p2", "timeout")}
+    healed = Reasoning(engine())
+    labels = label_candidates(data, CONSTITUTION, healed, REASONED, store)
+    assert all(label.p is not None for label in labels)
+    assert len(healed.sampled) == 6
+
+
+def test_reasoned_verdicts_are_clamped(store):
+    data = lines(4, ("a", "a b c d e f g h"))
+    labels = label_candidates(data, CONSTITUTION, Reasoning(engine(sharpness=5)), replace(REASONED, clamp=0.4), store)
+    assert {round(label.p, 6) for label in labels} == {0.4, 0.6}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rationales": -1},
+        {"rationales": 1, "mode": LabelMode.pointwise},
+        {"rationales": 1, "exemplars": True},
+        {"clamp": 0.5},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings):
+    with pytest.raises(ValueError, match=r"labeling\.(rationales|clamp)="):
+        LabelingConfig(**settings)
