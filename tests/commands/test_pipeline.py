@@ -222,13 +222,14 @@ def test_a_damaged_stage_is_not_taken_for_complete(smoke, run_command, tmp_path)
 
 
 def wait_for(process: Any, ready: Callable[[], bool], what: str) -> None:
-    """Wait for something that a running command does."""
-    for _ in range(6000):
+    """Wait for something that a running command does; a busy machine may take minutes to start one."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
         if ready():
             return
         assert process.poll() is None, f"ended before {what}:\n{process.log.read_text()[-3000:]}"
         time.sleep(0.01)
-    raise AssertionError(f"no {what} within a minute")
+    raise AssertionError(f"no {what} within four minutes:\n{process.log.read_text()[-3000:]}")
 
 
 def test_interrupted_training_goes_on_to_the_same_weights(smoke, run_command, start_command, tmp_path):
@@ -246,14 +247,14 @@ def test_interrupted_training_goes_on_to_the_same_weights(smoke, run_command, st
     process = start_command("run", *arguments, f"output_dir={cut}")
     wait_for(process, lambda: newest() >= 2, "checkpoint")
     process.send_signal(signal.SIGKILL)
-    assert process.wait(30) == -signal.SIGKILL
+    assert process.wait(90) == -signal.SIGKILL
     killed_at = newest()
     assert 2 <= killed_at < 12
 
     process = start_command("run", *arguments, f"output_dir={cut}")
     wait_for(process, lambda: newest() > killed_at, "later checkpoint")
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    assert process.wait(90) == 130
     text = process.log.read_text()
     assert text.rstrip().endswith("interrupted; the same command goes on from here")
     assert "Traceback" not in text
@@ -302,7 +303,7 @@ def test_interrupted_labeling_asks_nothing_twice(inputs, run_command, start_comm
     process = start_command("label", *arguments, f"output_dir={cut}")
     wait_for(process, lambda: stored() >= 20, "20 verdicts")
     process.send_signal(signal.SIGKILL)
-    process.wait(30)
+    process.wait(90)
     assert not cut.exists()
     known = stored()
     assert 20 <= known < total
