@@ -16,6 +16,11 @@ import os
 import sys
 from typing import Any
 
+# A script's own folder comes first on the path, and in this one lies another module called vllm.
+sys.path[:] = [
+    place for place in sys.path if os.path.abspath(place or ".") != os.path.dirname(os.path.abspath(__file__))
+]
+
 # vLLM's limit for the tokens of one request (MAX_LOGPROB_TOKEN_IDS).
 _MOST_TOKENS = 128
 _LINE_LIMIT = 2**28
