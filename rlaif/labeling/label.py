@@ -89,11 +89,11 @@ def label_candidates(
     answers: dict[int, list[dict[str, Any]]] = {}
     for ask in asks:
         if ask.key in known:
-            answer = known[ask.key]
+            stored = known[ask.key]
             if questions[ask.question].after is not None:
                 # The labeler's own turn before the question: a reader wants to know what it had said.
-                answer = {**answer, "reply": ask.request.messages[-2]["content"]}
-            answers.setdefault(ask.question, []).append(answer)
+                stored = {**stored, "reply": ask.request.messages[-2]["content"]}
+            answers.setdefault(ask.question, []).append(stored)
     minimum = _DEFAULT_MIN_MASS[config.mode] if config.min_option_mass is None else config.min_option_mass
     clamp = config.clamp if config.rationales else 0.0
     return [

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
+import os
+import signal
+import socket
 import stat
+import subprocess
 import sys
 import textwrap
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -16,6 +22,7 @@ from rlaif.chat import encode_chat
 from rlaif.config import LabelerConfig, LabelerType, VLLMConfig
 from rlaif.engines import build_labeler
 from rlaif.engines.base import Failure, OptionMass, OptionRequest, Sampled, SampleRequest
+from rlaif.records import UserError
 
 REAL = [
     pytest.mark.slow,
@@ -143,16 +150,12 @@ def test_the_process_starts_with_the_first_request_and_ends_with_the_engine(tmp_
     ],
 )
 def test_a_process_that_dies_says_why(tmp_path: Path, behaviour: str, message: str) -> None:
-    from rlaif.records import UserError
-
     engine = build_labeler(config(fake_python(tmp_path, behaviour)), seed=0)
     with pytest.raises(UserError, match=message), engine:
         list(engine.score_options([ask("x"), ask("y")]))
 
 
 def test_what_cannot_work_is_said_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlaif.records import UserError
-
     with pytest.raises(UserError, match=r"labeler\.vllm\.python=/nowhere/python: no such file"):
         build_labeler(config("/nowhere/python"), seed=0)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -209,3 +212,70 @@ class TestReal:
         results = dict(real.score_options([ask("long " * 2000), ask("short")]))
         assert results[0].reason == "too_long"
         assert isinstance(results[1], OptionMass)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory):
+    """The address of a ``vllm serve`` on loopback with the embedded model."""
+    from rlaif.models import resolve_model
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("serve") / "log.txt"
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", resolve_model("embedded", "labeler.model")),
+        *("--served-model-name", "judge", "--host", "127.0.0.1", "--port", str(port)),
+        *("--max-model-len", "1024", "--enforce-eager"),
+    ]
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
+    try:
+        for _ in range(480):
+            assert process.poll() is None, log.read_text()[-4000:]
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
+            time.sleep(0.5)
+        else:
+            raise AssertionError(log.read_text()[-4000:])
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+
+
+class TestServe:
+    """A real server, through the client that every other OpenAI-compatible server gets."""
+
+    pytestmark = REAL
+
+    def test_a_server_gives_the_verdicts_of_hf(self, served: str) -> None:
+        requests = [ask(f"Which is larger, {n} or 5? Answer A or B.", ((" A", "A"), (" B", "B"))) for n in range(12)]
+        server = LabelerConfig(type=LabelerType.openai, model="judge", base_url=served, prefill=True)
+        with build_labeler(server, seed=0) as engine:
+            found = dict(engine.score_options(requests))
+        with build_labeler(LabelerConfig(type=LabelerType.hf, model="embedded"), seed=0) as engine:
+            expected = dict(engine.score_options(requests))
+        for index in range(len(requests)):
+            got, want = found[index], expected[index]
+            assert isinstance(got, OptionMass)
+            assert isinstance(want, OptionMass)
+            assert got.method == "logprob"
+            # The server lists 20 tokens; one that is missing is bounded, and there it can't be compared.
+            if None in got.masses or min(want.masses) < 1e-3:
+                continue
+            assert share(got) == pytest.approx(share(want), abs=0.06)
+            assert got.prompt_tokens == want.prompt_tokens
+        assert sum(min(result.masses) >= 1e-3 for result in expected.values()) >= 6
+
+    def test_a_wrong_model_is_said_before_anything_is_asked(self, served: str) -> None:
+        with pytest.raises(UserError, match=r"labeler.model=other: not served by .*; available: judge"):
+            build_labeler(LabelerConfig(type=LabelerType.openai, model="other", base_url=served), seed=0)
+
+
+def share(result: OptionMass) -> float:
+    yes, no = result.masses
+    assert yes is not None
+    assert no is not None
+    return yes / (yes + no)
