@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -68,6 +69,10 @@ def run_command(command_env: dict[str, str]) -> Callable[..., Result]:
     return run
 
 
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start_command(command_env: dict[str, str], tmp_path: Path) -> Any:
     """``start_command("run", ...)``: start and return the process; standard error goes to ``process.log``."""
@@ -84,6 +89,8 @@ def start_command(command_env: dict[str, str], tmp_path: Path) -> Any:
                 stderr=stderr,
                 text=True,
                 start_new_session=True,
+                # Where the tests run in the background, SIGINT is ignored, and children would inherit that.
+                preexec_fn=_heed_interrupts,
             )
         process.log = log  # type: ignore[attr-defined]
         started.append(process)
