@@ -223,10 +223,11 @@ def served(tmp_path_factory: pytest.TempPathFactory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("serve") / "log.txt"
+    # What `vllm serve` runs. The command itself looks for a package named vllm, and the CPU build has another name.
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", resolve_model("embedded", "labeler.model")),
-        *("--served-model-name", "judge", "--host", "127.0.0.1", "--port", str(port)),
-        *("--max-model-len", "1024", "--enforce-eager"),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", resolve_model("embedded", "labeler.model"), "--served-model-name", "judge"),
+        *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024", "--enforce-eager"),
     ]
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     with log.open("w") as file:
@@ -241,7 +242,8 @@ def served(tmp_path_factory: pytest.TempPathFactory):
             raise AssertionError(log.read_text()[-4000:])
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait(30)
 
 
