@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import rlaif
-from rlaif.config import ModelConfig
+from rlaif.config import LabelerConfig, LabelerType, ModelConfig
 from rlaif.records import UserError, bounded_examples, content_hash, read_json, write_json
 
 log = logging.getLogger("rlaif")
@@ -213,6 +213,25 @@ def model_inputs(role: str, model: ModelConfig | None) -> dict[str, Path | str |
         role: folder if model.name and folder.is_dir() else f"{model.name}@{model.revision}",
         f"{role}_adapter": Path(model.adapter) if model.adapter else None,
         f"{role}_loading": f"{model.dtype.value} {model.attn_implementation}",
+    }
+
+
+_LABELER_SPEED = {"concurrency", "timeout_s", "max_retries", "batch_tokens", "api_key_env", "device", "audit"}
+"""Settings of a labeler that change how fast answers come, not what they are; the audit's file is an input."""
+
+
+def labeler_settings(labeler: LabelerConfig) -> dict[str, Any]:
+    """What a labeler's settings contribute to a fingerprint."""
+    return {name: value for name, value in plain(x=labeler)["x"].items() if name not in _LABELER_SPEED}
+
+
+def labeler_inputs(labeler: LabelerConfig) -> dict[str, Path | str | None]:
+    """What a labeler's model and server contribute to a fingerprint."""
+    model = ModelConfig(name=labeler.model, revision=labeler.revision, dtype=labeler.dtype)
+    return {
+        **model_inputs("labeler", model),
+        # Where labeler.base_url is unset this decides which server is asked.
+        "openai_base_url": os.environ.get("OPENAI_BASE_URL") if labeler.type is LabelerType.openai else None,
     }
 
 

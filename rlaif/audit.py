@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlaif.artifacts import model_inputs, plain, run_stage
+from rlaif.artifacts import labeler_inputs, labeler_settings, plain, run_stage
 from rlaif.cli import launch
-from rlaif.config import AuditConfig, LabelingConfig, ModelConfig
+from rlaif.config import AuditConfig, LabelingConfig
 from rlaif.constitution import Constitution, find_constitution, load_constitution
 from rlaif.labeling.store import STORE, STORE_FILES
 from rlaif.records import UserError, existing_dir, existing_file, read_json, read_jsonl, write_json, write_jsonl
@@ -85,14 +85,12 @@ def between_labelers(own: Path, others: Sequence[Path]) -> dict[str, dict[str, A
     """Agreement of labelers with each other on the pairs that both labelled with a side.
 
     Raises:
-        UserError: if a folder holds no audit, or none of the same pairs.
+        UserError: if a folder holds none of the same pairs.
     """
     from rlaif.evaluation.statistics import bootstrap_mean, pairs_agreement
 
     logits: dict[str, dict[str, float]] = {}
     for folder in (own, *others):
-        if not (folder / COMPARISONS).is_file():
-            raise UserError(f"compare={folder}: no {COMPARISONS} in it; give the output_dir of an earlier rlaif.audit")
         rows = read_jsonl(folder / COMPARISONS, lambda line: (str(line["id"]), line["logit"]))
         logits[str(folder)] = {name: value for name, value in rows if value}
     mine = logits.pop(str(own))
@@ -115,6 +113,9 @@ def main(config: AuditConfig, output: Path) -> None:
     comparisons = read_comparisons(file, config.max_pairs)
     constitution = load_constitution(config.constitution)
     others = [existing_dir(folder, "compare") for folder in config.compare]
+    for folder in others:
+        if not (folder / COMPARISONS).is_file():
+            raise UserError(f"compare={folder}: no {COMPARISONS} in it; give the output_dir of an earlier rlaif.audit")
 
     def make(folder: Path) -> None:
         from rlaif.engines import build_labeler
@@ -125,13 +126,12 @@ def main(config: AuditConfig, output: Path) -> None:
         if others:
             write_json(folder / "between_labelers.json", between_labelers(folder, others))
 
-    settings = plain(labeler=config.labeler, labeling=config.labeling, max_pairs=config.max_pairs)
-    model = ModelConfig(name=config.labeler.model, revision=config.labeler.revision, dtype=config.labeler.dtype)
+    settings = plain(labeler=labeler_settings(config.labeler), labeling=config.labeling, max_pairs=config.max_pairs)
     inputs = {
         "comparisons": file,
         "constitution": find_constitution(config.constitution),
         **{f"compare_{place}": folder / COMPARISONS for place, folder in enumerate(others)},
-        **model_inputs("labeler", model),
+        **labeler_inputs(config.labeler),
     }
     run_stage("audit", output, settings, inputs, make, config.seed, carry_over=STORE_FILES)
     log.info("%s", read_json(output / "audit.json")["verdict"])

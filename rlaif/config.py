@@ -95,6 +95,12 @@ def _positive(config: Any, where: str, *names: str) -> None:
         _require(value > 0 and math.isfinite(value), f"{where}.{name}={value}: must be a finite number above 0")
 
 
+def _positive_or_null(config: Any, where: str, name: str) -> None:
+    value = getattr(config, name)
+    key = f"{where}.{name}" if where else name
+    _require(value is None or value > 0, f"{key}={value}: must be above 0 or null")
+
+
 def _fraction(config: Any, where: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -159,10 +165,7 @@ class DataConfig:
             self.validation_fraction + self.test_fraction < 1,
             "data.validation_fraction + data.test_fraction must stay below 1, or nothing is left to train on",
         )
-        _require(
-            self.max_prompts is None or self.max_prompts > 0,
-            f"data.max_prompts={self.max_prompts}: must be above 0 or null",
-        )
+        _positive_or_null(self, "data", "max_prompts")
 
 
 @dataclass
@@ -246,10 +249,7 @@ class VLLMConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "labeler.vllm", "tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization")
-        _require(
-            self.max_model_len is None or self.max_model_len > 0,
-            f"labeler.vllm.max_model_len={self.max_model_len}: must be above 0 or null",
-        )
+        _positive_or_null(self, "labeler.vllm", "max_model_len")
 
 
 @dataclass
@@ -614,7 +614,7 @@ class AuditConfig(CommandConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.max_pairs is None or self.max_pairs > 0, f"max_pairs={self.max_pairs}: must be above 0 or null")
+        _positive_or_null(self, "", "max_pairs")
 
 
 @dataclass

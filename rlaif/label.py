@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlaif.artifacts import model_inputs, plain, run_stage
+from rlaif.artifacts import labeler_inputs, labeler_settings, plain, run_stage
 from rlaif.cli import launch
-from rlaif.config import Feedback, LabelConfig, LabelerType, ModelConfig
+from rlaif.config import Feedback, LabelConfig
 from rlaif.constitution import find_constitution, load_constitution
 from rlaif.labeling.store import STORE, STORE_FILES
 from rlaif.records import (
@@ -131,20 +130,17 @@ def _label_with_ai(lines: list[Candidates], file: Path, config: LabelConfig, out
         _finish(folder, lines, pairs, dropped, quality, name, config)
 
     settings = plain(
-        labeler={k: v for k, v in plain(x=config.labeler)["x"].items() if k not in _SPEED_ONLY},
+        labeler=labeler_settings(config.labeler),
         labeling=config.labeling,
         data=config.data,
         gold=config.gold,
         feedback=config.feedback,
     )
-    labeler = ModelConfig(name=config.labeler.model, revision=config.labeler.revision, dtype=config.labeler.dtype)
     inputs = {
         "candidates": file,
         "constitution": principles,
         "audit": Path(config.labeler.audit) if config.labeler.audit else None,
-        **model_inputs("labeler", labeler),
-        # Where labeler.base_url is unset this decides which server is asked.
-        "openai_base_url": os.environ.get("OPENAI_BASE_URL") if config.labeler.type is LabelerType.openai else None,
+        **labeler_inputs(config.labeler),
     }
     run_stage("label", output, settings, inputs, make, config.seed, carry_over=STORE_FILES, unfinished=_has_failures)
 
@@ -163,10 +159,6 @@ def _check_agreement(audit: Mapping[str, Any], config: LabelConfig) -> None:
 def _has_failures(folder: Path) -> bool:
     """Whether requests failed that a rerun may get an answer to."""
     return bool(read_json(folder / "quality.json").get("failed"))
-
-
-# Settings of the labeler that change how fast answers come, not what they are.
-_SPEED_ONLY = {"concurrency", "timeout_s", "max_retries", "batch_tokens", "api_key_env", "device", "audit"}
 
 
 def _label_with_annotator(lines: list[Candidates], file: Path, config: LabelConfig, output: Path) -> None:

@@ -16,7 +16,7 @@ from rlaif.evaluation.statistics import (
     fit_temperature,
     pairs_agreement,
 )
-from rlaif.labeling.aggregate import PairLabel
+from rlaif.labeling.aggregate import PairLabel, sigmoid
 from rlaif.labeling.quality import verdict_quality
 from rlaif.records import Candidates, Completion, Label, Prompt, UserError, content_hash, parse_messages, read_jsonl
 
@@ -165,7 +165,7 @@ def audit(comparisons: Sequence[Comparison], labels: Sequence[Label], pairs: Seq
         part = [(comparison, logit) for comparison, logit in decided if comparison.subset == subset]
         result |= _flat(f"agreement_subset_{subset}", _agreement(part))
     result |= _by_principle(rows)
-    outcomes = [(_probability(logit), float(comparison.truth > 0)) for comparison, logit in decided]
+    outcomes = [(sigmoid(logit), float(comparison.truth > 0)) for comparison, logit in decided]
     result["ece"] = expected_calibration_error([p for p, _ in outcomes], [won for _, won in outcomes], BINS)
     if decided:
         result["temperature"] = fit_temperature([logit for _, logit in decided], [won for _, won in outcomes])
@@ -175,12 +175,6 @@ def audit(comparisons: Sequence[Comparison], labels: Sequence[Label], pairs: Seq
 
 def _towards_a(pair: PairLabel) -> float:
     return pair.logit if pair.one == FIRST else -pair.logit
-
-
-def _probability(logit: float) -> float:
-    from rlaif.labeling.aggregate import sigmoid
-
-    return sigmoid(logit)
 
 
 def _longer(comparison: Comparison) -> float:

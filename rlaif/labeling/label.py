@@ -106,11 +106,11 @@ def _asks(
     questions: Sequence[Question], engine: Engine, store: VerdictStore, seed: int
 ) -> tuple[list[_Ask], dict[int, Failure]]:
     """The requests behind the questions; where rationales come first, those that are not in the store are sampled."""
-    samples = {
-        _key(engine, seed, sample.messages, sample.max_new_tokens, sample.seed): sample
-        for question in questions
-        for sample in question.rationales
-    }
+    keyed = [
+        [(_key(engine, seed, sample.messages, sample.max_new_tokens, sample.seed), sample) for sample in rationales]
+        for rationales in (question.rationales for question in questions)
+    ]
+    samples = {key: sample for pairs in keyed for key, sample in pairs}
     texts = {key: str(value["text"]) for key, value in store.get(samples).items()}
     pending = [key for key in samples if key not in texts]
     failed: dict[str, Failure] = {}
@@ -132,8 +132,7 @@ def _asks(
         if question.after is None:
             asks.append(_Ask(index, question.request, question_key(question.request, engine, seed)))
             continue
-        for sample in question.rationales:
-            key = _key(engine, seed, sample.messages, sample.max_new_tokens, sample.seed)
+        for key, sample in keyed[index]:
             if key in texts:
                 request = question.after(sample, texts[key])
                 asks.append(_Ask(index, request, question_key(request, engine, seed)))

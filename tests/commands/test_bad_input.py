@@ -189,6 +189,11 @@ CASES = {
         ["'taste'", "vader"],
     ),
     "audit_comparisons_unset": ("audit", ["constitution=warm", "labeler=scripted"], ["comparisons is not set"]),
+    "audit_compare_without_an_audit": (
+        "audit",
+        ["constitution=warm", "labeler=scripted", "comparisons={inputs}/preferences/train.jsonl", "compare=[{inputs}]"],
+        ["compare=", "no comparisons.jsonl in it"],
+    ),
     "audit_not_comparisons": (
         "audit",
         ["constitution=warm", "labeler=scripted", "comparisons={inputs}/prompts.jsonl"],
