@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlaif.artifacts import labeler_inputs, labeler_settings, plain, run_stage
 from rlaif.cli import launch
-from rlaif.config import Feedback, LabelConfig
+from rlaif.config import DataConfig, Feedback, LabelConfig, Split
 from rlaif.constitution import find_constitution, load_constitution
 from rlaif.labeling.store import STORE, STORE_FILES
 from rlaif.records import (
     Candidates,
+    Prompt,
     UserError,
+    atomic_file,
     existing_file,
-    read_candidates,
+    iterate_candidates,
+    json_line,
     read_json,
     write_json,
-    write_jsonl,
 )
+
+if TYPE_CHECKING:
+    from rlaif.labeling.aggregate import PairLabel
+    from rlaif.labeling.label import Labeling
+    from rlaif.labeling.quality import VerdictQuality
 
 log = logging.getLogger("rlaif")
 
@@ -50,18 +58,36 @@ A rerun asks only what is not in store.sqlite yet, requests that failed included
 """
 
 
+_LEAK_CHECK = 20_000
+"""Up to so many prompts, splits of a user's own are checked for near-duplicates on both sides."""
+
+
+@dataclass(frozen=True)
+class CandidatesFile:
+    """A checked file of candidates. Call it to read it anew, line by line, every line with its split."""
+
+    path: Path
+    splits: Mapping[str, str] | None
+    """By prompt id; ``None``: the lines have their own."""
+    sizes: Mapping[int, int]
+    """Number of prompts by number of candidates."""
+
+    def __call__(self) -> Iterator[Candidates]:
+        for line in iterate_candidates(self.path):
+            yield line if self.splits is None else replace(line, split=self.splits[line.prompt.prompt_id])
+
+
 def run_label(config: LabelConfig, output: Path) -> Path:
     """Label into ``output``; returns the path of the preference dataset."""
-    file = existing_file(config.candidates, "candidates")
-    lines = _with_splits(read_candidates(file), config)
+    lines = open_candidates(existing_file(config.candidates, "candidates"), config.data)
     if config.gold is not None:
         from rlaif.gold import check_gold
 
         check_gold(config.gold)
     if config.feedback is Feedback.ai:
-        _label_with_ai(lines, file, config, output)
+        _label_with_ai(lines, config, output)
     elif config.feedback is Feedback.simulated_human:
-        _label_with_annotator(lines, file, config, output)
+        _label_with_annotator(lines, config, output)
     else:
         raise UserError(
             "feedback=human needs no labeling: give your preference dataset to rlaif.train as preferences=DIR"
@@ -69,26 +95,42 @@ def run_label(config: LabelConfig, output: Path) -> Path:
     return output / "preferences"
 
 
-def _with_splits(lines: Sequence[Candidates], config: LabelConfig) -> list[Candidates]:
+def open_candidates(file: Path, data: DataConfig) -> CandidatesFile:
+    """Check every line of a file of candidates before anything is asked, and split it if it is not.
+
+    Raises:
+        UserError: naming the file and what is wrong.
+    """
     from rlaif.splits import assign_splits, check_no_leak
 
-    given = [line for line in lines if line.split]
-    if given and len(given) < len(lines):
-        raise UserError(f"{config.candidates}: {len(given)} of {len(lines)} lines have a split; all or none must")
-    prompts = [line.prompt for line in lines]
-    if given:
-        splits = {line.prompt.prompt_id: str(line.split) for line in lines}
-        unknown = set(splits.values()) - {"train", "validation", "test"}
-        if unknown:
-            raise UserError(f"{config.candidates}: unknown split {', '.join(sorted(unknown))}")
-        check_no_leak(prompts, splits, config.data.near_duplicate_threshold)
-        return list(lines)
-    assigned = assign_splits(prompts, config.data)
-    return [replace(line, split=assigned[line.prompt.prompt_id].value) for line in lines]
+    prompts: list[Prompt] = []
+    splits: dict[str, str] = {}
+    sizes: Counter[int] = Counter()
+    for line in iterate_candidates(file):
+        sizes[len(line.candidates)] += 1
+        if line.split is not None and line.split not in list(Split):
+            raise UserError(f"{file}: unknown split {line.split!r}; there are {', '.join(Split)}")
+        if bool(line.split) != bool(splits) and prompts:
+            raise UserError(f"{file}: some lines have a split and some have none; all or none must")
+        if line.split is None or len(prompts) < _LEAK_CHECK:
+            prompts.append(line.prompt)
+            if line.split is not None:
+                splits[line.prompt.prompt_id] = line.split
+    if not splits:
+        assigned = assign_splits(prompts, data)
+        return CandidatesFile(file, {name: split.value for name, split in assigned.items()}, sizes)
+    if len(prompts) < sizes.total():
+        log.info("%s: only the first %d prompts are checked for near-duplicates across splits", file, len(prompts))
+    check_no_leak(prompts, splits, data.near_duplicate_threshold)
+    return CandidatesFile(file, None, sizes)
 
 
-def _label_with_ai(lines: list[Candidates], file: Path, config: LabelConfig, output: Path) -> None:
+def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> None:
+    from rlaif.labeling.modes import Setup
+
     constitution = load_constitution(config.constitution)
+    # Whether the constitution has what the mode needs shows before an engine is started.
+    Setup(constitution, "", config.labeling)
     principles = find_constitution(config.constitution)
     comparisons: list[Any] = []
     if config.labeler.audit is not None:
@@ -98,9 +140,8 @@ def _label_with_ai(lines: list[Candidates], file: Path, config: LabelConfig, out
 
     def make(folder: Path) -> None:
         from rlaif.engines import build_labeler
-        from rlaif.labeling.aggregate import pair_labels
-        from rlaif.labeling.label import label_candidates
-        from rlaif.labeling.quality import verdict_quality
+        from rlaif.labeling.label import Labeling
+        from rlaif.labeling.quality import VerdictQuality
         from rlaif.labeling.store import VerdictStore
 
         started = time.perf_counter()
@@ -112,22 +153,26 @@ def _label_with_ai(lines: list[Candidates], file: Path, config: LabelConfig, out
                     comparisons, constitution, engine, config.labeling, store, folder / "audit", config.seed
                 )
                 _check_agreement(audit, config)
-            labels = label_candidates(lines, constitution, engine, config.labeling, store, config.seed)
-            name, asked = engine.name, store.written
-        seconds = time.perf_counter() - started
-        write_jsonl(folder / "labels.jsonl", (label.to_json() for label in labels))
-        if not any(label.p is not None for label in labels):
-            raise UserError(
-                f"the labeler gave no usable verdict in {len(labels)} requests; first reason: {labels[0].reason}"
-            )
-        weights = {principle.id: principle.weight for principle in constitution.principles}
-        pairs, dropped = pair_labels(labels, weights, config.labeling.temperature, config.labeling.both_orders)
-        quality = verdict_quality(labels)
-        if asked:
-            # Of this run: what an earlier one asked took time that is not counted here.
-            quality["verdicts_per_s"] = round(asked / seconds, 3)
-        quality |= {"mode": config.labeling.mode.value, "constitution": constitution.name}
-        _finish(folder, lines, pairs, dropped, quality, name, config)
+            setup = Setup(constitution, engine.name, config.labeling, config.seed)
+            labeling = Labeling(lines, setup, engine, store)
+            labeling.ask(sum(setup.expected(size) * count for size, count in lines.sizes.items()))
+            seconds, asked = time.perf_counter() - started, store.written
+            quality = VerdictQuality()
+            pairs, no_verdict = _pairs(labeling, quality, folder / "labels.jsonl")
+
+            def figures() -> dict[str, Any]:
+                result = quality.result()
+                if not result["methods"]:
+                    raise UserError(
+                        f"the labeler gave no usable verdict in {result['n_verdicts']} requests; reasons: "
+                        f"{quality.reasons()}"
+                    )
+                if asked:
+                    # Of this run: what an earlier one asked took time that is not counted here.
+                    result["verdicts_per_s"] = round(asked / seconds, 3)
+                return result | {"mode": config.labeling.mode.value, "constitution": constitution.name}
+
+            _write_dataset(folder, pairs, no_verdict, figures, engine.name, config)
 
     settings = plain(
         labeler=labeler_settings(config.labeler),
@@ -137,12 +182,37 @@ def _label_with_ai(lines: list[Candidates], file: Path, config: LabelConfig, out
         feedback=config.feedback,
     )
     inputs = {
-        "candidates": file,
+        "candidates": lines.path,
         "constitution": principles,
         "audit": Path(config.labeler.audit) if config.labeler.audit else None,
         **labeler_inputs(config.labeler),
     }
     run_stage("label", output, settings, inputs, make, config.seed, carry_over=STORE_FILES, unfinished=_has_failures)
+
+
+def _pairs(
+    labeling: Labeling, quality: VerdictQuality, file: Path
+) -> tuple[Iterator[tuple[Candidates, list[PairLabel]]], Counter[str]]:
+    """The pair labels of each prompt, and a count of dropped pairs that grows as they are taken.
+
+    On the way every verdict goes into ``file`` and into ``quality``.
+    """
+    from rlaif.labeling.aggregate import pair_labels
+
+    config = labeling.setup.config
+    weights = {principle.id: principle.weight for principle in labeling.setup.constitution.principles}
+    dropped: Counter[str] = Counter()
+
+    def each() -> Iterator[tuple[Candidates, list[PairLabel]]]:
+        with atomic_file(file) as lines:
+            for line, labels in labeling.labels():
+                lines.writelines(json_line(label.to_json()) for label in labels)
+                quality.add(labels)
+                pairs, reasons = pair_labels(labels, weights, config.temperature, config.both_orders)
+                dropped.update(reasons)
+                yield line, pairs
+
+    return each(), dropped
 
 
 def _check_agreement(audit: Mapping[str, Any], config: LabelConfig) -> None:
@@ -161,7 +231,7 @@ def _has_failures(folder: Path) -> bool:
     return bool(read_json(folder / "quality.json").get("failed"))
 
 
-def _label_with_annotator(lines: list[Candidates], file: Path, config: LabelConfig, output: Path) -> None:
+def _label_with_annotator(lines: CandidatesFile, config: LabelConfig, output: Path) -> None:
     if config.gold is None:
         raise UserError("feedback=simulated_human draws its labels from a gold judge: give gold=vader (or another)")
     gold = config.gold
@@ -169,9 +239,9 @@ def _label_with_annotator(lines: list[Candidates], file: Path, config: LabelConf
     def make(folder: Path) -> None:
         from rlaif.preferences import simulated_human_pairs
 
-        pairs = simulated_human_pairs(lines, gold, config.annotator, config.seed)
-        quality = {"mode": "annotator", "flip": config.annotator.flip, "scale": config.annotator.scale}
-        _finish(folder, lines, pairs, {}, quality, f"simulated_human({gold})", config)
+        pairs = ((line, simulated_human_pairs(line, gold, config.annotator, config.seed)) for line in lines())
+        figures = {"mode": "annotator", "flip": config.annotator.flip, "scale": config.annotator.scale}
+        _write_dataset(folder, pairs, Counter(), lambda: figures, f"simulated_human({gold})", config)
 
     settings = plain(
         annotator=config.annotator,
@@ -180,42 +250,58 @@ def _label_with_annotator(lines: list[Candidates], file: Path, config: LabelConf
         gold=gold,
         feedback=config.feedback,
     )
-    run_stage("label", output, settings, {"candidates": file}, make, config.seed, carry_over=STORE_FILES)
+    run_stage("label", output, settings, {"candidates": lines.path}, make, config.seed, carry_over=STORE_FILES)
 
 
-def _finish(
+def _write_dataset(
     folder: Path,
-    lines: list[Candidates],
-    pairs: Sequence[Any],
-    dropped: dict[str, int],
-    quality: dict[str, Any],
+    pairs: Iterable[tuple[Candidates, list[PairLabel]]],
+    dropped: Counter[str],
+    figures: Callable[[], dict[str, Any]],
     labeler: str,
     config: LabelConfig,
 ) -> None:
-    from rlaif.labeling.quality import gold_agreement
-    from rlaif.preferences import select_preferences, write_preferences
+    """The preference dataset and quality.json from the pairs of each prompt.
 
-    by_split, unselected = select_preferences(
-        lines,
-        pairs,
-        config.labeling.selection,
-        config.labeling.min_margin if config.feedback is Feedback.ai else 0.0,
-        labeler,
-        config.feedback.value,
-    )
-    if not by_split.get("train"):
-        raise UserError(f"no preference is left for training; dropped: {dropped | unselected}")
-    if config.gold is not None:
-        quality |= gold_agreement(lines, pairs, config.gold)
+    Args:
+        folder: where to write.
+        pairs: every prompt with its pair labels.
+        dropped: pairs that are dropped while ``pairs`` are taken, by reason.
+        figures: of the verdicts, once all pairs have been taken.
+        labeler: who made the labels.
+        config: the command's.
+    """
+    from rlaif.labeling.quality import GoldAgreement
+    from rlaif.preferences import PreferenceWriter, select_preferences
+
+    min_margin = config.labeling.min_margin if config.feedback is Feedback.ai else 0.0
+    agreement = GoldAgreement(config.gold) if config.gold is not None else None
+    n_pairs = 0
+    card = {"labeler": labeler, "feedback": config.feedback.value}
+    with PreferenceWriter(folder / "preferences", card) as writer:
+        for line, found in pairs:
+            n_pairs += len(found)
+            if agreement is not None:
+                agreement.add(line, found)
+            kept, unselected = select_preferences(
+                line, found, config.labeling.selection, min_margin, labeler, config.feedback.value
+            )
+            dropped.update(unselected)
+            writer.add(line.split or "train", kept)
+        quality = figures()
+        reasons = {reason: count for reason, count in dropped.items() if count}
+        if not writer.counts["train"]:
+            raise UserError(f"no preference is left for training; dropped: {reasons}")
+    if agreement is not None:
+        quality |= agreement.result()
     quality |= {
         "seed": config.seed,
         "feedback": config.feedback.value,
         "labeler": labeler,
-        "n_pairs": len(pairs),
-        "n_preferences": sum(len(rows) for rows in by_split.values()),
-        "dropped": {k: v for k, v in (dropped | unselected).items() if v},
+        "n_pairs": n_pairs,
+        "n_preferences": writer.counts.total(),
+        "dropped": reasons,
     }
-    write_preferences(folder / "preferences", by_split, {"labeler": labeler, "feedback": config.feedback.value})
     write_json(folder / "quality.json", quality)
     log.info("%s", summary(quality))
 

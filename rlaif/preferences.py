@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,66 +21,62 @@ from rlaif.records import Candidates, Preference, Prompt, UserError, content_has
 log = logging.getLogger("rlaif")
 
 SPLITS = ("train", "validation", "test")
+_ROW_GROUP = 1000
 
 
 def select_preferences(
-    lines: Sequence[Candidates],
+    line: Candidates,
     pairs: Sequence[PairLabel],
     selection: Selection,
     min_margin: float,
     labeler: str,
     feedback: str,
-) -> tuple[dict[str, list[Preference]], dict[str, int]]:
-    """Choose pairs and orient them: chosen is the one with p >= 0.5.
+) -> tuple[list[Preference], Counter[str]]:
+    """Choose among one prompt's pairs and orient them: chosen is the one with p >= 0.5.
 
-    ``best_worst`` keeps, per prompt, the pair with the largest margin between the candidates with the highest
-    and the lowest mean logit. Exact ties (p = 0.5) and pairs below ``min_margin`` are dropped.
+    ``best_worst`` keeps the pair with the largest margin between the candidates with the highest and the lowest
+    mean logit. Exact ties (p = 0.5) and pairs below ``min_margin`` are dropped.
 
     Returns:
-        Preferences by split, and counts of dropped pairs by reason.
+        Preferences, and counts of dropped pairs by reason.
     """
-    by_id = {line.prompt.prompt_id: line for line in lines}
-    grouped: dict[str, list[PairLabel]] = defaultdict(list)
-    for pair in pairs:
-        grouped[pair.prompt_id].append(pair)
-    result: dict[str, list[Preference]] = {}
+    texts = {candidate.candidate_id: candidate.completion for candidate in line.candidates}
+    cut = {candidate.candidate_id for candidate in line.candidates if candidate.finish_reason == "length"}
+    selected = [_best_worst(pairs)] if selection is Selection.best_worst and pairs else pairs
     dropped: Counter[str] = Counter()
-    for prompt_id, group in grouped.items():
-        line = by_id[prompt_id]
-        texts = {candidate.candidate_id: candidate.completion for candidate in line.candidates}
-        cut = {c.candidate_id for c in line.candidates if c.finish_reason == "length"}
-        chosen_pairs = [_best_worst(group)] if selection is Selection.best_worst else group
-        dropped["not_selected"] += len(group) - len(chosen_pairs)
-        for pair in chosen_pairs:
-            sign = 1 if pair.logit >= 0 else -1
-            p_chosen = sigmoid(abs(pair.logit))
-            if pair.logit == 0:
-                dropped["tie"] += 1
-                continue
-            if p_chosen - 0.5 < min_margin:
-                dropped["margin"] += 1
-                continue
-            winner, loser = (pair.one, pair.other) if sign > 0 else (pair.other, pair.one)
-            if not texts[winner].strip() or not texts[loser].strip():
-                dropped["empty_completion"] += 1
-                continue
-            result.setdefault(line.split or "train", []).append(
-                Preference(
-                    prompt_id=prompt_id,
-                    prompt=line.prompt.messages,
-                    chosen=texts[winner],
-                    rejected=texts[loser],
-                    chosen_id=winner,
-                    rejected_id=loser,
-                    p_chosen=p_chosen,
-                    labeler=labeler,
-                    feedback=feedback,
-                    principles={name: round(sign * value, 6) for name, value in pair.principles.items()},
-                    chosen_ended=winner not in cut,
-                    rejected_ended=loser not in cut,
-                )
+    if len(pairs) > len(selected):
+        dropped["not_selected"] = len(pairs) - len(selected)
+    result = []
+    for pair in selected:
+        sign = 1 if pair.logit >= 0 else -1
+        p_chosen = sigmoid(abs(pair.logit))
+        if pair.logit == 0:
+            dropped["tie"] += 1
+            continue
+        if p_chosen - 0.5 < min_margin:
+            dropped["margin"] += 1
+            continue
+        winner, loser = (pair.one, pair.other) if sign > 0 else (pair.other, pair.one)
+        if not texts[winner].strip() or not texts[loser].strip():
+            dropped["empty_completion"] += 1
+            continue
+        result.append(
+            Preference(
+                prompt_id=line.prompt.prompt_id,
+                prompt=line.prompt.messages,
+                chosen=texts[winner],
+                rejected=texts[loser],
+                chosen_id=winner,
+                rejected_id=loser,
+                p_chosen=p_chosen,
+                labeler=labeler,
+                feedback=feedback,
+                principles={name: round(sign * value, 6) for name, value in pair.principles.items()},
+                chosen_ended=winner not in cut,
+                rejected_ended=loser not in cut,
             )
-    return result, {reason: count for reason, count in dropped.items() if count}
+        )
+    return result, dropped
 
 
 def _best_worst(group: Sequence[PairLabel]) -> PairLabel:
@@ -90,53 +88,106 @@ def _best_worst(group: Sequence[PairLabel]) -> PairLabel:
     return max(group, key=lambda pair: abs(means[pair.one] - means[pair.other]))
 
 
-def simulated_human_pairs(
-    lines: Sequence[Candidates], gold: str, annotator: AnnotatorConfig, seed: int
-) -> list[PairLabel]:
-    """Draw a label for every pair from a Bradley-Terry model of the gold judge, with label noise.
+def simulated_human_pairs(line: Candidates, gold: str, annotator: AnnotatorConfig, seed: int) -> list[PairLabel]:
+    """Draw a label for every pair of a prompt from a Bradley-Terry model of the gold judge, with label noise.
 
     P(one beats other) = sigmoid(scale * (gold(one) - gold(other))); a share ``flip`` of the draws is inverted.
     Every draw is a hard label, as a person would give, and a function of the seed and the pair alone. Ties in
     gold are drawn like any other pair.
     """
     result = []
-    for line in lines:
-        scores = {candidate.candidate_id: gold_score(gold, candidate.completion) for candidate in line.candidates}
-        names = sorted(scores)
-        for place, one in enumerate(names):
-            for other in names[place + 1 :]:
-                p = sigmoid(annotator.scale * (scores[one] - scores[other]))
-                key = content_hash("simulated_human", seed, line.prompt.prompt_id, one, other)
-                choice, flip = np.random.default_rng(int(key[:15], 16)).random(2)
-                wins = (choice < p) != (flip < annotator.flip)
-                # The annotator's reliability is known to nobody downstream: its labels are hard.
-                hard = logit(1.0 if wins else 0.0)
-                result.append(PairLabel(line.prompt.prompt_id, one, other, hard, {gold: hard}))
+    scores = {candidate.candidate_id: gold_score(gold, candidate.completion) for candidate in line.candidates}
+    for one, other in itertools.combinations(sorted(scores), 2):
+        p = sigmoid(annotator.scale * (scores[one] - scores[other]))
+        key = content_hash("simulated_human", seed, line.prompt.prompt_id, one, other)
+        choice, flip = np.random.default_rng(int(key[:15], 16)).random(2)
+        wins = (choice < p) != (flip < annotator.flip)
+        # The annotator's reliability is known to nobody downstream: its labels are hard.
+        hard = logit(1.0 if wins else 0.0)
+        result.append(PairLabel(line.prompt.prompt_id, one, other, hard, {gold: hard}))
     return result
 
 
-def write_preferences(folder: Path, by_split: Mapping[str, Sequence[Preference]], card: Mapping[str, Any]) -> None:
-    """Write one parquet file per split and a dataset card that ``datasets.load_dataset`` understands."""
-    from datasets import Dataset
+class PreferenceWriter:
+    """Writes a preference dataset: one parquet file per split and a card that ``datasets.load_dataset`` understands.
 
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [split for split in SPLITS if by_split.get(split)]
-    for split in names:
-        rows = [preference.to_row() for preference in by_split[split]]
-        Dataset.from_list(rows).to_parquet(str(folder / f"{split}.parquet"))
-    # datasets caches by folder and configuration name, not by place: equal names would load each other's labels.
-    content = content_hash([[preference.to_row() for preference in by_split[split]] for split in names])
-    name = f"{card.get('feedback', 'preferences')}-{content[:12]}"
-    files = "\n".join(f"  - split: {split}\n    path: {split}.parquet" for split in names)
-    counts = "\n".join(f"| {split} | {len(by_split[split])} |" for split in names)
-    facts = "\n".join(f"- {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in card.items())
-    (folder / "README.md").write_text(
-        f"---\nconfigs:\n- config_name: {name}\n  data_files:\n{files}\n"
-        "tags: [preference, rlaif]\n---\n\n# Preference dataset\n\n"
-        "Conversational preference format (`prompt`, `chosen`, `rejected`) with a soft label: `p_chosen` is the "
-        "labeler's probability that `chosen` is better. Splits are by prompt, near-duplicates together.\n\n"
-        f"| split | preferences |\n| --- | --- |\n{counts}\n\n{facts}\n",
-        encoding="utf-8",
+    Use as a context manager; rows go to the disk in groups, whatever their number.
+    """
+
+    def __init__(self, folder: Path, card: Mapping[str, Any]) -> None:
+        self.folder, self.card = folder, dict(card)
+        self.counts: Counter[str] = Counter()
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+        self._files: dict[str, Any] = {}
+        self._content = hashlib.sha256()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, split: str, preferences: Iterable[Preference]) -> None:
+        """Write preferences of one split."""
+        waiting = self._rows.setdefault(split, [])
+        for preference in preferences:
+            row = preference.to_row()
+            self._content.update(content_hash(split, row).encode())
+            waiting.append(row)
+            self.counts[split] += 1
+        if len(waiting) >= _ROW_GROUP:
+            self._flush(split)
+
+    def _flush(self, split: str) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        rows = self._rows[split]
+        if not rows:
+            return
+        table = pyarrow.Table.from_pylist(rows, schema=_schema())
+        if split not in self._files:
+            self._files[split] = pyarrow.parquet.ParquetWriter(self.folder / f"{split}.parquet", table.schema)
+        self._files[split].write_table(table)
+        rows.clear()
+
+    def __enter__(self) -> PreferenceWriter:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is None:
+            for split in self._rows:
+                self._flush(split)
+        for file in self._files.values():
+            file.close()
+        if kind is None:
+            self._write_card()
+
+    def _write_card(self) -> None:
+        names = [split for split in SPLITS if self.counts[split]]
+        # datasets caches by folder and configuration name, not by place: equal names would load each other's labels.
+        name = f"{self.card.get('feedback', 'preferences')}-{self._content.hexdigest()[:12]}"
+        files = "\n".join(f"  - split: {split}\n    path: {split}.parquet" for split in names)
+        counts = "\n".join(f"| {split} | {self.counts[split]} |" for split in names)
+        facts = "\n".join(f"- {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in self.card.items())
+        (self.folder / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: {name}\n  data_files:\n{files}\n"
+            "tags: [preference, rlaif]\n---\n\n# Preference dataset\n\n"
+            "Conversational preference format (`prompt`, `chosen`, `rejected`) with a soft label: `p_chosen` is the "
+            "labeler's probability that `chosen` is better. Splits are by prompt, near-duplicates together.\n\n"
+            f"| split | preferences |\n| --- | --- |\n{counts}\n\n{facts}\n",
+            encoding="utf-8",
+        )
+
+
+def _schema() -> Any:
+    """The columns of :meth:`Preference.to_row`."""
+    import pyarrow
+
+    text, flag = pyarrow.string(), pyarrow.bool_()
+    messages = pyarrow.list_(pyarrow.struct([("role", text), ("content", text)]))
+    return pyarrow.schema(
+        [
+            *((name, messages) for name in ("prompt", "chosen", "rejected")),
+            ("p_chosen", pyarrow.float64()),
+            *((name, text) for name in ("prompt_id", "chosen_id", "rejected_id", "labeler", "feedback", "principles")),
+            *((name, flag) for name in ("chosen_ended", "rejected_ended")),
+        ]
     )
 
 

@@ -96,11 +96,10 @@ class Label:
     reply: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
-    latency_s: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The line as a JSON object: ``p`` is called ``p_first`` (pairwise) or ``score`` (pointwise)."""
-        line = {k: v for k, v in asdict(self).items() if v is not None and k != "p"}
+        line = {k: v for k, v in vars(self).items() if v is not None and k != "p"}
         line["p_first" if self.mode == "pairwise" else "score"] = self.p
         return line
 
@@ -254,8 +253,12 @@ def _whole(value: Any) -> Any:
 def write_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Write a JSONL file so that it appears complete or not at all."""
     with atomic_file(path) as file:
-        for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.writelines(json_line(line) for line in lines)
+
+
+def json_line(value: dict[str, Any]) -> str:
+    """One line of a JSONL file."""
+    return json.dumps(value, ensure_ascii=False) + "\n"
 
 
 class atomic_file:  # noqa: N801 - used as a context manager function
@@ -403,10 +406,19 @@ def _completion(value: Any, index: int) -> Completion:
 
 
 def read_candidates(path: Path) -> list[Candidates]:
-    """Read ``candidates.jsonl``, or a user's lines with ``prompt`` and ``completions`` (a list of texts).
+    """All of :func:`iterate_candidates`.
 
     Raises:
         UserError: naming file and line.
+    """
+    return list(iterate_candidates(path))
+
+
+def iterate_candidates(path: Path) -> Iterator[Candidates]:
+    """Read ``candidates.jsonl``, or a user's lines with ``prompt`` and ``completions`` (a list of texts).
+
+    Raises:
+        UserError: naming file and line; also if there is none.
     """
     unique = _Unique("prompt_id")
 
@@ -424,10 +436,12 @@ def read_candidates(path: Path) -> list[Candidates]:
             raise ValueError(f"has {len(completions)} completion(s); a preference needs at least 2")
         return Candidates(prompt, completions, line.get("split"))
 
-    lines = list(read_jsonl(path, parse))
-    if not lines:
+    empty = True
+    for line in read_jsonl(path, parse):
+        empty = False
+        yield line
+    if empty:
         raise UserError(f"{path}: has no candidates")
-    return lines
 
 
 def bounded_examples(items: Sequence[str], limit: int = 5) -> str:

@@ -120,7 +120,7 @@ def near_duplicate_clusters(texts: Sequence[str], threshold: float) -> list[int]
         prefix = rare[: len(words) - _ceil(threshold * len(words)) + 1]
         others = {other for word in prefix for other in index_of[word]}
         for other in others:
-            if len(sets[other]) < threshold * len(words) - 1e-9:
+            if len(sets[other]) < threshold * len(words) - 1e-9 or find(other) == find(index):
                 continue
             shared = len(words & sets[other])
             if shared / (len(words) + len(sets[other]) - shared) >= threshold - 1e-9:

@@ -13,12 +13,12 @@ from rlaif.config import AnnotatorConfig, Selection
 from rlaif.gold import gold_score
 from rlaif.labeling.aggregate import PairLabel, logit, sigmoid
 from rlaif.preferences import (
+    PreferenceWriter,
     parse_preference,
     prompts_of,
     read_preferences,
     select_preferences,
     simulated_human_pairs,
-    write_preferences,
 )
 from rlaif.records import Candidates, Completion, Preference, Prompt, UserError
 
@@ -35,7 +35,15 @@ def pair(one, other, value, prompt_id="p"):
 
 
 def select(pairs, lines=None, selection=Selection.all_pairs, min_margin=0.0):
-    return select_preferences(lines or [line()], pairs, selection, min_margin, "me", "ai")
+    """The preferences by split, and what was dropped."""
+    chosen, dropped = {}, Counter()
+    for found in lines or [line()]:
+        of_line = [pair for pair in pairs if pair.prompt_id == found.prompt.prompt_id]
+        rows, reasons = select_preferences(found, of_line, selection, min_margin, "me", "ai")
+        dropped += reasons
+        if rows:
+            chosen.setdefault(found.split or "train", []).extend(rows)
+    return chosen, dropped
 
 
 def test_preferences_are_oriented():
@@ -109,12 +117,16 @@ def test_splits_and_cut_completions_are_carried():
 # The simulated annotator
 
 
+def simulated(lines, gold, annotator, seed):
+    return [pair for line in lines for pair in simulated_human_pairs(line, gold, annotator, seed)]
+
+
 @pytest.mark.parametrize(("scale", "flip"), [(0.5, 0.0), (0.5, 0.2), (1.0, 0.05)])
 def test_simulated_labels_follow_bradley_terry(scale, flip):
     # One word against three: P(three wins) = sigmoid(2 * scale), then a share `flip` is turned.
     n = 3000
     lines = [line(f"p{i}", a="one", b="one two three") for i in range(n)]
-    pairs = simulated_human_pairs(lines, "length", AnnotatorConfig(scale=scale, flip=flip), seed=1)
+    pairs = simulated(lines, "length", AnnotatorConfig(scale=scale, flip=flip), seed=1)
     assert len(pairs) == n
     p = sigmoid(2 * scale)
     expected = p * (1 - flip) + (1 - p) * flip
@@ -126,23 +138,23 @@ def test_simulated_labels_follow_bradley_terry(scale, flip):
 
 def test_simulated_ties_are_a_fair_coin():
     lines = [line(f"p{i}", a="one", b="two") for i in range(2000)]
-    pairs = simulated_human_pairs(lines, "length", AnnotatorConfig(flip=0.1), seed=0)
+    pairs = simulated(lines, "length", AnnotatorConfig(flip=0.1), seed=0)
     assert sum(pair.logit > 0 for pair in pairs) / 2000 == pytest.approx(0.5, abs=4 * 0.5 / 2000**0.5)
 
 
 def test_simulated_labels_are_a_function_of_seed_and_pair():
     lines = [line(f"p{i}") for i in range(50)]
     annotator = AnnotatorConfig(scale=0.1)
-    pairs = simulated_human_pairs(lines, "length", annotator, seed=1)
+    pairs = simulated(lines, "length", annotator, seed=1)
     assert len(pairs) == 150
-    assert simulated_human_pairs(lines[::-1], "length", annotator, seed=1)[-3:] == pairs[:3]
-    assert simulated_human_pairs(lines[7:8], "length", annotator, seed=1) == pairs[21:24]
-    assert simulated_human_pairs(lines, "length", annotator, seed=2) != pairs
+    assert simulated(lines[::-1], "length", annotator, seed=1)[-3:] == pairs[:3]
+    assert simulated(lines[7:8], "length", annotator, seed=1) == pairs[21:24]
+    assert simulated(lines, "length", annotator, seed=2) != pairs
 
 
 def test_a_sure_annotator_agrees_with_the_gold_judge():
     lines = [line(a="aaa", b="bbb", c="abb")]
-    for found in simulated_human_pairs(lines, "letters", AnnotatorConfig(scale=1e4, flip=0.0), seed=0):
+    for found in simulated(lines, "letters", AnnotatorConfig(scale=1e4, flip=0.0), seed=0):
         texts = {candidate.candidate_id: candidate.completion for candidate in lines[0].candidates}
         assert (found.logit > 0) == (
             gold_score("letters", texts[found.one]) > gold_score("letters", texts[found.other])
@@ -150,6 +162,12 @@ def test_a_sure_annotator_agrees_with_the_gold_judge():
 
 
 # Files
+
+
+def write(folder, by_split):
+    with PreferenceWriter(folder, {"labeler": "me"}) as writer:
+        for split, rows in by_split.items():
+            writer.add(split, rows)
 
 
 def preference(prompt_id="p", **changes):
@@ -160,7 +178,7 @@ def preference(prompt_id="p", **changes):
 def test_preferences_roundtrip(tmp_path):
     system = ({"role": "system", "content": "s"}, *USER)
     by_split = {"train": [preference("p"), preference("q", prompt=system)], "test": [preference("r")], "validation": []}
-    write_preferences(tmp_path / "x", by_split, {"labeler": "me"})
+    write(tmp_path / "x", by_split)
     for split, rows in by_split.items():
         # The breakdown by principle is for readers of the file; training has no use for it.
         assert read_preferences(tmp_path / "x", split) == [replace(row, principles={}) for row in rows]
@@ -174,7 +192,7 @@ def test_datasets_loads_the_folder(tmp_path):
     import datasets
 
     folder = tmp_path / "preferences"
-    write_preferences(folder, {"train": [preference("p")] * 3, "test": [preference("r")]}, {"labeler": "me"})
+    write(folder, {"train": [preference("p")] * 3, "test": [preference("r")]})
     loaded = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
     assert {split: len(rows) for split, rows in loaded.items()} == {"train": 3, "test": 1}
     row = loaded["test"][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,23 +46,55 @@ def bootstrap_mean(
     """
     if not len(values):
         return None
-    data = np.asarray(values, dtype=np.float64)
-    names = range(len(data)) if clusters is None else clusters
+    mean = ClusteredMean()
+    if clusters is None:
+        clusters = range(len(values))
     order: dict[Any, int] = {}
-    index = np.array([order.setdefault(name, len(order)) for name in names])
-    n = len(order)
-    sums = np.bincount(index, weights=data, minlength=n)
-    counts = np.bincount(index, minlength=n).astype(np.float64)
-    mean = float(data.mean())
-    if n < 2:
-        return Estimate(mean, n, float("-inf"), float("inf"))
-    generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for start in range(0, resamples, 256):
-        draws = generator.integers(0, n, size=(min(256, resamples - start), n))
-        means[start : start + len(draws)] = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Estimate(mean, n, float(low), float(high))
+    for value, name in zip(values, clusters, strict=True):
+        mean.add(value, order.setdefault(name, len(order)))
+    return mean.estimate(resamples, seed)
+
+
+_MOST_CLUSTERS = 10_000
+
+
+class ClusteredMean:
+    """A mean over clusters that takes one number at a time and holds two numbers a cluster.
+
+    Beyond 10,000 clusters they are dealt in turn into 10,000 groups, and the groups are resampled: clusters are
+    independent, so groups of them are too, and so many tell the spread of a mean as well.
+    """
+
+    def __init__(self) -> None:
+        self._sums, self._counts = array("d"), array("d")
+
+    def add(self, value: float, cluster: int) -> None:
+        """One observation of a cluster; clusters are numbered from 0 and may be skipped."""
+        while len(self._sums) <= cluster:
+            self._sums.append(0.0)
+            self._counts.append(0.0)
+        self._sums[cluster] += value
+        self._counts[cluster] += 1
+
+    def estimate(self, resamples: int = 2000, seed: int = 0) -> Estimate | None:
+        """The mean with its interval; None where there is no value."""
+        sums, counts = np.array(self._sums), np.array(self._counts)
+        sums, counts = sums[counts > 0], counts[counts > 0]
+        n = len(sums)
+        if not n:
+            return None
+        mean = float(sums.sum() / counts.sum())
+        if n < 2:
+            return Estimate(mean, n, float("-inf"), float("inf"))
+        groups = np.arange(n) % _MOST_CLUSTERS
+        sums, counts = np.bincount(groups, weights=sums), np.bincount(groups, weights=counts)
+        generator = np.random.default_rng(seed)
+        means = np.empty(resamples)
+        for start in range(0, resamples, 256):
+            draws = generator.integers(0, len(sums), size=(min(256, resamples - start), len(sums)))
+            means[start : start + len(draws)] = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
+        low, high = np.percentile(means, [2.5, 97.5])
+        return Estimate(mean, n, float(low), float(high))
 
 
 def expected_calibration_error(p: Sequence[float], outcome: Sequence[float], bins: int = 10) -> float | None:

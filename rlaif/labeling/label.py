@@ -1,54 +1,29 @@
-"""Asking: candidates and principles -> verdicts, each stored the moment it exists."""
+"""Asking: candidates -> verdicts, each stored the moment it exists.
+
+The candidates are gone through once for each kind of request, and once more to read the labels off the store. Nothing
+that grows with their number is held in memory, except what failed.
+"""
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from rlaif.config import LabelingConfig, LabelMode
-from rlaif.constitution import Constitution, Principle, check_mode
-from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest, SampleRequest
-from rlaif.labeling.prompts import (
-    LETTERS,
-    after_rationale,
-    letter_spellings,
-    pairwise_prompt,
-    pointwise_prompt,
-    rationale_prompt,
-    word_spellings,
-)
+from rlaif.config import LabelingConfig
+from rlaif.constitution import Constitution
+from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
+from rlaif.labeling.modes import Answer, Request, Setup
 from rlaif.labeling.store import VerdictStore
 from rlaif.progress import progress
-from rlaif.records import Candidates, Completion, Label, content_hash
+from rlaif.records import Candidates, Label, content_hash
 
 log = logging.getLogger("rlaif")
 
-_LETTER_OPTIONS = tuple(letter_spellings(letter) for letter in LETTERS)
-_DEFAULT_MIN_MASS = {LabelMode.pairwise: 0.5, LabelMode.pointwise: 0.01}
-
-
-@dataclass(frozen=True)
-class Question:
-    """One request to the labeler and the label that its answer fills in."""
-
-    request: OptionRequest
-    blank: Label
-    rationales: tuple[SampleRequest, ...] = ()
-    """Asked first; the request is then asked once after each, as ``after`` makes it."""
-    after: Callable[[SampleRequest, str], OptionRequest] | None = None
-
-
-@dataclass(frozen=True)
-class _Ask:
-    """One request that is made for a question, under its key in the store."""
-
-    question: int
-    request: OptionRequest
-    key: str
+Lines = Callable[[], Iterable[Candidates]]
+"""Opens the candidates anew."""
 
 
 def label_candidates(
@@ -59,237 +34,162 @@ def label_candidates(
     store: VerdictStore,
     seed: int = 0,
 ) -> list[Label]:
-    """Ask the labeler everything that is not in the store yet; return all verdicts, in a fixed order.
+    """All labels of candidates that fit into memory, in a fixed order."""
+    setup = Setup(constitution, engine.name, config, seed)
+    labeling = Labeling(lambda: lines, setup, engine, store)
+    labeling.ask(sum(setup.expected(len(line.candidates)) for line in lines))
+    return [label for _, labels in labeling.labels() for label in labels]
 
-    Failed requests are not stored, so a later run asks them again; in the result they are labels without a
-    verdict, with their reason.
+
+class Labeling:
+    """One run over the candidates.
+
+    Args:
+        lines: opens the candidates.
+        setup: how they are labeled.
+        engine: whom to ask.
+        store: what is known already, and where new answers go.
     """
-    questions = list(build_questions(lines, constitution, engine.name, config, seed))
-    asks, failures = _asks(questions, engine, store, seed)
-    known = store.get([ask.key for ask in asks])
-    pending = [ask for ask in asks if ask.key not in known]
-    if known:
-        log.info("%d of %d verdicts are known already", len(asks) - len(pending), len(asks))
-    failed: dict[str, Failure] = {}
-    with progress(len(asks), "labeling", "verdict", initial=len(asks) - len(pending)) as bar:
-        for place, answer in engine.score_options(ask.request for ask in pending):
-            key = pending[place].key
+
+    def __init__(self, lines: Lines, setup: Setup, engine: Engine, store: VerdictStore) -> None:
+        self.lines, self.setup, self.engine, self.store = lines, setup, engine, store
+        self.failed: dict[str, Failure] = {}
+        """Requests without an answer in this run; they are not stored, so a later run asks them again."""
+        self._identity = content_hash(engine.identity)
+        self._fingerprint = content_hash(
+            self._identity, asdict(setup.constitution), asdict(setup.config), setup.seed, "finished"
+        )
+
+    def ask(self, expected: int) -> None:
+        """Ask everything that is not in the store yet.
+
+        Args:
+            expected: about how many verdicts there will be, for the progress shown.
+        """
+        for kind in self.setup.kinds:
+            last = kind is self.setup.kinds[-1]
+            what, unit = ("labeling", "verdict") if last else ("rationales", "rationale")
+            with progress(expected, what, unit) as bar:
+                self._ask(kind, last, bar)
+        if self.failed:
+            reasons = Counter(failure.reason for failure in self.failed.values())
+            log.warning("%d requests failed: %s", len(self.failed), dict(reasons))
+
+    def labels(self) -> Iterator[tuple[Candidates, list[Label]]]:
+        """The labels of each line, in the order of the candidates, from the store; after :meth:`ask`."""
+        for line in self.lines():
+            yield line, self._hold(line, missing=Failure("not_asked")).labels
+
+    def _ask(self, kind: type, last: bool, bar: Any) -> None:
+        """One time through the candidates: ask what is missing and of this kind."""
+        waiting: dict[int, tuple[str, _Open]] = {}
+        in_flight: set[str] = set()
+
+        def feed() -> Iterator[Any]:
+            place = 0
+            for line in self.lines():
+                marker = content_hash(self._fingerprint, line.prompt.prompt_id, line.prompt.messages, _shown(line))
+                expected = self.setup.expected(len(line.candidates))
+                if self.store.is_finished(marker):
+                    bar.update(expected)
+                    continue
+                held = self._hold(line)
+                asked = [(key, request) for key, request in held.unknown if isinstance(request, kind)]
+                bar.update(max(expected - len(asked), 0))
+                # Two lines may ask the same; a line whose answers somebody else waits for is not marked.
+                own = [(key, request) for key, request in asked if key not in in_flight]
+                opened = _Open(marker, len(own), sound=last and held.sound and len(own) == len(held.unknown))
+                self._close_if_done(opened)
+                for key, request in own:
+                    in_flight.add(key)
+                    waiting[place] = key, opened
+                    place += 1
+                    yield request
+
+        for place, answer in _server(self.engine, kind)(feed()):
+            key, opened = waiting.pop(place)
+            in_flight.discard(key)
+            opened.missing -= 1
             if isinstance(answer, Failure):
-                failed[key] = answer
+                self.failed[key] = answer
+                opened.sound = False
             else:
-                known[key] = _stored(answer)
-                store.put(key, known[key])
+                self.store.put(key, _to_json(answer))
+            self._close_if_done(opened)
             bar.update()
-    for ask in asks:
-        if ask.key in failed:
-            failures.setdefault(ask.question, failed[ask.key])
-    if failures:
-        reasons = Counter(failure.reason for failure in failures.values())
-        log.warning("%d verdicts failed: %s", len(failures), dict(reasons))
-    answers: dict[int, list[dict[str, Any]]] = {}
-    for ask in asks:
-        if ask.key in known:
-            stored = known[ask.key]
-            if questions[ask.question].after is not None:
-                # The labeler's own turn before the question: a reader wants to know what it had said.
-                stored = {**stored, "reply": ask.request.messages[-2]["content"]}
-            answers.setdefault(ask.question, []).append(stored)
-    minimum = _DEFAULT_MIN_MASS[config.mode] if config.min_option_mass is None else config.min_option_mass
-    clamp = config.clamp if config.rationales else 0.0
-    return [
-        _fill(question.blank, answers.get(index, []), failures.get(index), minimum, clamp)
-        for index, question in enumerate(questions)
-    ]
 
+    def _close_if_done(self, opened: _Open) -> None:
+        if opened.sound and not opened.missing:
+            self.store.finish(opened.marker)
 
-def _asks(
-    questions: Sequence[Question], engine: Engine, store: VerdictStore, seed: int
-) -> tuple[list[_Ask], dict[int, Failure]]:
-    """The requests behind the questions; where rationales come first, those that are not in the store are sampled."""
-    keyed = [
-        [(_key(engine, seed, sample.messages, sample.max_new_tokens, sample.seed), sample) for sample in rationales]
-        for rationales in (question.rationales for question in questions)
-    ]
-    samples = {key: sample for pairs in keyed for key, sample in pairs}
-    texts = {key: str(value["text"]) for key, value in store.get(samples).items()}
-    pending = [key for key in samples if key not in texts]
-    failed: dict[str, Failure] = {}
-    if samples:
-        with progress(len(samples), "rationales", "rationale", initial=len(texts)) as bar:
-            for place, sampled in engine.sample(samples[key] for key in pending):
-                key = pending[place]
-                if isinstance(sampled, Failure):
-                    failed[key] = sampled
-                elif not sampled.text.strip():
-                    failed[key] = Failure("empty_rationale")
-                else:
-                    texts[key] = sampled.text
-                    store.put(key, {"text": sampled.text})
-                bar.update()
-    asks: list[_Ask] = []
-    failures: dict[int, Failure] = {}
-    for index, question in enumerate(questions):
-        if question.after is None:
-            asks.append(_Ask(index, question.request, question_key(question.request, engine, seed)))
-            continue
-        for key, sample in keyed[index]:
-            if key in texts:
-                request = question.after(sample, texts[key])
-                asks.append(_Ask(index, request, question_key(request, engine, seed)))
-            else:
-                failures.setdefault(index, failed[key])
-    return asks, failures
+    def _hold(self, line: Candidates, missing: Failure | None = None) -> _Held:
+        """Hold the talk about a line with what is known.
 
+        Args:
+            line: a prompt's candidates.
+            missing: the answer to whatever is not known; without it the talk stops there.
+        """
+        talk = self.setup.talk(line)
+        sound = True
+        try:
+            requests = next(talk)
+            while True:
+                keys = [self.key(request) for request in requests]
+                known = self._known(keys)
+                unknown = [(key, request) for key, request in zip(keys, requests, strict=True) if key not in known]
+                if unknown and missing is None:
+                    return _Held([], unknown, sound)
+                answers = [known.get(key, missing) for key in keys]
+                sound = sound and not any(isinstance(answer, Failure) for answer in answers)
+                requests = talk.send([answer for answer in answers if answer is not None])
+        except StopIteration as end:
+            return _Held(end.value, [], sound)
 
-def build_questions(
-    lines: Sequence[Candidates], constitution: Constitution, labeler: str, config: LabelingConfig, seed: int = 0
-) -> Iterator[Question]:
-    """Every question for these candidates; both orders and all principles of a pair close together.
+    def _known(self, keys: Sequence[str]) -> dict[str, Answer]:
+        known: dict[str, Answer] = {key: _from_json(value) for key, value in self.store.get(keys).items()}
+        return known | {key: self.failed[key] for key in keys if key in self.failed and key not in known}
 
-    Raises:
-        UserError: if the constitution lacks what the mode needs.
-    """
-    check_mode(constitution, config.mode)
-    for line in lines:
-        if config.mode is LabelMode.pointwise:
-            yield from _pointwise(line, constitution, labeler)
+    def key(self, request: Request) -> str:
+        """Hash of everything that can change the answer."""
+        if isinstance(request, OptionRequest):
+            scripted = request.meta if self.engine.identity["engine"] == "scripted" else None
+            content: tuple[Any, ...] = (request.messages, request.options, request.stem, scripted)
         else:
-            yield from _pairwise(line, constitution, labeler, config, seed)
+            content = ("sample", *asdict(request).values())
+        return content_hash(self._identity, self.setup.seed, *content)
 
 
-def _pointwise(line: Candidates, constitution: Constitution, labeler: str) -> Iterator[Question]:
-    for candidate in line.candidates:
-        for principle in constitution.principles:
-            assert principle.statement is not None
-            yield Question(
-                OptionRequest(
-                    messages=pointwise_prompt(principle, line.prompt.messages, candidate.completion),
-                    options=(word_spellings(principle.yes), word_spellings(principle.no)),
-                    stem=principle.statement,
-                    meta={"mode": "pointwise", "completion": candidate.completion, "principle": principle.id},
-                ),
-                Label(
-                    prompt_id=line.prompt.prompt_id,
-                    mode="pointwise",
-                    principle=principle.id,
-                    labeler=labeler,
-                    method="",
-                    p=None,
-                    candidate=candidate.candidate_id,
-                ),
-            )
+@dataclass(frozen=True)
+class _Held:
+    """A talk that was held: its labels, or the requests at which it stopped. ``sound``: nothing in it had failed."""
+
+    labels: list[Label]
+    unknown: list[tuple[str, Request]]
+    sound: bool
 
 
-def _pairwise(
-    line: Candidates, constitution: Constitution, labeler: str, config: LabelingConfig, seed: int
-) -> Iterator[Question]:
-    for one, other in itertools.combinations(line.candidates, 2):
-        for principle in constitution.principles:
-            orders = [(one, other), (other, one)] if config.both_orders else [(one, other)]
-            for first, second in orders:
-                rationales, after = _rationales(principle, line, first, second, config, seed)
-                yield Question(
-                    OptionRequest(
-                        messages=pairwise_prompt(
-                            principle,
-                            line.prompt.messages,
-                            first.completion,
-                            second.completion,
-                            _exemplars(constitution, principle) if config.exemplars else (),
-                        ),
-                        options=_LETTER_OPTIONS,
-                        meta={
-                            "mode": "pairwise",
-                            "first": first.completion,
-                            "second": second.completion,
-                            "principle": principle.id,
-                        },
-                    ),
-                    Label(
-                        prompt_id=line.prompt.prompt_id,
-                        mode="pairwise",
-                        principle=principle.id,
-                        labeler=labeler,
-                        method="",
-                        p=None,
-                        first=first.candidate_id,
-                        second=second.candidate_id,
-                    ),
-                    rationales,
-                    after,
-                )
+@dataclass
+class _Open:
+    """A line with requests in flight. ``sound``: once they are answered, nothing of it is missing."""
+
+    marker: str
+    missing: int
+    sound: bool
 
 
-def _rationales(
-    principle: Principle, line: Candidates, first: Completion, second: Completion, config: LabelingConfig, seed: int
-) -> tuple[tuple[SampleRequest, ...], Callable[[SampleRequest, str], OptionRequest] | None]:
-    """What is asked before the verdict, and how the verdict is asked after it."""
-    if not config.rationales:
-        return (), None
-    messages = rationale_prompt(principle, line.prompt.messages, first.completion, second.completion)
-    meta = {"mode": "pairwise", "first": first.completion, "second": second.completion, "principle": principle.id}
-
-    def after(asked: SampleRequest, rationale: str) -> OptionRequest:
-        return OptionRequest(after_rationale(asked.messages, rationale, principle), _LETTER_OPTIONS, meta=meta)
-
-    # Each has a seed of its own, or they would all be the same.
-    seeds = [int(content_hash(seed, messages, number)[:7], 16) for number in range(config.rationales)]
-    return tuple(SampleRequest(messages, config.rationale_tokens, seed=number) for number in seeds), after
+def _server(engine: Engine, kind: type) -> Callable[[Iterable[Any]], Iterator[tuple[int, Any]]]:
+    return engine.sample if kind is SampleRequest else engine.score_options
 
 
-def _exemplars(constitution: Constitution, principle: Principle) -> tuple[Any, ...]:
-    return tuple(exemplar for exemplar in constitution.exemplars if exemplar.principle == principle.id)
+def _shown(line: Candidates) -> list[tuple[str, str]]:
+    return [(candidate.candidate_id, candidate.completion) for candidate in line.candidates]
 
 
-def question_key(request: OptionRequest, engine: Engine, seed: int) -> str:
-    """Hash of everything that can change the answer."""
-    scripted = request.meta if engine.identity["engine"] == "scripted" else None
-    return content_hash(engine.identity, request.messages, request.options, request.stem, scripted, seed)
+def _to_json(answer: OptionMass | Sampled) -> dict[str, Any]:
+    return {name: value for name, value in vars(answer).items() if value is not None}
 
 
-def _key(engine: Engine, seed: int, *content: Any) -> str:
-    """Hash of everything that can change a rationale."""
-    return content_hash("rationale", engine.identity, seed, *content)
-
-
-def _stored(answer: OptionMass) -> dict[str, Any]:
-    return {
-        "masses": list(answer.masses),
-        "method": answer.method,
-        "reply": answer.reply,
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": answer.completion_tokens,
-        "latency_s": None if answer.latency_s is None else round(answer.latency_s, 4),
-    }
-
-
-def _fill(
-    blank: Label, answers: Sequence[Mapping[str, Any]], failure: Failure | None, minimum: float, clamp: float
-) -> Label:
-    """The label with its verdict (the mean over its answers), or with the reason why there is none."""
-    if failure is not None or not answers:
-        return replace(blank, method="none", reason=failure.reason if failure else "not_asked")
-    label = replace(
-        blank,
-        method=answers[0]["method"],
-        reply="\n\n".join(str(answer["reply"]) for answer in answers if answer["reply"] is not None) or None,
-        prompt_tokens=_sum(answers, "prompt_tokens"),
-        completion_tokens=_sum(answers, "completion_tokens"),
-        latency_s=_sum(answers, "latency_s"),
-    )
-    known = [tuple(answer["masses"]) for answer in answers if None not in answer["masses"]]
-    if not known:
-        return replace(label, reason="option_unknown")
-    label = replace(label, option_mass=round(sum(sum(masses) for masses in known) / len(known), 6))
-    covered = [masses for masses in known if sum(masses) > 0 and sum(masses) >= minimum]
-    if not covered:
-        return replace(label, reason="uncovered")
-    verdicts = [yes / (yes + no) for yes, no in covered]
-    if clamp:
-        verdicts = [min(max(p, clamp), 1 - clamp) for p in verdicts]
-    return replace(label, p=sum(verdicts) / len(verdicts))
-
-
-def _sum(answers: Sequence[Mapping[str, Any]], name: str) -> Any:
-    values = [answer[name] for answer in answers if answer[name] is not None]
-    return sum(values) if values else None
+def _from_json(value: Mapping[str, Any]) -> Answer:
+    if "text" in value:
+        return Sampled(**value)
+    return OptionMass(**{**value, "masses": tuple(value["masses"])})

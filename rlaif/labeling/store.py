@@ -31,6 +31,7 @@ class VerdictStore:
             self.connection.execute(
                 "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
             )
+            self.connection.execute("CREATE TABLE IF NOT EXISTS finished (key TEXT PRIMARY KEY) WITHOUT ROWID")
         except sqlite3.Error as error:
             raise UserError(f"{path}: the label store cannot be opened ({error})") from None
 
@@ -51,13 +52,22 @@ class VerdictStore:
         Raises:
             UserError: if the disk is full or the file cannot be written; everything stored so far is safe.
         """
+        self._write("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", key, json.dumps(value))
+        self.written += 1
+
+    def finish(self, key: str) -> None:
+        """Mark something of which every verdict is stored, so that a later run need not look at each of them."""
+        self._write("INSERT OR IGNORE INTO finished VALUES (?)", key)
+
+    def is_finished(self, key: str) -> bool:
+        """Whether it is marked."""
+        return bool(self.connection.execute("SELECT 1 FROM finished WHERE key = ?", (key,)).fetchone())
+
+    def _write(self, statement: str, *values: str) -> None:
         try:
-            self.connection.execute(
-                "INSERT OR REPLACE INTO verdicts VALUES (?, ?)", (key, json.dumps(value, sort_keys=True))
-            )
+            self.connection.execute(statement, values)
         except sqlite3.Error as error:
             raise UserError(f"{self.path}: a verdict cannot be stored ({error})") from None
-        self.written += 1
 
     def close(self) -> None:
         """Fold the write-ahead log into the file and close it."""

@@ -11,7 +11,8 @@ from rlaif.engines import build_labeler
 from rlaif.engines.base import Engine, Failure, OptionMass, Sampled
 from rlaif.engines.scripted import ScriptedEngine
 from rlaif.labeling.aggregate import pair_labels
-from rlaif.labeling.label import build_questions, label_candidates, question_key
+from rlaif.labeling.label import Labeling, label_candidates
+from rlaif.labeling.modes import Setup
 from rlaif.labeling.quality import verdict_quality
 from rlaif.labeling.store import VerdictStore
 from rlaif.records import Candidates, Completion, Prompt, UserError
@@ -187,24 +188,29 @@ def test_identical_completions_are_a_tie(store):
 def test_pointwise_needs_statements():
     bare = Constitution("bare", "1", "d", (KIND, Principle("x", 1.0, "Which?")))
     with pytest.raises(UserError, match=r"constitution bare: labeling.mode=pointwise needs .* x has none"):
-        list(build_questions(lines(1), bare, "l", POINTWISE))
+        Setup(bare, "l", POINTWISE)
 
 
 def test_exemplars_of_the_principle_are_shown_when_asked_for():
     exemplars = (Exemplar("q", "f", "s", "first", "kind"), Exemplar("other", "f", "s", "first", "short"))
     constitution = Constitution("c", "1", "d", (KIND, SHORT), exemplars)
-    shown = list(build_questions(lines(1, ("a", "b")), constitution, "l", LabelingConfig(exemplars=True)))
-    assert [len(question.request.messages) for question in shown] == [3, 3, 3, 3]
-    assert "User: q\n" in shown[0].request.messages[0]["content"]
-    assert "User: other\n" in shown[2].request.messages[0]["content"]
-    hidden = list(build_questions(lines(1, ("a", "b")), constitution, "l", PAIRWISE))
-    assert {len(question.request.messages) for question in hidden} == {1}
+    shown = requests(Setup(constitution, "l", LabelingConfig(exemplars=True)))
+    assert [len(request.messages) for request in shown] == [3, 3, 3, 3]
+    assert "User: q\n" in shown[0].messages[0]["content"]
+    assert "User: other\n" in shown[2].messages[0]["content"]
+    assert {len(request.messages) for request in requests(Setup(constitution, "l", PAIRWISE))} == {1}
+
+
+def requests(setup, candidates=None):
+    """What is asked first about each line."""
+    return [request for line in candidates or lines(1, ("a", "b")) for request in next(setup.talk(line))]
 
 
 def keys(candidates=None, constitution=CONSTITUTION, config=PAIRWISE, labeler=None, seed=0):
     labeler = labeler or engine()
-    questions = build_questions(candidates or lines(1, ("a", "b")), constitution, labeler.name, config)
-    return [question_key(question.request, labeler, seed) for question in questions]
+    setup = Setup(constitution, labeler.name, config, seed)
+    labeling = Labeling(lambda: (), setup, labeler, store=None)
+    return [labeling.key(request) for request in requests(setup, candidates)]
 
 
 @pytest.fixture
