@@ -1,0 +1,1 @@
+"""Speed and memory comparisons; each module is a command with its last result in ``results/``."""

@@ -1,0 +1,115 @@
+"""What the benchmarks share: arguments, the machine and its versions, pinning, repeats, and writing the result."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Arguments that every benchmark has; add your own before parsing."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--quick", action="store_true", help="under a minute: fewer repeats, long parts skipped")
+    return result
+
+
+def say(text: str) -> None:
+    """A line of progress, at once."""
+    print(text, flush=True)
+
+
+def pin(cpu: int) -> bool:
+    """Keep this process (and those it starts) on one core; false where the system cannot, or has too few cores."""
+    if not hasattr(os, "sched_setaffinity") or cpu >= len(cores()):
+        return False
+    os.sched_setaffinity(0, {cores()[cpu]})
+    return True
+
+
+def cores() -> list[int]:
+    """The cores that the benchmark was started with."""
+    return _CORES
+
+
+_CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory in GiB, GPU, system and load: what a figure depends on."""
+    facts: dict[str, Any] = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": len(cores()),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "gpu": _gpu(),
+    }
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        facts["processor"] = names[0] if names else facts["processor"]
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        facts["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    if hasattr(os, "getloadavg"):
+        facts["load_1min"] = round(os.getloadavg()[0], 2)
+    return facts
+
+
+def _gpu() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        names = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return ", ".join(name for name in names if name) or None
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions; a package that is not installed is left out."""
+    found = {}
+    for name in ("rlaif", *packages):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median, smallest and largest of repeats, and all of them in the order they were taken."""
+    return {
+        "median": round(statistics.median(values), 4),
+        "min": round(min(values), 4),
+        "max": round(max(values), 4),
+        "runs": [round(value, 4) for value in values],
+    }
+
+
+def finish(
+    name: str, ratios: Mapping[str, Any], details: Mapping[str, Any], packages: Sequence[str], quick: bool
+) -> None:
+    """Write ``results/NAME.json`` (not after ``--quick``, which measures too little) and print the ratios as JSON."""
+    result = {
+        "benchmark": name,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "ratios": dict(ratios),
+        "details": dict(details),
+        "versions": versions(*packages),
+        "machine": machine(),
+    }
+    if quick:
+        say(f"--quick: benchmarks/results/{name}.json is left as it is")
+    else:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    say(json.dumps(dict(ratios)))
