@@ -1,7 +1,7 @@
 """The process that holds a vLLM engine: jobs as JSON lines on stdin, answers as JSON lines on stdout.
 
 Needs nothing but vLLM, so it can run under another interpreter than the labeler (``labeler.vllm.python``). It ends
-when stdin does.
+when stdin does, and with it every process that it started.
 
 The first line holds the arguments of vLLM's engine. A job is ``{"id", "ids", "want"}`` (log-probabilities of the
 tokens ``want`` after the prompt ``ids``) or ``{"id", "ids", "sample"}`` (a completion with these sampling
@@ -13,7 +13,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
+import threading
 from typing import Any
 
 # A script's own folder comes first on the path, and in this one lies another module called vllm.
@@ -23,19 +25,27 @@ sys.path[:] = [
 
 # vLLM's limit for the tokens of one request (MAX_LOGPROB_TOKEN_IDS).
 _MOST_TOKENS = 128
-_LINE_LIMIT = 2**28
+
+
+def read_lines(loop: asyncio.AbstractEventLoop, lines: asyncio.Queue[str]) -> None:
+    """Pass stdin on; at its end, end this process and all that it started, also if vLLM is still starting."""
+    for line in sys.stdin:
+        loop.call_soon_threadsafe(lines.put_nowait, line)
+    if os.getpgid(0) == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
 
 
 async def serve(channel: Any) -> None:
     """Start the engine and answer jobs until stdin ends."""
-    reader = asyncio.StreamReader(limit=_LINE_LIMIT)
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    lines: asyncio.Queue[str] = asyncio.Queue()
+    threading.Thread(target=read_lines, args=(asyncio.get_running_loop(), lines), daemon=True).start()
 
     def send(message: dict[str, Any]) -> None:
         channel.write(json.dumps(message) + "\n")
         channel.flush()
 
-    settings = json.loads(await reader.readline())
+    settings = json.loads(await lines.get())
     # Nobody asked for usage reports to be sent from a labeling run.
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     import vllm
@@ -76,11 +86,10 @@ async def serve(channel: Any) -> None:
             os._exit(1)
 
     running: set[asyncio.Task[None]] = set()
-    while line := await reader.readline():
-        task = asyncio.create_task(answer(json.loads(line)))
+    while True:
+        task = asyncio.create_task(answer(json.loads(await lines.get())))
         running.add(task)
         task.add_done_callback(running.discard)
-    engine.shutdown()
 
 
 def main() -> None:

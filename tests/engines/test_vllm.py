@@ -103,6 +103,45 @@ def test_prompts_that_do_not_fit_fail_alone(tmp_path: Path) -> None:
     assert (sampled.text, sampled.finish_reason, sampled.tokens) == (engine.tokenizer.decode([64] * 3), "stop", 3)
 
 
+STARTING = """
+    import subprocess, sys, time
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    open(sys.argv[1], "w").write(str(child.pid))
+    time.sleep(600)
+"""
+
+
+def test_a_worker_that_still_starts_ends_with_its_parent_and_so_does_all_that_it_started(tmp_path: Path) -> None:
+    (tmp_path / "vllm.py").write_text(textwrap.dedent(STARTING), encoding="utf-8")
+    note = tmp_path / "pid"
+    worker = Path(__file__).parents[2] / "rlaif" / "engines" / "vllm_worker.py"
+    process = subprocess.Popen(
+        [sys.executable, str(worker), str(note)],
+        stdin=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        start_new_session=True,
+        text=True,
+    )
+    assert process.stdin is not None
+    process.stdin.write("{}\n")
+    process.stdin.flush()
+    deadline = time.monotonic() + 60
+    while not (note.is_file() and note.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    # What the system does to its pipes when the labeler is killed.
+    process.stdin.close()
+    process.wait(30)
+    child = int(note.read_text())
+    with contextlib.suppress(ProcessLookupError):
+        while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+            if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                break
+            os.kill(child, 0)
+            time.sleep(0.05)
+        assert time.monotonic() < deadline
+
+
 def test_thousands_of_requests_do_not_block_the_pipes(tmp_path: Path) -> None:
     many = 5000
     pulled = 0
