@@ -154,7 +154,7 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
                 )
                 _check_agreement(audit, config)
             setup = Setup(constitution, engine.name, config.labeling, config.seed)
-            labeling = Labeling(lines, setup, engine, store)
+            labeling = Labeling(lines, setup, engine, store, config.gold)
             labeling.ask(sum(setup.expected(size) * count for size, count in lines.sizes.items()))
             seconds, asked = time.perf_counter() - started, store.written
             quality = VerdictQuality()
@@ -271,6 +271,7 @@ def _write_dataset(
         labeler: who made the labels.
         config: the command's.
     """
+    from rlaif.labeling.live import summary
     from rlaif.labeling.quality import GoldAgreement
     from rlaif.preferences import PreferenceWriter, select_preferences
 
@@ -304,24 +305,6 @@ def _write_dataset(
     }
     write_json(folder / "quality.json", quality)
     log.info("%s", summary(quality))
-
-
-def summary(quality: dict[str, Any]) -> str:
-    """The labeling run in one paragraph for the terminal."""
-    parts = [f"{quality['n_preferences']} preferences from {quality['n_pairs']} pairs"]
-    if quality.get("dropped"):
-        parts.append("dropped: " + ", ".join(f"{n} {reason}" for reason, n in quality["dropped"].items()))
-    if "same_position_rate" in quality:
-        parts.append(
-            f"same position in both orders {quality['same_position_rate']:.0%}, "
-            f"position bias {quality['position_bias']:+.2f} logits"
-        )
-    if "agreement" in quality:
-        low, high = quality["agreement_low"], quality["agreement_high"]
-        parts.append(f"agreement with {quality['gold']} {quality['agreement']:.1%} [{low:.1%}, {high:.1%}]")
-        if low <= 0.5:
-            parts.append("WARNING: no better than chance; do not train on these labels")
-    return "; ".join(parts)
 
 
 def main(config: LabelConfig, output: Path) -> None:

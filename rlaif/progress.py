@@ -17,7 +17,7 @@ def progress(total: int, what: str, unit: str = "it", initial: int = 0) -> Any:
         unit=unit,
         initial=initial,
         dynamic_ncols=terminal,
-        ncols=None if terminal else 90,
+        ncols=None if terminal else 120,
         mininterval=0.2 if terminal else 10,
         ascii=not terminal,
     )

@@ -15,9 +15,9 @@ from typing import Any
 from rlaif.config import LabelingConfig
 from rlaif.constitution import Constitution
 from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
+from rlaif.labeling.live import LiveView
 from rlaif.labeling.modes import Answer, Request, Setup
 from rlaif.labeling.store import VerdictStore
-from rlaif.progress import progress
 from rlaif.records import Candidates, Label, content_hash
 
 log = logging.getLogger("rlaif")
@@ -49,10 +49,13 @@ class Labeling:
         setup: how they are labeled.
         engine: whom to ask.
         store: what is known already, and where new answers go.
+        gold: a gold judge with whom verdicts are compared while they come in.
     """
 
-    def __init__(self, lines: Lines, setup: Setup, engine: Engine, store: VerdictStore) -> None:
-        self.lines, self.setup, self.engine, self.store = lines, setup, engine, store
+    def __init__(
+        self, lines: Lines, setup: Setup, engine: Engine, store: VerdictStore, gold: str | None = None
+    ) -> None:
+        self.lines, self.setup, self.engine, self.store, self.gold = lines, setup, engine, store, gold
         self.failed: dict[str, Failure] = {}
         """Requests without an answer in this run; they are not stored, so a later run asks them again."""
         self._identity = content_hash(engine.identity)
@@ -68,9 +71,9 @@ class Labeling:
         """
         for kind in self.setup.kinds:
             last = kind is self.setup.kinds[-1]
-            what, unit = ("labeling", "verdict") if last else ("rationales", "rationale")
-            with progress(expected, what, unit) as bar:
-                self._ask(kind, last, bar)
+            what = ("labeling", "verdict") if last else ("rationales", "rationale")
+            with LiveView(expected, what, self.engine, self.setup.minimum, self.gold) as view:
+                self._ask(kind, last, view)
         if self.failed:
             reasons = Counter(failure.reason for failure in self.failed.values())
             log.warning("%d requests failed: %s", len(self.failed), dict(reasons))
@@ -80,9 +83,9 @@ class Labeling:
         for line in self.lines():
             yield line, self._hold(line, missing=Failure("not_asked")).labels
 
-    def _ask(self, kind: type, last: bool, bar: Any) -> None:
+    def _ask(self, kind: type, last: bool, view: LiveView) -> None:
         """One time through the candidates: ask what is missing and of this kind."""
-        waiting: dict[int, tuple[str, _Open]] = {}
+        waiting: dict[int, tuple[str, Any, _Open]] = {}
         in_flight: set[str] = set()
 
         def feed() -> Iterator[Any]:
@@ -91,23 +94,23 @@ class Labeling:
                 marker = content_hash(self._fingerprint, line.prompt.prompt_id, line.prompt.messages, _shown(line))
                 expected = self.setup.expected(len(line.candidates))
                 if self.store.is_finished(marker):
-                    bar.update(expected)
+                    view.known(expected)
                     continue
                 held = self._hold(line)
                 asked = [(key, request) for key, request in held.unknown if isinstance(request, kind)]
-                bar.update(max(expected - len(asked), 0))
+                view.known(max(expected - len(asked), 0))
                 # Two lines may ask the same; a line whose answers somebody else waits for is not marked.
                 own = [(key, request) for key, request in asked if key not in in_flight]
                 opened = _Open(marker, len(own), sound=last and held.sound and len(own) == len(held.unknown))
                 self._close_if_done(opened)
                 for key, request in own:
                     in_flight.add(key)
-                    waiting[place] = key, opened
+                    waiting[place] = key, request, opened
                     place += 1
                     yield request
 
         for place, answer in _server(self.engine, kind)(feed()):
-            key, opened = waiting.pop(place)
+            key, request, opened = waiting.pop(place)
             in_flight.discard(key)
             opened.missing -= 1
             if isinstance(answer, Failure):
@@ -116,7 +119,7 @@ class Labeling:
             else:
                 self.store.put(key, _to_json(answer))
             self._close_if_done(opened)
-            bar.update()
+            view.add(request, answer)
 
     def _close_if_done(self, opened: _Open) -> None:
         if opened.sound and not opened.missing:

@@ -1,0 +1,92 @@
+"""What a labeling run shows: figures that are right, and words that nobody can miss."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from rlaif.engines.base import Failure, OptionMass, OptionRequest
+from rlaif.labeling.live import LiveView, summary
+
+OPTIONS = (("A",), ("B",))
+
+
+def asked(first="a b c", second="a"):
+    return OptionRequest((), OPTIONS, meta={"mode": "pairwise", "first": first, "second": second})
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that is moved by hand."""
+    now = SimpleNamespace(s=1000.0)
+    monkeypatch.setattr("rlaif.labeling.live.time.monotonic", lambda: now.s)
+    return now
+
+
+def test_the_figures_so_far(clock):
+    engine = SimpleNamespace(spent=SimpleNamespace(usd=1.234))
+    with LiveView(100, ("labeling", "verdict"), engine, minimum=0.5, gold="length") as view:
+        view.known(20)
+        # Of the first (longer) completion: right, wrong, a tie; then two that are of no use, and no failure is judged.
+        for masses in ((0.6, 0.2), (0.1, 0.8), (0.4, 0.4), (0.2, 0.2), (0.9, None)):
+            view.add(asked(), OptionMass(masses, "logprob", prompt_tokens=900, completion_tokens=100))
+        view.add(asked(), Failure("timeout"))
+        view.add(asked("a", "a"), OptionMass((0.6, 0.2), "logprob"))
+        clock.s += 2
+        figures = view.figures()
+        assert (view._bar.n, view._bar.initial) == (27, 20)
+    # 5000 tokens in 2 seconds; 3 of 7 unusable; right 1.5 of 3 times, gold ties left out.
+    assert figures == "2.5k tok/s, $1.23, 42.9% unusable, 50% like length"
+
+
+def test_the_end_is_foretold_once_there_is_a_rate(clock, monkeypatch):
+    monkeypatch.setattr("rlaif.labeling.live.time.time", lambda: 1_000_000.0)
+    with LiveView(100, ("labeling", "verdict"), SimpleNamespace()) as view:
+        view.add(asked(), OptionMass((0.6, 0.2), "logprob"))
+        clock.s += 99
+        view.add(asked(), OptionMass((0.6, 0.2), "logprob"))
+        # 98 left at 49.5 s each.
+        import time
+
+        assert view.figures().endswith(time.strftime("ends %H:%M", time.localtime(1_000_000 + 98 * 49.5)))
+
+
+QUALITY = {
+    "n_preferences": 90,
+    "n_pairs": 100,
+    "dropped": {"tie": 10},
+    "n_verdicts": 204,
+    "uncovered": 3,
+    "unlisted": 0,
+    "failed_reasons": {"timeout": 1},
+    "methods": {"logprob": 150, "text": 50},
+    "option_mass_mean": 0.913,
+    "prompt_tokens": 51_000,
+    "verdicts_per_s": 12.34,
+    "same_position_rate": 0.81,
+    "position_bias": 1.5,
+    "gold": "vader",
+    "agreement": 0.52,
+    "agreement_low": 0.48,
+    "agreement_high": 0.56,
+    "longer_wins": 0.61,
+}
+
+
+def test_the_summary_names_what_was_lost_and_warns():
+    text = summary(QUALITY)
+    for part in (
+        "90 preferences from 100 pairs",
+        "dropped: 10 tie",
+        "verdicts: 204, missing: 3 uncovered, 1 timeout; mean option mass 0.91",
+        "found by logprob: 150, text: 50",
+        "12.3 verdicts/s, 51.0k prompt tokens",
+        "the same in both orders for 81% of pairs, bias +1.50 logits",
+        "agreement with vader: 52.0% [48.0%, 56.0%]; the longer one wins: 61.0%",
+        "WARNING: no better than chance; do not train on these labels",
+    ):
+        assert part in text
+    assert "WARNING" not in summary({**QUALITY, "agreement_low": 0.51})
+
+
+def test_the_summary_of_simulated_people_has_no_verdicts():
+    assert summary({"n_preferences": 3, "n_pairs": 3, "dropped": {}}) == "3 preferences from 3 pairs"
