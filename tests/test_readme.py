@@ -313,3 +313,20 @@ def test_readme_is_short_and_has_the_demo_block() -> None:
     assert results.strip()
     assert "demo:" not in before + after
     assert len((before + after).splitlines()) < 200
+
+
+def test_the_tutorial_brings_a_constitution_and_pairs_that_are_read(tmp_path: Path) -> None:
+    """What the page tells the reader to type into files."""
+    from rlaif.labeling.audit import read_comparisons
+
+    text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    files = dict(re.findall(r"^cat > \S+/(\S+) <<'END'\n(.*?)^END$", text, re.MULTILINE | re.DOTALL))
+    assert set(files) == {"polite.yaml", "pairs.jsonl"}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    assert load_constitution(str(tmp_path / "polite.yaml")).name == "polite"
+    pairs = read_comparisons(tmp_path / "pairs.jsonl")
+    assert len(pairs) == 12
+    # Neither the position nor the length gives the answer away.
+    assert sum(pair.truth > 0 for pair in pairs) == 6
+    assert 4 <= sum((len(pair.a) - len(pair.b)) * pair.truth > 0 for pair in pairs) <= 8
