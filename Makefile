@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 VLLM_STAMP := $(VENV)/.vllm-ready
 
-.PHONY: setup setup-vllm demo smoke test test-fast lint clean
+BENCHMARKS := labeling_engine labeling_server labeling_scale labeling_budget labeling_attacks
+
+.PHONY: setup setup-vllm demo smoke test test-fast bench lint clean
 
 setup: $(STAMP)
 
@@ -28,6 +30,9 @@ test: $(VLLM_STAMP)
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
+
+bench: $(VLLM_STAMP)
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
