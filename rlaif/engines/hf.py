@@ -44,6 +44,9 @@ class HFEngine(Engine):
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
         self.eos = eos_ids(self.model, self.tokenizer)
+        # A model without a limit on positions (ALiBi) takes any length.
+        self.context: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self._spelled: dict[tuple[tuple[str, ...], ...], list[list[tuple[int, ...]]]] = {}
         self.identity = {
             "engine": "hf",
             "model": config.name,
@@ -56,30 +59,31 @@ class HFEngine(Engine):
         }
 
     def sample(self, requests: Iterable[SampleRequest]) -> Iterator[tuple[int, Sampled | Failure]]:
-        """Sample in batches of prompts of similar length."""
+        """Sample in batches of prompts of similar length; completions end where the context does."""
         for window in _windows(enumerate(requests), self.batch_size * 8):
-            encoded = [
-                (len(ids), index, ids, request)
-                for index, request in window
-                for ids in [encode_chat(self.tokenizer, request.messages)]
-            ]
-            encoded.sort(key=lambda row: (row[3].max_new_tokens, row[3].temperature, row[3].top_p, row[0]))
-            groups = itertools.groupby(
-                encoded, key=lambda row: (row[3].max_new_tokens, row[3].temperature, row[3].top_p)
-            )
-            for (max_new_tokens, temperature, top_p), group in groups:
+            encoded = []
+            for index, request in window:
+                ids = encode_chat(self.tokenizer, request.messages)
+                if self._beyond(len(ids) + 1):
+                    yield index, self._too_long(len(ids))
+                    continue
+                room = request.max_new_tokens if self.context is None else self.context - len(ids)
+                settings = (min(request.max_new_tokens, room), request.temperature, request.top_p)
+                encoded.append((settings, len(ids), index, ids, request.seed))
+            encoded.sort(key=lambda row: row[:2])
+            for (max_new_tokens, temperature, top_p), group in itertools.groupby(encoded, key=lambda row: row[0]):
                 for batch in _windows(group, self.batch_size):
                     generations = generate(
                         self.model,
-                        [ids for _, _, ids, _ in batch],
-                        [[request.seed] for _, _, _, request in batch],
+                        [ids for *_, ids, _ in batch],
+                        [[seed] for *_, seed in batch],
                         max_new_tokens=max_new_tokens,
                         temperature=temperature,
                         top_p=top_p,
                         eos=self.eos,
                         pad=self.tokenizer.pad_token_id,
                     )
-                    for (length, index, _, _), generation in zip(batch, generations, strict=True):
+                    for (_, length, index, _, _), generation in zip(batch, generations, strict=True):
                         text = self.tokenizer.decode(generation.tokens, skip_special_tokens=True)
                         yield (
                             index,
@@ -92,6 +96,12 @@ class HFEngine(Engine):
             encoded = []
             for index, request in window:
                 ids = encode_chat(self.tokenizer, request.messages, request.stem)
+                if request.options not in self._spelled:
+                    self._spelled[request.options] = option_tokens(self.tokenizer, request.options)
+                longest = max(len(tokens) for spellings in self._spelled[request.options] for tokens in spellings)
+                if self._beyond(len(ids) + longest):
+                    yield index, self._too_long(len(ids))
+                    continue
                 encoded.append((len(ids), index, ids, request))
             encoded.sort(key=lambda row: row[0])
             for batch in _token_batches(encoded, self.batch_tokens):
@@ -101,6 +111,12 @@ class HFEngine(Engine):
                 for (length, index, _, _), mass in zip(batch, masses, strict=True):
                     yield index, OptionMass(mass, "logprob", prompt_tokens=length, latency_s=seconds)
 
+    def _beyond(self, length: int) -> bool:
+        return self.context is not None and length > self.context
+
+    def _too_long(self, length: int) -> Failure:
+        return Failure("too_long", f"{length} tokens, and the model takes {self.context}")
+
     @torch.inference_mode()
     def _masses(self, rows: Sequence[tuple[list[int], tuple[tuple[str, ...], ...]]]) -> list[tuple[float | None, ...]]:
         """Mass of each option of each row, summed over the distinct tokenisations of its spellings."""
@@ -109,11 +125,10 @@ class HFEngine(Engine):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         logits = self.model(input_ids=padded, attention_mask=mask, position_ids=positions, logits_to_keep=1).logits
         logps = torch.log_softmax(logits[:, -1].float(), dim=-1)
-        spelled = {options: option_tokens(self.tokenizer, options) for options in {options for _, options in rows}}
         results = []
         for row, (ids, options) in enumerate(rows):
             masses: list[float | None] = []
-            for spellings in spelled[options]:
+            for spellings in self._spelled[options]:
                 single = [tokens[0] for tokens in spellings if len(tokens) == 1]
                 mass = float(logps[row, single].exp().sum()) if single else 0.0
                 for tokens in spellings:

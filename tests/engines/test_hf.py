@@ -8,7 +8,7 @@ import torch
 from rlaif.chat import encode_chat
 from rlaif.config import LabelerConfig, LabelerType, ModelConfig
 from rlaif.engines import build_labeler
-from rlaif.engines.base import OptionMass, OptionRequest, Sampled, SampleRequest
+from rlaif.engines.base import Failure, OptionMass, OptionRequest, Sampled, SampleRequest
 from rlaif.engines.hf import HFEngine
 from rlaif.records import UserError
 
@@ -55,6 +55,33 @@ def test_samples_do_not_depend_on_batch_or_order(engine: HFEngine) -> None:
     alone = [dict(engine.sample([one]))[0] for one in requests]
     assert [together[i] for i in range(10)] == alone
     assert all(isinstance(result, Sampled) and 1 <= result.tokens <= 8 for result in alone)
+
+
+def test_a_prompt_beyond_the_context_fails_alone(engine: HFEngine) -> None:
+    # One token per byte: find the text that leaves room for the longer option ("bt") and not one token more.
+    limit = engine.model.config.max_position_embeddings
+    frame = len(encode_chat(engine.tokenizer, request("").messages))
+    fits, beyond = limit - frame - 2, limit - frame - 1
+    asked = [request("x" * size, ("a", "bt"), ("b",)) for size in (5, 100_000, fits, beyond)]
+    results = dict(engine.score_options(asked))
+    assert isinstance(results[0], OptionMass)
+    assert isinstance(results[2], OptionMass)
+    assert results[1] == Failure("too_long", f"{100_000 + frame} tokens, and the model takes {limit}")
+    assert results[3] == Failure("too_long", f"{limit - 1} tokens, and the model takes {limit}")
+
+
+def test_a_completion_ends_where_the_context_does(engine: HFEngine) -> None:
+    limit = engine.model.config.max_position_embeddings
+    frame = len(encode_chat(engine.tokenizer, request("").messages))
+    asked = [
+        SampleRequest(({"role": "user", "content": "x" * size},), 8, seed=3)
+        for size in (5, limit - frame - 2, limit - frame)
+    ]
+    results = dict(engine.sample(asked))
+    assert isinstance(results[0], Sampled)
+    assert isinstance(results[1], Sampled)
+    assert results[1].tokens <= 2
+    assert results[2] == Failure("too_long", f"{limit} tokens, and the model takes {limit}")
 
 
 def test_labeler_from_config_names_what_decides_its_answers() -> None:
