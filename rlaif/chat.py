@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Sequence
@@ -17,6 +18,14 @@ DEFAULT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 
+_TEMPLATE_TOKEN = re.compile(
+    r"<(?=\|[^<>|\n]{1,60}\|>)"  # ChatML, Llama 3 and 4, Phi, Cohere, Granite
+    r"|<(?=\uff5c[^<>\uff5c\n]{1,60}\uff5c>)"  # DeepSeek
+    r"|<(?=(?:start|end)_of_turn>|/?(?:s|bos|eos|pad|unk|think|tool_call|tool_response)>|</?SYS>>)"  # Gemma, Llama 2
+    r"|\[(?=/?(?:INST|THINK|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|gMASK)\]|\|[^\[\]|\n]{1,60}\|\])",
+    re.IGNORECASE,
+)
+
 
 def encode_chat(
     tokenizer: Any, messages: Sequence[Message], stem: str = "", generation_prompt: bool = True
@@ -26,17 +35,15 @@ def encode_chat(
     ``generation_prompt=False`` stops after the last message instead.
 
     The template is rendered once and tokenised without a second BOS. Where a message contains the text of a
-    special token ("<|im_end|>"), the template's own parts and the messages are tokenised apart, and in the
-    messages special tokens are read as ordinary text.
+    control token ("<|im_end|>", "<think>"), the template's own parts and the messages are tokenised apart, and in
+    the messages control tokens are read as ordinary text.
 
     Raises:
         UserError: if the template refuses the conversation.
     """
     contents = [message["content"] for message in messages]
-    specials = [token for token in tokenizer.all_special_tokens if token]
-    specials += [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    hostile = any(special in content for special in set(specials) for content in [*contents, stem])
-    if not hostile:
+    # Joined: a template may put two messages side by side.
+    if not _control(tokenizer).may_be_in("".join([*contents, stem])):
         text = _render(tokenizer, list(messages), generation_prompt) + stem
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     marks = [_mark(index, contents) for index in range(len(messages))]
@@ -46,15 +53,73 @@ def encode_chat(
     ids: list[int] = []
     for part in re.split(f"({'|'.join(marks)})", _render(tokenizer, masked, generation_prompt)):
         if part in texts:
-            ids += _as_text(tokenizer, texts[part])
+            ids += _inert(tokenizer, texts[part])
         else:
             ids += tokenizer(part, add_special_tokens=False)["input_ids"]
-    return ids + _as_text(tokenizer, stem)
+    return ids + _inert(tokenizer, stem)
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a completion: special tokens inside it are read as ordinary text."""
     return _as_text(tokenizer, text)
+
+
+def defuse(text: str) -> str:
+    """Text for a server, whose tokenizer reads control tokens anywhere in a message.
+
+    What looks like a control token of a known chat template gets a space after its first character.
+
+    >>> defuse("<|im_end|> 1 < 2 [/INST]")
+    '< |im_end|> 1 < 2 [ /INST]'
+    """
+    return _TEMPLATE_TOKEN.sub(lambda match: f"{match.group()} ", text)
+
+
+class _Control:
+    """The control tokens of a tokenizer, and how to find texts that it may read as one.
+
+    They are its special tokens and, of the other added tokens, those in brackets: "<think>" is not special to
+    Qwen's tokenizer, but no text should open or close a thought. Added tokens that are runs of spaces stay.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        added = {
+            number: token
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special or re.fullmatch(r"<.+>|\[.+\]", str(token))
+        }
+        self.ids = {*added, *tokenizer.all_special_ids}
+        names = {*map(str, added.values()), *tokenizer.all_special_tokens}
+        backend = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+        if backend is not None and any(token.normalized for token in added.values()):
+            # Some are looked for in normalised text, where "<|IM_END|>" may be one, too.
+            names |= {backend.normalize_str(name) for name in names}
+            self._normalizer = backend
+        else:
+            self._normalizer = None
+        self._pattern = re.compile("|".join(map(re.escape, sorted(filter(None, names)))) or "(?!)")
+
+    def may_be_in(self, text: str) -> bool:
+        if self._pattern.search(text):
+            return True
+        return self._normalizer is not None and bool(self._pattern.search(self._normalizer.normalize_str(text)))
+
+
+@functools.lru_cache(maxsize=4)
+def _control(tokenizer: Any) -> _Control:
+    return _Control(tokenizer)
+
+
+def _inert(tokenizer: Any, text: str) -> list[int]:
+    """Token ids without a control token: a text that still gives one is cut until it does not.
+
+    Reading special tokens as text is the tokenizer's own; other added tokens are only broken up this way.
+    """
+    ids = _as_text(tokenizer, text)
+    if len(text) < 2 or _control(tokenizer).ids.isdisjoint(ids):
+        return ids
+    middle = len(text) // 2
+    return _inert(tokenizer, text[:middle]) + _inert(tokenizer, text[middle:])
 
 
 def _as_text(tokenizer: Any, text: str) -> list[int]:

@@ -96,6 +96,8 @@ class Label:
     reply: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    truncated: bool | None = None
+    """True if the labeler saw a text without its middle, because it is very long."""
 
     def to_json(self) -> dict[str, Any]:
         """The line as a JSON object: ``p`` is called ``p_first`` (pairwise) or ``score`` (pointwise)."""

@@ -28,6 +28,7 @@ import aiohttp
 import httpx2
 import openai
 
+from rlaif.chat import defuse
 from rlaif.config import LabelerConfig
 from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
 from rlaif.engines.options import option_masses, parse_reply
@@ -488,9 +489,9 @@ def _body(request: OptionRequest, prefill: bool) -> dict[str, Any]:
 
 
 def _clean(messages: Sequence[Message]) -> list[Message]:
-    """Messages that can be sent as UTF-8: a lone surrogate becomes U+FFFD."""
+    """Messages that can be sent: a lone surrogate becomes U+FFFD, and no text is a control token to the server."""
     return [
-        {name: text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for name, text in m.items()}
+        {name: defuse(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace") for name, text in m.items()}
         for m in messages
     ]
 

@@ -122,6 +122,8 @@ def summary(quality: Mapping[str, Any]) -> str:
         by_method = quality["methods"]
         if set(by_method) - {"logprob"}:
             lines.append("found by " + ", ".join(f"{name}: {count}" for name, count in by_method.items()))
+    if quality.get("truncated"):
+        lines.append(f"WARNING: {quality['truncated']} verdicts saw a long text without its middle")
     if quality.get("verdicts_per_s"):
         tokens = f", {_short(quality['prompt_tokens'])} prompt tokens" if quality["prompt_tokens"] else ""
         lines.append(f"speed: {quality['verdicts_per_s']:.1f} verdicts/s{tokens}")

@@ -17,6 +17,7 @@ from rlaif.engines.base import Failure, OptionMass, OptionRequest, Sampled, Samp
 from rlaif.labeling.prompts import (
     LETTERS,
     after_rationale,
+    is_truncated,
     letter_spellings,
     pairwise_prompt,
     pointwise_prompt,
@@ -211,6 +212,9 @@ _TALKS: Mapping[LabelMode, Callable[[Setup, Candidates], Talk]] = {
 
 
 def _blank(setup: Setup, line: Candidates, principle: Principle, **shown: Any) -> Label:
+    """A label without its verdict; ``shown`` names the candidates by their ids."""
+    completions = [candidate.completion for candidate in line.candidates if candidate.candidate_id in shown.values()]
+    alone = setup.config.mode is LabelMode.pointwise and principle.ask is not None
     return Label(
         prompt_id=line.prompt.prompt_id,
         mode=setup.config.mode.value,
@@ -218,6 +222,7 @@ def _blank(setup: Setup, line: Candidates, principle: Principle, **shown: Any) -
         labeler=setup.labeler,
         method="",
         p=None,
+        truncated=is_truncated(() if alone else line.prompt.messages, *completions) or None,
         **shown,
     )
 

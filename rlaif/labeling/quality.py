@@ -34,11 +34,12 @@ class VerdictQuality:
     """Coverage and bias of raw verdicts; needs no truth.
 
     ``same_position_rate``: share of pairs whose two orders name the same position. ``position_bias``: mean logit
-    for the first position (0 is unbiased). ``verdict_bias``: mean logit of yes (pointwise).
+    for the first position (0 is unbiased). ``verdict_bias``: mean logit of yes (pointwise). ``truncated``: verdicts
+    on a text that was too long to be shown whole.
     """
 
     def __init__(self) -> None:
-        self._prompts = self._verdicts = self._masses = self._tokens = 0
+        self._prompts = self._verdicts = self._masses = self._tokens = self._truncated = 0
         self._mass = 0.0
         self._mode: str | None = None
         self._reasons: Counter[str] = Counter()
@@ -52,6 +53,7 @@ class VerdictQuality:
         for label in labels:
             self._verdicts += 1
             self._tokens += label.prompt_tokens or 0
+            self._truncated += bool(label.truncated)
             if label.option_mass is not None:
                 self._masses += 1
                 self._mass += label.option_mass
@@ -82,6 +84,7 @@ class VerdictQuality:
             "unlisted": reasons.pop("option_unknown", 0),
             "failed": sum(reasons.values()),
             "failed_reasons": dict(reasons),
+            "truncated": self._truncated,
             "methods": dict(self._methods),
             "option_mass_mean": round(self._mass / self._masses, 6) if self._masses else None,
             "prompt_tokens": self._tokens,

@@ -188,7 +188,8 @@ def test_hostile_text_is_sent(server: FakeServer) -> None:
     server.default = logprobs([("A", 0.6), ("B", 0.2)])
     with build(server) as engine:
         assert isinstance(score(engine, ask(content="\ud800 \x00 🙂 <|im_end|>")), OptionMass)
-    assert server.bodies[0]["messages"][0]["content"] == "\ufffd \x00 🙂 <|im_end|> 0"
+    # What looks like a control token is sent with a space in it: the server would read it as one.
+    assert server.bodies[0]["messages"][0]["content"] == "\ufffd \x00 🙂 < |im_end|> 0"
 
 
 class TestVotes:

@@ -86,6 +86,8 @@ def test_the_summary_names_what_was_lost_and_warns():
     ):
         assert part in text
     assert "WARNING" not in summary({**QUALITY, "agreement_low": 0.51})
+    cut = summary({**QUALITY, "agreement_low": 0.51, "truncated": 7})
+    assert "WARNING: 7 verdicts saw a long text without its middle" in cut
 
 
 def test_the_summary_of_simulated_people_has_no_verdicts():
