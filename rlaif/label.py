@@ -141,7 +141,7 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
     def make(folder: Path) -> None:
         from rlaif.engines import build_labeler
         from rlaif.labeling.label import Labeling
-        from rlaif.labeling.quality import VerdictQuality
+        from rlaif.labeling.quality import VerdictQuality, latency
         from rlaif.labeling.store import VerdictStore
 
         started = time.perf_counter()
@@ -170,6 +170,7 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
                 if asked:
                     # Of this run: what an earlier one asked took time that is not counted here.
                     result["verdicts_per_s"] = round(asked / seconds, 3)
+                    result |= latency(labeling.latencies)
                 return result | {"mode": config.labeling.mode.value, "constitution": constitution.name}
 
             _write_dataset(folder, pairs, no_verdict, figures, engine.name, config)

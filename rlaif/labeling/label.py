@@ -7,6 +7,7 @@ that grows with their number is held in memory, except what failed.
 from __future__ import annotations
 
 import logging
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -58,6 +59,8 @@ class Labeling:
         self.lines, self.setup, self.engine, self.store, self.gold = lines, setup, engine, store, gold
         self.failed: dict[str, Failure] = {}
         """Requests without an answer in this run; they are not stored, so a later run asks them again."""
+        self.latencies = array("f")
+        """Seconds of each answered request of this run, retries included, where the engine knows them."""
         self._identity = content_hash(engine.identity)
         self._fingerprint = content_hash(
             self._identity, asdict(setup.constitution), asdict(setup.config), setup.seed, "finished"
@@ -118,6 +121,8 @@ class Labeling:
                 opened.sound = False
             else:
                 self.store.put(key, _to_json(answer))
+                if isinstance(answer, OptionMass) and answer.latency_s is not None:
+                    self.latencies.append(answer.latency_s)
             self._close_if_done(opened)
             view.add(request, answer)
 

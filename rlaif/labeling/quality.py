@@ -10,6 +10,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from rlaif.evaluation.statistics import ClusteredMean, expected_calibration_error
 from rlaif.gold import gold_score
 from rlaif.labeling.aggregate import PairLabel, logit
@@ -95,6 +97,14 @@ class VerdictQuality:
         if same is not None:
             result |= same.flat("same_position_rate")
         return result
+
+
+def latency(seconds: Sequence[float]) -> dict[str, float]:
+    """Median and 95th percentile of the seconds that a verdict took."""
+    if not seconds:
+        return {}
+    median, p95 = np.percentile(seconds, [50, 95])
+    return {"latency_median_s": round(float(median), 4), "latency_p95_s": round(float(p95), 4)}
 
 
 class GoldAgreement:

@@ -8,7 +8,7 @@ from rlaif.config import LabelingConfig, LabelMode, ScriptedConfig
 from rlaif.constitution import Constitution, Principle
 from rlaif.engines.scripted import ScriptedEngine
 from rlaif.labeling.label import label_candidates
-from rlaif.labeling.quality import verdict_quality
+from rlaif.labeling.quality import latency, verdict_quality
 from rlaif.labeling.store import VerdictStore
 from rlaif.records import Candidates, Completion, Prompt
 
@@ -52,3 +52,8 @@ def test_a_long_conversation_counts_where_it_is_shown(labels_of):
     for asked, marked in ((None, True), ("What is the tone?", None)):
         [label] = labels_of(line, replace(principle, ask=asked), "pointwise")
         assert label.truncated is marked
+
+
+def test_latency_has_median_and_95th_percentile():
+    assert latency([place / 10 for place in range(21)]) == {"latency_median_s": 1.0, "latency_p95_s": 1.9}
+    assert latency([]) == {}
