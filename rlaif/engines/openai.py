@@ -49,6 +49,8 @@ MAX_RETRY_AFTER_S = 300.0
 FALLBACK_TOP_LOGPROBS = 5
 """What servers with a cap below 20 usually allow."""
 MISSES_BEFORE_FALLBACK = 3
+SHORTEST_SECRET = 8
+"""A key of fewer characters ("EMPTY" for a server of one's own) is none, and may be part of an honest reply."""
 REPLY_TOKENS = 16
 """Length of a reply that is parsed for a verdict."""
 
@@ -264,15 +266,21 @@ class OpenAIEngine(Engine):
         refusal: _AttemptError | None = None
         for top in dict.fromkeys((self._top_logprobs, min(self._top_logprobs, FALLBACK_TOP_LOGPROBS))):
             try:
-                token = await self._chat(_parse_first_token, **body, top_logprobs=top)
+                # Some servers leave them out of a reply now and then.
+                for _ in range(MISSES_BEFORE_FALLBACK):
+                    token = await self._chat(_parse_first_token, **body, top_logprobs=top)
+                    if token.listed is not None:
+                        break
+                    self._miss()
+                    if self._logprobs is False:
+                        return None
+                else:
+                    return None
             except _AttemptError as problem:
                 if not problem.rejected or (self._logprobs and top == self._top_logprobs):
                     raise  # a request's own fault: this server has given log-probabilities before
                 refusal = problem
                 continue
-            if token.listed is None:
-                self._miss()
-                return None
             if top < self._top_logprobs:
                 log.warning("%s gives only %d log-probabilities per position", self._base_url, top)
                 self._top_logprobs = top
@@ -375,6 +383,9 @@ class OpenAIEngine(Engine):
             raise self._status_problem(error) from None
         except (openai.APIConnectionError, aiohttp.ClientError, OSError) as error:
             raise _AttemptError(*self._connection_reason(error)) from None
+        if len(self._key) >= SHORTEST_SECRET:
+            # A server may say the key back; replies are stored.
+            content = content.replace(self._key.encode(), b"***")
         try:
             payload = json.loads(content)
         except ValueError:

@@ -215,10 +215,10 @@ class TestVotes:
         assert "4 sampled replies" in warnings[0]
 
     def test_server_that_ignores_n_is_asked_again_with_other_seeds(self, server: FakeServer) -> None:
-        server.plan = [text("x"), text("A"), text("A"), text("B")]
+        server.plan = [*[text("x")] * 3, text("A"), text("A"), text("B")]
         assert masses(server, votes=3) == pytest.approx((2 / 3, 1 / 3))
-        assert [body.get("n") for body in server.bodies[1:]] == [3, 2, None]
-        assert len({body["seed"] for body in server.bodies[1:]}) == 3
+        assert [body.get("n") for body in server.bodies[3:]] == [3, 2, None]
+        assert len({body["seed"] for body in server.bodies[3:]}) == 3
 
     def test_server_that_refuses_n(self, server: FakeServer) -> None:
         server.default = lambda body: error(400, "n must be 1") if body.get("n", 1) > 1 else text("B")
@@ -230,7 +230,7 @@ class TestVotes:
             result = score(engine)
         assert isinstance(result, OptionMass)
         assert (result.masses, result.method) == ((0.0, 1.0), "text")
-        assert server.bodies[1]["temperature"] == 0.0
+        assert server.bodies[3]["temperature"] == 0.0
 
     def test_server_that_refuses_logprobs(self, server: FakeServer) -> None:
         server.default = lambda body: error(400, "unknown field") if "logprobs" in body else text("A")

@@ -1,0 +1,336 @@
+"""Labeling loses nothing and repeats nothing: kills, a full disk, a bad server, Ctrl-C; and it never tells the key."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_server import FakeServer, Reply, error, text
+from oracle_server import CONSTITUTION, UNCOVERED, Oracle, noisy, serve
+
+REPO = Path(__file__).parents[2]
+IN_FLIGHT = 4
+PROMPTS = 30
+VERDICTS = PROMPTS * 3 * 2 * 2
+"""Pairs of three completions, in both orders, under two principles."""
+TIMINGS = ("verdicts_per_s", "latency_median_s", "latency_p95_s")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Candidates whose values are planted, one in a dozen of them uncovered."""
+    folder = tmp_path_factory.mktemp("planted")
+    draw = random.Random(5)
+    with (folder / "candidates.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(PROMPTS):
+            texts = [
+                f"Text {number}.{place} {{kind={draw.uniform(-2, 2):+.3f} short={draw.uniform(-2, 2):+.3f}}}"
+                + (UNCOVERED if draw.random() < 1 / 12 else "")
+                for place in range(3)
+            ]
+            file.write(json.dumps({"prompt": f"Question {number}?", "completions": texts}) + "\n")
+    (folder / "planted.yaml").write_text(CONSTITUTION, encoding="utf-8")
+    return folder
+
+
+def arguments(inputs: Path, url: str, output: Path, *more: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "rlaif.label",
+        f"candidates={inputs}/candidates.jsonl",
+        f"constitution={inputs}/planted.yaml",
+        f"output_dir={output}",
+        "labeler=openai",
+        "labeler.model=judge",
+        f"labeler.base_url={url}",
+        f"labeler.concurrency={IN_FLIGHT}",
+        *more,
+    ]
+
+
+def finish(command: list[str], expect: int = 0, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == expect, result.stderr[-3000:]
+    return result
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        cwd=REPO,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background, SIGINT is ignored, and children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def dataset(output: Path) -> dict[str, Any]:
+    """Every byte of the dataset, and its quality but for what a clock says."""
+    files = [output / "labels.jsonl", *sorted((output / "preferences").iterdir())]
+    quality = json.loads((output / "quality.json").read_text(encoding="utf-8"))
+    return {str(file.relative_to(output)): file.read_bytes() for file in files} | {
+        "quality": {key: value for key, value in quality.items() if key not in TIMINGS}
+    }
+
+
+def committed(output: Path) -> int:
+    """Verdicts in the store of a run that is not finished, or of one that is."""
+    for folder in (output.with_name(f".{output.name}.partial"), output):
+        if (folder / "store.sqlite").is_file():
+            try:
+                connection = sqlite3.connect(folder / "store.sqlite", timeout=10)
+                try:
+                    return int(connection.execute("SELECT count(*) FROM verdicts").fetchone()[0])
+                finally:
+                    connection.close()
+            except sqlite3.OperationalError:  # killed before the table was made
+                return 0
+    return 0
+
+
+def slow(delay_s: float) -> Callable[[dict[str, Any]], Reply]:
+    oracle = Oracle(bias=1.0)
+
+    def answer(body: dict[str, Any]) -> Reply:
+        reply = oracle(body)
+        reply.delay_s = delay_s
+        return reply
+
+    return answer
+
+
+def wait(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run gives that nothing happens to."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    server = serve(Oracle(bias=1.0))
+    try:
+        finish(arguments(inputs, server.url, output))
+        assert len(server.bodies) == committed(output) == VERDICTS
+    finally:
+        server.close()
+    found = dataset(output)
+    assert 0 < found["quality"]["uncovered"] < VERDICTS / 2
+    assert {"labels.jsonl", "preferences/train.parquet", "preferences/README.md"} < set(found)
+    return found
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    running = serve(slow(0.02))
+    yield running
+    running.close()
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing_and_repeat_nothing(
+    inputs: Path, undisturbed: dict[str, Any], server: FakeServer, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    command = arguments(inputs, server.url, output)
+    draw = random.Random(20)
+    lost, inside = [], 0
+    for kill in range(20):
+        calls, known = len(server.bodies), committed(output)
+        process = start(command)
+        if kill % 4 == 3:  # at any time, start-up included
+            time.sleep(draw.uniform(0, 1.5))
+        elif kill == 18:  # while the dataset is written
+            wait(lambda calls=calls, known=known: len(server.bodies) - calls >= VERDICTS - known, process)
+            time.sleep(draw.uniform(0, 0.3))
+        else:
+            wanted = draw.randint(1, 24)
+            wait(lambda calls=calls, wanted=wanted: len(server.bodies) - calls >= wanted, process)
+            time.sleep(draw.uniform(0, 0.02))
+        process.kill()
+        process.communicate()
+        time.sleep(0.1)  # what the server has not read yet
+        asked, stored = len(server.bodies) - calls, committed(output) - known
+        inside += 0 < stored < VERDICTS - known
+        lost.append(asked - stored)
+    assert inside >= 8
+    finish(command)
+    # Asked again is only what was in flight when the process died.
+    assert all(0 <= calls <= IN_FLIGHT for calls in lost), lost
+    assert len(server.bodies) == VERDICTS + sum(lost)
+    assert dataset(output) == undisturbed
+    assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.slow
+def test_kills_of_the_scripted_labeler_change_nothing(inputs: Path, tmp_path: Path) -> None:
+    command = [*arguments(inputs, "", tmp_path / "out")[:5], "labeler=scripted", "labeler.scripted.noise=1"]
+    finish([*command, f"output_dir={tmp_path}/whole"])
+    command += [f"output_dir={tmp_path}/out", "labeler.scripted.delay_s=0.003"]
+    finish([*command[:-2], f"output_dir={tmp_path}/slow", command[-1]])
+    draw = random.Random(6)
+    for _ in range(4):
+        known = committed(tmp_path / "out")
+        process = start(command)
+        wanted = known + draw.randint(0, 60)
+        wait(lambda wanted=wanted: committed(tmp_path / "out") > wanted, process)
+        process.kill()
+        process.communicate()
+        assert committed(tmp_path / "out") >= known
+    finish(command)
+    assert dataset(tmp_path / "out") == dataset(tmp_path / "slow")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["48k", "1200k"])
+def test_a_full_disk_ends_with_one_line_and_goes_on(
+    size: str, inputs: Path, undisturbed: dict[str, Any], server: FakeServer, tmp_path: Path
+) -> None:
+    """A small disk of the command's own, made larger between two runs of the same command."""
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    kept.mkdir()
+    script = (
+        f'mount -t tmpfs -o size={size} none "{disk}" || exit 99; '
+        f'"$@" 2> "{kept}/first.txt"; echo $? > "{kept}/status"; ls -A "{disk}" > "{kept}/left"; '
+        f'mount -o remount,size=64m "{disk}" && "$@" && cp -r "{disk}/out" "{kept}/out"'
+    )
+    prefix = [str(shutil.which("unshare")), "-m" if os.geteuid() == 0 else "-rm", "sh", "-c", script, "sh"]
+    server.default = Oracle(bias=1.0)
+    if prefix[0] == "None" or subprocess.run([*prefix, "true"], capture_output=True).returncode not in (0, 1):
+        pytest.skip("no private mounts here")
+    result = subprocess.run(
+        [*prefix, *arguments(inputs, server.url, disk / "out")], cwd=REPO, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    said = (kept / "first.txt").read_text(encoding="utf-8")
+    assert (kept / "status").read_text().strip() == "2", said
+    assert "Traceback" not in said
+    last = said.strip().splitlines()[-1]
+    assert str(disk) in last
+    assert "full" in last or "space" in last
+    assert dataset(kept / "out") == undisturbed
+    assert len(server.bodies) <= VERDICTS + IN_FLIGHT
+
+
+FAULTS = {
+    "rate limit": error(429, "slow down", **{"Retry-After": "0.02"}),
+    "server error": error(500, "out of order"),
+    "no answer": Reply({}, delay_s=3),
+    "cut before the answer": Reply(cut=True),
+    "cut in the answer": Reply({"choices": []}, cut=True),
+    "not JSON": Reply("<html>bad gateway</html>"),
+    "cut JSON": Reply('{"choices": [{"message": {"content": "A"'),
+    "empty": Reply(""),
+    "no choices": Reply({"choices": []}),
+    "no message": Reply({"choices": [{}]}),
+    "no log-probabilities": text("A"),
+}
+
+
+@pytest.mark.slow
+def test_a_server_that_fails_three_calls_in_ten_gives_the_same_dataset(
+    inputs: Path, undisturbed: dict[str, Any], server: FakeServer, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    server.default = noisy(Oracle(bias=1.0), 3, 0.3, list(FAULTS.values()))
+    command = arguments(
+        inputs, server.url, output, "labeler.max_retries=1", "labeler.timeout_s=0.4", "labeler.concurrency=16"
+    )
+    failed = []
+    for _ in range(12):
+        finish(command)
+        failed.append(json.loads((output / "quality.json").read_text(encoding="utf-8"))["failed"])
+        if not failed[-1]:
+            break
+    assert failed[0] > 0  # or nothing was put to the test
+    assert failed == sorted(failed, reverse=True)
+    assert failed[-1] == 0
+    assert dataset(output) == undisturbed
+
+
+@pytest.mark.parametrize("delay_s", [0.02, 30.0], ids=["busy", "hanging"])
+def test_ctrl_c_stops_within_two_seconds_with_everything_saved(
+    delay_s: float, inputs: Path, undisturbed: dict[str, Any], server: FakeServer, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    command = arguments(inputs, server.url, output)
+    wanted = 25 if delay_s < 1 else IN_FLIGHT
+    server.default = slow(delay_s)
+    process = start(command)
+    wait(lambda: len(server.bodies) >= wanted, process)
+    pressed = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert time.monotonic() - pressed < 2
+    assert process.returncode == 130
+    assert said.strip().splitlines()[-1] == "interrupted; the same command goes on from here"
+    assert "Traceback" not in said
+    lost = len(server.bodies) - committed(output)
+    assert 0 <= lost <= IN_FLIGHT
+    server.default = Oracle(bias=1.0)
+    finish(command)
+    assert len(server.bodies) == VERDICTS + lost
+    assert dataset(output) == undisturbed
+
+
+KEY = "sk-proj-3f9Q_secret-7Yx2LmN8"
+
+
+def talkative(body: dict[str, Any]) -> Reply:
+    """The oracle's verdict, in a reply that tells the key."""
+    reply = Oracle()(body)
+    reply.body["choices"][0]["message"]["content"] += f" {KEY}"
+    return reply
+
+
+def holders_of_the_key(folder: Path) -> list[str]:
+    return [str(file) for file in folder.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expect"),
+    [
+        (None, 0),
+        (error(401, f"Incorrect API key provided: {KEY}"), 2),
+        (error(403, f"{KEY} may not use this model"), 2),
+        (error(500, f"no worker for {KEY}"), 2),
+        (error(400, f"bad header Authorization: Bearer {KEY}"), 2),
+        (Reply(f"<html>{KEY}</html>"), 2),
+        (Reply({"choices": f"{KEY}"}), 2),
+        (talkative, 0),
+    ],
+    ids=["all is well", "refused", "forbidden", "failing", "bad request", "not JSON", "malformed", "in the reply"],
+)
+def test_the_key_is_told_nobody(
+    answer: Reply | None, expect: int, inputs: Path, server: FakeServer, tmp_path: Path
+) -> None:
+    """Not in any file, standard output or error, whatever a server does with it, and at any log level."""
+    server.default = answer or Oracle()
+    # An interrupted run leaves its work beside the output.
+    command = arguments(
+        inputs, server.url, tmp_path / "out", "labeler.max_retries=0", "hydra.verbose=true", "labeler.concurrency=64"
+    )
+    result = finish(command, expect, {**os.environ, "OPENAI_API_KEY": KEY})
+    assert server.headers[-1]["Authorization"] == f"Bearer {KEY}"
+    assert KEY not in result.stdout
+    assert KEY not in result.stderr
+    assert list(tmp_path.rglob("*"))
+    assert holders_of_the_key(tmp_path) == []
+    assert "Traceback" not in result.stderr
