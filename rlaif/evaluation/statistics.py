@@ -58,6 +58,20 @@ def bootstrap_mean(
 _MOST_CLUSTERS = 10_000
 
 
+def proportion(values: Sequence[float]) -> Estimate | None:
+    """Share of independent outcomes in [0, 1], with its score interval (Wilson 1927): not empty at 0 of n or n of n.
+
+    Centre (p + z^2 / 2n) / (1 + z^2 / n), half width z sqrt(p (1 - p) / n + z^2 / 4n^2) / (1 + z^2 / n), z = 1.96.
+    """
+    n = len(values)
+    if not n:
+        return None
+    p, z = sum(values) / n, 1.959964
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return Estimate(p, n, max(0.0, centre - half), min(1.0, centre + half))
+
+
 class ClusteredMean:
     """A mean over clusters that takes one number at a time and holds two numbers a cluster.
 

@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlaif.evaluation.statistics import Estimate, bootstrap_mean, expected_calibration_error, pairs_agreement
+from rlaif.evaluation.statistics import (
+    Estimate,
+    bootstrap_mean,
+    expected_calibration_error,
+    pairs_agreement,
+    proportion,
+)
 
 
 def test_interval_of_normal_data():
@@ -87,3 +93,16 @@ def test_pairs_agreement():
     # Right, wrong, wrong, right; no opinion counts half; a true tie is left out.
     assert pairs_agreement([1, 1, -2, -2, 0, 3], [0.1, -5, 1, -1, 1, 0]) == [1, 0, 0, 1, 0.5]
     assert pairs_agreement([], []) == []
+
+
+def test_the_score_interval_of_a_share_by_hand():
+    # 8 of 10: centre (0.8 + 0.19207) / 1.38415, half width 1.96 sqrt(0.016 + 0.0096036) / 1.38415.
+    share = proportion([1.0] * 8 + [0.0] * 2)
+    assert (share.value, share.n) == (0.8, 10)
+    assert share.low == pytest.approx(0.490162, abs=1e-5)
+    assert share.high == pytest.approx(0.943318, abs=1e-5)
+    # None of 10 is not never: z^2 / (n + z^2).
+    none = proportion([0.0] * 10)
+    assert (none.value, none.low) == (0.0, pytest.approx(0.0, abs=1e-9))
+    assert none.high == pytest.approx(0.277533, abs=1e-5)
+    assert proportion([]) is None
