@@ -92,7 +92,8 @@ def committed(output: Path) -> int:
     for folder in (output.with_name(f".{output.name}.partial"), output):
         if (folder / "store.sqlite").is_file():
             try:
-                connection = sqlite3.connect(folder / "store.sqlite", timeout=10)
+                # Read only: the next run must find the write-ahead log as the kill left it.
+                connection = sqlite3.connect(f"file:{folder}/store.sqlite?mode=ro", uri=True, timeout=10)
                 try:
                     return int(connection.execute("SELECT count(*) FROM verdicts").fetchone()[0])
                 finally:
