@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rlaif.artifacts import labeler_inputs, labeler_settings, plain, run_stage
 from rlaif.cli import launch
 from rlaif.config import AuditConfig, LabelingConfig
-from rlaif.constitution import Constitution, find_constitution, load_constitution
+from rlaif.constitution import Constitution, check_mode, find_constitution, load_constitution
 from rlaif.labeling.store import STORE, STORE_FILES
 from rlaif.records import UserError, existing_dir, existing_file, read_json, read_jsonl, write_json, write_jsonl
 
@@ -53,12 +53,13 @@ def measure(
     from rlaif.labeling.aggregate import pair_labels
     from rlaif.labeling.audit import audit, verdict
     from rlaif.labeling.label import label_candidates
+    from rlaif.labeling.modes import Setup
     from rlaif.reporting.audit import audit_markdown
     from rlaif.reporting.plots import reliability_diagram
 
     lines = [comparison.candidates() for comparison in comparisons]
     labels = label_candidates(lines, constitution, engine, labeling, store, seed)
-    weights = {principle.id: principle.weight for principle in constitution.principles}
+    weights = Setup(constitution, engine.name, labeling, seed).weights
     pairs, _ = pair_labels(labels, weights, labeling.temperature, labeling.both_orders)
     result = {
         "labeler": engine.name,
@@ -112,6 +113,7 @@ def main(config: AuditConfig, output: Path) -> None:
     file = existing_file(config.comparisons, "comparisons")
     comparisons = read_comparisons(file, config.max_pairs)
     constitution = load_constitution(config.constitution)
+    check_mode(constitution, config.labeling.mode)
     others = [existing_dir(folder, "compare") for folder in config.compare]
     for folder in others:
         if not (folder / COMPARISONS).is_file():

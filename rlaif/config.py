@@ -27,6 +27,17 @@ class LabelMode(StrEnum):
 
     pairwise = "pairwise"
     pointwise = "pointwise"
+    score = "score"
+    listwise = "listwise"
+    contrastive = "contrastive"
+
+
+class Principles(StrEnum):
+    """Under which of a constitution's principles a comparison is asked."""
+
+    each = "each"
+    sample = "sample"
+    together = "together"
 
 
 class Selection(StrEnum):
@@ -315,11 +326,20 @@ class LabelingConfig:
     """How verdicts are asked and combined."""
 
     mode: LabelMode = LabelMode.pairwise
-    """``pairwise``: which of two completions; ``pointwise``: verdict words on one completion."""
+    """``pairwise``: which of two completions; ``listwise``: which of all; ``pointwise``: verdict words on one
+    completion; ``score``: a number from 1 to 10 for one; ``contrastive``: how much likelier one is under a system
+    prompt that encourages the principle than under one that discourages it."""
+    principles: Principles = Principles.each
+    """``each``: every principle by itself, weighted mean; ``sample``: one, drawn by weight, for each comparison (Bai et
+    al. 2022, section 4.1); ``together``: one verdict on all of them."""
     both_orders: bool = True
-    """Ask every pair in both orders and average the logits, which cancels an additive position bias."""
+    """Ask every pair (or list) in both (or all) orders and average the logits: an additive position bias cancels."""
+    rotations: int | None = None
+    """Orders in which each list is shown (listwise). Null: as many as it has candidates, or 1 without both_orders."""
+    length_normalize: bool = False
+    """Divide the likelihood ratio by the number of the completion's tokens (contrastive)."""
     min_option_mass: float | None = None
-    """Verdicts with less probability on the options are "uncovered". Null: 0.5 pairwise, 0.01 pointwise."""
+    """Verdicts with less probability on the options are "uncovered". Null: 0.01 pointwise, else 0.5."""
     temperature: float = 1.0
     """Soft labels are sigmoid(logit / temperature); above 1 softens an over-confident labeler."""
     selection: Selection = Selection.all_pairs
@@ -338,6 +358,28 @@ class LabelingConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "labeling", "temperature", "rationale_tokens")
+        _positive_or_null(self, "labeling", "rotations")
+        _require(
+            self.rotations is None or self.mode is LabelMode.listwise,
+            f"labeling.rotations={self.rotations}: only with labeling.mode=listwise",
+        )
+        _require(
+            self.both_orders or self.rotations in (None, 1),
+            f"labeling.rotations={self.rotations} asks for several orders, labeling.both_orders=false for one",
+        )
+        _require(
+            self.principles is not Principles.together or self.mode is not LabelMode.pointwise,
+            "labeling.principles=together: not with labeling.mode=pointwise, whose words belong to one principle; "
+            "labeling.mode=score judges single completions by all principles together",
+        )
+        _require(
+            not self.exemplars or self.mode is LabelMode.pairwise,
+            "labeling.exemplars=true: exemplars are pairs, so only with labeling.mode=pairwise",
+        )
+        _require(
+            not self.length_normalize or self.mode is LabelMode.contrastive,
+            "labeling.length_normalize=true: only with labeling.mode=contrastive",
+        )
         _require(self.rationales >= 0, f"labeling.rationales={self.rationales}: must be 0 or more")
         _require(
             self.rationales == 0 or (self.mode is LabelMode.pairwise and not self.exemplars),
@@ -347,6 +389,13 @@ class LabelingConfig:
         _require(0 <= self.min_margin < 0.5, f"labeling.min_margin={self.min_margin}: must be in [0, 0.5)")
         if self.min_option_mass is not None:
             _fraction(self, "labeling", "min_option_mass")
+
+
+def _check_likelihood(labeler: LabelerConfig, labeling: LabelingConfig) -> None:
+    _require(
+        labeling.mode is not LabelMode.contrastive or labeler.type is not LabelerType.openai,
+        "labeling.mode=contrastive needs labeler=hf or labeler=vllm: an API gives no likelihood of given text",
+    )
 
 
 @dataclass
@@ -594,6 +643,10 @@ class LabelConfig(CommandConfig):
     experiment: Any = None
     """Chosen by ``experiment=NAME``: a file of ``conf/experiment`` that sets many keys at once."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_likelihood(self.labeler, self.labeling)
+
 
 @dataclass
 class AuditConfig(CommandConfig):
@@ -615,6 +668,7 @@ class AuditConfig(CommandConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _positive_or_null(self, "", "max_pairs")
+        _check_likelihood(self.labeler, self.labeling)
 
 
 @dataclass
@@ -721,6 +775,10 @@ class RunConfig(CommandConfig):
     """Sample completions shown side by side in the report."""
     experiment: Any = None
     """Chosen by ``experiment=NAME``: a file of ``conf/experiment`` that sets many keys at once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_likelihood(self.labeler, self.labeling)
 
 
 COMMANDS: dict[str, type[CommandConfig]] = {

@@ -30,6 +30,11 @@ class Principle:
     no: tuple[str, ...] = ()
     critique: str | None = None
     revision: str | None = None
+    encourage: str | None = None
+    """System prompt under which a model would follow the principle; ``discourage``: would go against it."""
+    discourage: str | None = None
+    parts: tuple[str, ...] = ()
+    """The questions that this principle stands for (:func:`together`)."""
 
 
 @dataclass(frozen=True)
@@ -141,12 +146,29 @@ def check_mode(constitution: Constitution, mode: LabelMode) -> None:
     Raises:
         UserError: naming the principles that lack it.
     """
-    missing = [principle.id for principle in constitution.principles if principle.statement is None]
-    if mode is LabelMode.pointwise and missing:
+    needed = {LabelMode.pointwise: ("statement", "verdicts"), LabelMode.contrastive: ("encourage", "discourage")}
+    if mode not in needed:
+        return
+    first, second = needed[mode]
+    missing = [principle.id for principle in constitution.principles if getattr(principle, first) is None]
+    if missing:
         raise UserError(
-            f"constitution {constitution.name}: labeling.mode=pointwise needs statement and verdicts, and "
+            f"constitution {constitution.name}: labeling.mode={mode.value} needs {first} and {second}, and "
             f"{', '.join(missing)} has none"
         )
+
+
+def together(constitution: Constitution) -> Principle:
+    """All principles as one, called ``all``, for one verdict on all of them."""
+    principles = constitution.principles
+    return Principle(
+        id="all",
+        weight=1.0,
+        question="Which reply is better by these principles taken together?",
+        encourage="\n".join(principle.encourage for principle in principles if principle.encourage) or None,
+        discourage="\n".join(principle.discourage for principle in principles if principle.discourage) or None,
+        parts=tuple(principle.question for principle in principles),
+    )
 
 
 def _fields(mapping: Any, where: str, required: set[str], optional: set[str], line: int) -> _Mapping:
@@ -200,13 +222,15 @@ def _constitution(document: _Mapping) -> Constitution:
 
 
 def _principle(entry: Any, where: str, line: int) -> Principle:
-    optional = {"weight", "statement", "ask", "verdicts", "critique", "revision"}
+    optional = {"weight", "statement", "ask", "verdicts", "critique", "revision", "encourage", "discourage"}
     entry = _fields(entry, where, {"id", "question"}, optional, line)
     weight = entry.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
         raise _ProblemError(entry.lines["weight"], f"{where}.weight must be a number above 0, found {weight!r}")
     if ("statement" in entry) != ("verdicts" in entry):
         raise _ProblemError(entry.start, f"{where} needs both statement and verdicts, or neither")
+    if ("encourage" in entry) != ("discourage" in entry):
+        raise _ProblemError(entry.start, f"{where} needs both encourage and discourage, or neither")
     words: dict[str, tuple[str, ...]] = {"yes": (), "no": ()}
     if "verdicts" in entry:
         verdicts = _fields(entry["verdicts"], f"{where}.verdicts", {"yes", "no"}, set(), entry.lines["verdicts"])
@@ -236,6 +260,8 @@ def _principle(entry: Any, where: str, line: int) -> Principle:
         no=words["no"],
         critique=_string(entry, "critique", where) if "critique" in entry else None,
         revision=_string(entry, "revision", where) if "revision" in entry else None,
+        encourage=_string(entry, "encourage", where) if "encourage" in entry else None,
+        discourage=_string(entry, "discourage", where) if "discourage" in entry else None,
     )
 
 

@@ -48,7 +48,9 @@ Label candidate completions by written principles; build the preference dataset.
   labeler=openai labeler.base_url=URL labeler.model=NAME
                                   any OpenAI-compatible server; the key comes from $OPENAI_API_KEY
   labeler=scripted                a deterministic labeler with a known utility, bias and noise
-  labeling.mode=pairwise          or pointwise (verdict words on one completion at a time)
+  labeling.mode=pairwise          or listwise (the best of all), pointwise (verdict words on one completion), score
+                                  (1 to 10), contrastive (likelihood under the principle against its opposite)
+  labeling.principles=each        or sample (one principle for each comparison), together (all in one prompt)
   labeling.rationales=2           pairwise: let the labeler reason first, twice, and average the verdicts
   labeling.selection=all_pairs    or best_worst        labeling.min_margin=0.1
   gold=vader                      measure the labels against a programmatic gold judge
@@ -129,8 +131,8 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
     from rlaif.labeling.modes import Setup
 
     constitution = load_constitution(config.constitution)
-    # Whether the constitution has what the mode needs shows before an engine is started.
-    Setup(constitution, "", config.labeling)
+    # Whether constitution and candidates are what the mode needs shows before an engine is started.
+    Setup(constitution, "", config.labeling).expected(max(lines.sizes))
     principles = find_constitution(config.constitution)
     comparisons: list[Any] = []
     if config.labeler.audit is not None:
@@ -200,8 +202,7 @@ def _pairs(
     """
     from rlaif.labeling.aggregate import pair_labels
 
-    config = labeling.setup.config
-    weights = {principle.id: principle.weight for principle in labeling.setup.constitution.principles}
+    config, weights = labeling.setup.config, labeling.setup.weights
     dropped: Counter[str] = Counter()
 
     def each() -> Iterator[tuple[Candidates, list[PairLabel]]]:

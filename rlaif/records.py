@@ -77,9 +77,11 @@ class Candidates:
 class Label:
     """One verdict of one labeler under one principle: one line of ``labels.jsonl``.
 
-    ``first`` and ``second`` are candidate ids in the order shown (pairwise); pointwise has ``candidate``.
-    ``p`` is P(first is better) or P(the completion satisfies the principle); ``None`` with a ``reason`` where
-    there is no verdict. A missing verdict is kept and counted, never guessed.
+    What was shown are candidate ids: ``first`` and ``second`` (pairwise), ``order`` (listwise, in the order shown) or
+    ``candidate`` (the other modes). The verdict is ``p``, P(first is better) or P(the completion satisfies the
+    principle) (pairwise, pointwise); ``score`` with its distribution ``probs`` over 1 to 10 (score); ``probs``, P(each
+    is the best) in the order shown (listwise); or ``score``, a log-likelihood ratio (contrastive). Where there is none
+    it is ``None`` with a ``reason``: a missing verdict is kept and counted, never guessed.
     """
 
     prompt_id: str
@@ -87,22 +89,32 @@ class Label:
     principle: str
     labeler: str
     method: str
-    p: float | None
+    p: float | None = None
     reason: str | None = None
     option_mass: float | None = None
     first: str | None = None
     second: str | None = None
     candidate: str | None = None
+    order: tuple[str, ...] | None = None
+    score: float | None = None
+    probs: tuple[float, ...] | None = None
     reply: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     truncated: bool | None = None
     """True if the labeler saw a text without its middle, because it is very long."""
 
+    @property
+    def verdict(self) -> float | tuple[float, ...] | None:
+        """What the labeler said, whatever the mode."""
+        if self.mode in ("pairwise", "pointwise"):
+            return self.p
+        return self.probs if self.mode == "listwise" else self.score
+
     def to_json(self) -> dict[str, Any]:
         """The line as a JSON object: ``p`` is called ``p_first`` (pairwise) or ``score`` (pointwise)."""
         line = {k: v for k, v in vars(self).items() if v is not None and k != "p"}
-        line["p_first" if self.mode == "pairwise" else "score"] = self.p
+        line[{"pairwise": "p_first", "listwise": "probs"}.get(self.mode, "score")] = self.verdict
         return line
 
 

@@ -41,6 +41,16 @@ class OptionRequest:
 
 
 @dataclass(frozen=True)
+class CompletionRequest:
+    """Likelihood of a given completion as the assistant's reply to the messages."""
+
+    messages: tuple[Message, ...]
+    completion: str
+    meta: Any = None
+    """As for :class:`OptionRequest`."""
+
+
+@dataclass(frozen=True)
 class Sampled:
     """A completion. ``finish_reason`` is ``stop`` (the model ended) or ``length`` (it was cut)."""
 
@@ -63,6 +73,16 @@ class OptionMass:
     reply: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    latency_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Log-likelihood of a given completion: the sum over its ``tokens``, without an end token."""
+
+    logp: float
+    tokens: int
+    prompt_tokens: int | None = None
     latency_s: float | None = None
 
 
@@ -93,6 +113,10 @@ class Engine(ABC):
     @abstractmethod
     def score_options(self, requests: Iterable[OptionRequest]) -> Iterator[tuple[int, OptionMass | Failure]]:
         """Probability mass of each request's options."""
+
+    def score_completions(self, requests: Iterable[CompletionRequest]) -> Iterator[tuple[int, Likelihood | Failure]]:
+        """Likelihood of each request's completion. Not every engine can tell: an API that only samples cannot."""
+        raise NotImplementedError(f"the {self.identity['engine']} engine gives no likelihood of given text")
 
     def close(self) -> None:  # noqa: B027 - most engines hold nothing
         """Free memory, connections and processes."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,12 +11,23 @@ from typing import Any
 import torch
 
 from rlaif.artifacts import input_hash
-from rlaif.chat import encode_chat
+from rlaif.chat import encode_chat, encode_text
 from rlaif.config import LabelerConfig, ModelConfig
-from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
-from rlaif.engines.options import LOG_NEGLIGIBLE, option_tokens
+from rlaif.engines.base import (
+    CompletionRequest,
+    Engine,
+    Failure,
+    Likelihood,
+    OptionMass,
+    OptionRequest,
+    Sampled,
+    SampleRequest,
+)
+from rlaif.engines.options import LOG_NEGLIGIBLE, Spelling, sequence_masses, spellings
 from rlaif.generation import generate, left_pad
+from rlaif.losses import token_logps
 from rlaif.models import eos_ids, load_causal_lm, load_tokenizer
+from rlaif.policy import completion_logits, pack
 from rlaif.records import content_hash
 
 _WINDOW = 512
@@ -46,7 +56,7 @@ class HFEngine(Engine):
         self.eos = eos_ids(self.model, self.tokenizer)
         # A model without a limit on positions (ALiBi) takes any length.
         self.context: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self._spelled: dict[tuple[tuple[str, ...], ...], list[list[tuple[int, ...]]]] = {}
+        self._spelled: dict[tuple[tuple[str, ...], ...], list[Spelling]] = {}
         self.identity = {
             "engine": "hf",
             "model": config.name,
@@ -91,14 +101,14 @@ class HFEngine(Engine):
                         )
 
     def score_options(self, requests: Iterable[OptionRequest]) -> Iterator[tuple[int, OptionMass | Failure]]:
-        """One forward pass a request, and one more for each spelling of several tokens that may have mass."""
+        """One forward pass a request, and one more for each beginning of a longer spelling that may have mass."""
         for window in _windows(enumerate(requests), _WINDOW):
             encoded = []
             for index, request in window:
                 ids = encode_chat(self.tokenizer, request.messages, request.stem)
                 if request.options not in self._spelled:
-                    self._spelled[request.options] = option_tokens(self.tokenizer, request.options)
-                longest = max(len(tokens) for spellings in self._spelled[request.options] for tokens in spellings)
+                    self._spelled[request.options] = spellings(self.tokenizer, request.options)
+                longest = max(len(spelling.tokens) for spelling in self._spelled[request.options])
                 if self._beyond(len(ids) + longest):
                     yield index, self._too_long(len(ids))
                     continue
@@ -117,35 +127,68 @@ class HFEngine(Engine):
     def _too_long(self, length: int) -> Failure:
         return Failure("too_long", f"{length} tokens, and the model takes {self.context}")
 
+    def score_completions(self, requests: Iterable[CompletionRequest]) -> Iterator[tuple[int, Likelihood | Failure]]:
+        """One forward pass a request; logits of the completion's positions only."""
+        for window in _windows(enumerate(requests), _WINDOW):
+            encoded = []
+            for index, request in window:
+                ids = encode_chat(self.tokenizer, request.messages)
+                completion = encode_text(self.tokenizer, request.completion)
+                if self._beyond(len(ids) + len(completion)):
+                    yield index, self._too_long(len(ids) + len(completion))
+                    continue
+                encoded.append((len(ids) + len(completion), index, ids, completion))
+            encoded.sort(key=lambda row: row[0])
+            for batch in _token_batches(encoded, self.batch_tokens):
+                started = time.perf_counter()
+                logps = self._likelihoods([ids for _, _, ids, _ in batch], [tokens for *_, tokens in batch])
+                seconds = (time.perf_counter() - started) / len(batch)
+                for (_, index, ids, tokens), logp in zip(batch, logps, strict=True):
+                    yield index, Likelihood(logp, len(tokens), len(ids), seconds)
+
     @torch.inference_mode()
-    def _masses(self, rows: Sequence[tuple[list[int], tuple[tuple[str, ...], ...]]]) -> list[tuple[float | None, ...]]:
+    def _likelihoods(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> list[float]:
+        """log P(completion | prompt) of each row; 0 for a completion without tokens."""
+        if not any(completions):
+            return [0.0] * len(prompts)
+        batch = pack(prompts, completions, self.tokenizer.pad_token_id, self.model.device)
+        logps = token_logps(completion_logits(self.model, batch), batch.tokens)
+        return [float(total) for total in (logps * batch.completion_mask).sum(dim=1)]
+
+    @torch.inference_mode()
+    def _masses(self, rows: Sequence[tuple[list[int], tuple[tuple[str, ...], ...]]]) -> list[tuple[float, ...]]:
         """Mass of each option of each row, summed over the distinct tokenisations of its spellings."""
-        device = self.model.device
-        padded, mask = left_pad([ids for ids, _ in rows], self.tokenizer.pad_token_id, device)
+        spelled = self._spelled
+        following = self._next_logps([ids for ids, _ in rows])
+        logps: list[dict[tuple[int, ...], float]] = []
+        # Which tokens matter after which beginning, for every spelling of several tokens that may have mass.
+        beginnings: dict[tuple[int, tuple[int, ...]], set[int]] = {}
+        for row, (_, options) in enumerate(rows):
+            logps.append({(first,): float(following[row, first]) for first in {s.tokens[0] for s in spelled[options]}})
+            for _, tokens, _ in spelled[options]:
+                # A longer spelling has at most the mass of its first token.
+                if logps[row][tokens[:1]] > LOG_NEGLIGIBLE:
+                    for place in range(1, len(tokens)):
+                        beginnings.setdefault((row, tokens[:place]), set()).add(tokens[place])
+        asked = [(len(rows[row][0]) + len(begun), row, begun, wanted) for (row, begun), wanted in beginnings.items()]
+        found: dict[tuple[int, tuple[int, ...]], float] = {}
+        for batch in _token_batches(sorted(asked, key=lambda ask: ask[0]), self.batch_tokens):
+            following = self._next_logps([[*rows[row][0], *begun] for _, row, begun, _ in batch])
+            for place, (_, row, begun, wanted) in enumerate(batch):
+                found |= {(row, (*begun, token)): float(following[place, token]) for token in wanted}
+        for row, tokens in sorted(found, key=lambda ask: len(ask[1])):
+            logps[row][tokens] = logps[row][tokens[:-1]] + found[row, tokens]
+        return [
+            sequence_masses(spelled[options], known, len(options))
+            for (_, options), known in zip(rows, logps, strict=True)
+        ]
+
+    def _next_logps(self, rows: Sequence[list[int]]) -> torch.Tensor:
+        """Log-probabilities of the token after each row: (rows, vocabulary), float32."""
+        padded, mask = left_pad(rows, self.tokenizer.pad_token_id, self.model.device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         logits = self.model(input_ids=padded, attention_mask=mask, position_ids=positions, logits_to_keep=1).logits
-        logps = torch.log_softmax(logits[:, -1].float(), dim=-1)
-        results = []
-        for row, (ids, options) in enumerate(rows):
-            masses: list[float | None] = []
-            for spellings in self._spelled[options]:
-                single = [tokens[0] for tokens in spellings if len(tokens) == 1]
-                mass = float(logps[row, single].exp().sum()) if single else 0.0
-                for tokens in spellings:
-                    # A longer spelling has at most the mass of its first token.
-                    if len(tokens) > 1 and float(logps[row, tokens[0]]) > LOG_NEGLIGIBLE:
-                        mass += math.exp(self._continuation_logp(ids, tokens))
-                masses.append(min(mass, 1.0))
-            results.append(tuple(masses))
-        return results
-
-    def _continuation_logp(self, ids: list[int], tokens: tuple[int, ...]) -> float:
-        """log P(tokens | ids)."""
-        device = self.model.device
-        row = torch.tensor([[*ids, *tokens[:-1]]], device=device)
-        logits = self.model(input_ids=row, logits_to_keep=len(tokens)).logits[0]
-        logps = torch.log_softmax(logits.float(), dim=-1)
-        return float(logps[torch.arange(len(tokens)), torch.tensor(tokens, device=device)].sum())
+        return torch.log_softmax(logits[:, -1].float(), dim=-1)
 
     def close(self) -> None:
         """Free the model."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from rlaif.chat import encode_text
 
@@ -25,6 +25,47 @@ def option_tokens(tokenizer: Any, options: Sequence[Sequence[str]]) -> list[list
             )
         )
     return result
+
+
+class Spelling(NamedTuple):
+    """A token sequence that spells an option."""
+
+    option: int
+    tokens: tuple[int, ...]
+    inside: int | None
+    """The option whose spelling this one goes on from ("1" for "10" in two tokens): its mass is not that one's."""
+
+
+def spellings(tokenizer: Any, options: Sequence[Sequence[str]]) -> list[Spelling]:
+    """Every token sequence that spells one of the options (see :func:`option_tokens`)."""
+    owners = {tokens: option for option, group in enumerate(option_tokens(tokenizer, options)) for tokens in group}
+    result = []
+    for tokens, option in owners.items():
+        inside = next((owners[tokens[:n]] for n in range(len(tokens) - 1, 0, -1) if tokens[:n] in owners), None)
+        result.append(Spelling(option, tokens, inside))
+    return result
+
+
+def sequence_masses(
+    spelled: Sequence[Spelling], logps: Mapping[tuple[int, ...], float], options: int
+) -> tuple[float, ...]:
+    """Probability of each option: the sum over its spellings, less what goes on to be another option.
+
+    ``logps`` has the log-probability of each sequence from its first token on; one that is missing has no mass.
+
+    >>> one, ten, two = Spelling(0, (1,), None), Spelling(1, (1, 0), 0), Spelling(2, (2,), None)
+    >>> logps = {(1,): math.log(0.5), (1, 0): math.log(0.4), (2,): math.log(0.25)}
+    >>> [round(mass, 6) for mass in sequence_masses([one, ten, two], logps, 3)]
+    [0.1, 0.4, 0.25]
+    """
+    masses = [0.0] * options
+    for option, tokens, inside in spelled:
+        if tokens in logps:
+            mass = math.exp(logps[tokens])
+            masses[option] += mass
+            if inside is not None:
+                masses[inside] -= mass
+    return tuple(min(max(mass, 0.0), 1.0) for mass in masses)
 
 
 def accepted_tokens(options: Sequence[Sequence[str]]) -> list[set[str]]:
@@ -55,12 +96,13 @@ def option_masses(
     is unknown, not zero: each of its tokens has at most the smallest listed probability, and all of them
     together at most what the list leaves over. It gets that upper bound, so the label is never more extreme
     than the truth. If no option is listed, every mass is ``None``. A verdict word of several tokens is seen
-    only if it is listed whole.
+    only if it is listed whole; so where a listed token with mass may be the start of another option that is not
+    listed ("1" of "10"), nobody can tell, and every mass is ``None`` too.
     """
     accepted = accepted_tokens(options)
     tokens = [(re.sub(r"^[\s▁Ġ]+", " ", token), math.exp(min(logprob, 0.0))) for token, logprob in listed]
     found = [[p for token, p in tokens if token in group] for group in accepted]
-    if not any(found):
+    if not any(found) or _ambiguous(tokens, accepted):
         return (None,) * len(accepted)
     # vLLM lists the sampled token whatever its rank; as the least likely of the list it bounds nothing.
     ranked = sorted((p, token) for (token, _), (_, p) in zip(listed, tokens, strict=True))
@@ -72,9 +114,23 @@ def option_masses(
     )
 
 
+def _ambiguous(tokens: Sequence[tuple[str, float]], accepted: Sequence[set[str]]) -> bool:
+    """Whether a token with mass spells one option and starts another that is not listed whole."""
+    listed = {token for token, _ in tokens}
+    unlisted = [(index, word) for index, group in enumerate(accepted) if not group & listed for word in group]
+    return any(
+        math.log(p) > LOG_NEGLIGIBLE and any(index != owner and word.startswith(token) for index, word in unlisted)
+        for token, p in tokens
+        if p > 0
+        for owner, group in enumerate(accepted)
+        if token in group
+    )
+
+
 _OPENERS = r"[\s*_`#>\"'“”’(\[{]*"
 _CLOSERS = r"[*_`\"'“”’)\]}]*"
 _ANNOUNCED = re.compile(r"\b(?:answer|verdict|choice)\b[\s*_`]*(?::|=|\bis\b(?!\s+not\b))[\s*_`]*:?", re.IGNORECASE)
+_SCORE_ANNOUNCED = re.compile(_ANNOUNCED.pattern.replace("answer", "score|rating|answer"), re.IGNORECASE)
 _MORE = r"[\s,/&|+]*(?:\b(?:and|or|nor|vs)\b[\s.]*)?"
 
 
@@ -83,11 +139,19 @@ def parse_reply(reply: str, options: Sequence[Sequence[str]], stem: str = "") ->
 
     A verdict begins the reply, follows "Answer:" (or "The verdict is"), or stands on a line of its own; the
     last one counts. A single letter must be all there is or be followed by punctuation: "A good reply ..." is
-    prose. A reply that names two options side by side ("A or B") has no verdict.
+    prose. A reply that names two options side by side ("A or B") has no verdict. Where the options are numbers,
+    "Score:" announces one too, and the end of the scale after it is left out ("8/10").
 
     >>> [parse_reply(text, [("A",), ("B",)]) for text in ("(A)", "Answer: b", "A fine day", "A or B")]
     [0, 1, None, None]
+    >>> [parse_reply(text, [("7",), ("10",)]) for text in ("Score: 7", "7/10", "7 out of 10.", "7.5", "7 or 10")]
+    [0, 0, 0, None, None]
     """
+    numbers = [int(word) for group in options for word in group if word.strip().isdecimal()]
+    announcing = _ANNOUNCED
+    if numbers:
+        announcing = _SCORE_ANNOUNCED
+        reply = re.sub(rf"(?<=\d)\s*(?:/|out of)\s*{max(numbers)}\b", "", reply)
     reply = reply.rpartition("</think>")[2]
     if "<think>" in reply:
         return None
@@ -99,7 +163,7 @@ def parse_reply(reply: str, options: Sequence[Sequence[str]], stem: str = "") ->
         verdict = _verdict_at(line.group(), options, whole_line=not first)
         if verdict is not None:
             verdicts[line.start()] = verdict
-    for announced in _ANNOUNCED.finditer(reply):
+    for announced in announcing.finditer(reply):
         # An announced verdict counts even if it names no option: it overrules what came before.
         verdicts[announced.end()] = _verdict_at(reply[announced.end() :], options)
     return verdicts[max(verdicts)] if verdicts else None
@@ -111,7 +175,7 @@ def _verdict_at(text: str, options: Sequence[Sequence[str]], whole_line: bool = 
     owners.sort(key=lambda owner: -len(owner[0]))
     any_word = "|".join(re.escape(word) for word, _ in owners)
     for word, index in owners:
-        match = re.match(rf"{_OPENERS}{re.escape(word)}(?![\w])(?!-\w){_CLOSERS}", text)
+        match = re.match(rf"{_OPENERS}{re.escape(word)}(?![\w])(?!-\w)(?![.,]\d){_CLOSERS}", text)
         if match is None:
             continue
         rest = text[match.end() :]

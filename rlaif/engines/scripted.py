@@ -3,7 +3,10 @@
 It answers from ``OptionRequest.meta``, not from the messages:
 
 - ``{"mode": "pairwise", "first": text, "second": text, ...}`` with options in the order (first, second);
-- ``{"mode": "pointwise", "completion": text, ...}`` with options in the order (yes, no).
+- ``{"mode": "pointwise", "completion": text, ...}`` with options in the order (yes, no);
+- ``{"mode": "score", "completion": text, ...}`` with the options 1 to 10;
+- ``{"mode": "listwise", "completions": [text, ...], ...}`` with an option for each;
+- ``{"mode": "contrastive", "encouraged": true or false, ...}`` for a likelihood.
 """
 
 from __future__ import annotations
@@ -12,12 +15,21 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rlaif.config import ScriptedConfig
-from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
+from rlaif.engines.base import (
+    CompletionRequest,
+    Engine,
+    Failure,
+    Likelihood,
+    OptionMass,
+    OptionRequest,
+    Sampled,
+    SampleRequest,
+)
 from rlaif.gold import gold_score
 from rlaif.records import content_hash
 
@@ -32,6 +44,10 @@ _TONES = {
 
 class ScriptedEngine(Engine):
     """Labels by a gold utility: the logit is ``sharpness * utility difference + position bias + noise``.
+
+    Of a list, each is the best with a probability proportional to exp(sharpness * utility), with the position bias for
+    the first. Numbers follow a binomial distribution with the mean 1 + 9 * sigmoid(sharpness * utility). The
+    log-likelihood ratio of a completion is sharpness * utility.
 
     Every answer is a function of the settings, the seed and the request; faults also of how often this engine
     was asked the same request.
@@ -54,14 +70,20 @@ class ScriptedEngine(Engine):
             yield index, self._fault(key) or _babble(key, request)
 
     def score_options(self, requests: Iterable[OptionRequest]) -> Iterator[tuple[int, OptionMass | Failure]]:
-        """``option_mass`` shared between the two options by the logit.
+        """``option_mass`` shared between the options.
 
         Raises:
-            ValueError: if a request has no usable ``meta`` or not two options.
+            ValueError: if a request has no usable ``meta`` or another number of options than its mode has.
         """
         for index, request in enumerate(requests):
             key = self._key(request.messages, request.options, request.stem, request.meta)
             yield index, self._fault(key) or self._verdict(key, request)
+
+    def score_completions(self, requests: Iterable[CompletionRequest]) -> Iterator[tuple[int, Likelihood | Failure]]:
+        """About two nats a word, more or less by half the likelihood ratio, with noise."""
+        for index, request in enumerate(requests):
+            key = self._key(request.messages, request.completion, request.meta)
+            yield index, self._fault(key) or self._likelihood(key, request)
 
     def _key(self, *content: Any) -> str:
         return content_hash(self._seed, *content)
@@ -79,28 +101,57 @@ class ScriptedEngine(Engine):
         return Failure("scripted_fault", f"attempt {attempt + 1}", self._config.delay_s)
 
     def _verdict(self, key: str, request: OptionRequest) -> OptionMass:
-        if len(request.options) != 2:
-            raise ValueError(f"the scripted engine takes 2 options, got {len(request.options)}")
-        masses = [self._config.option_mass * _sigmoid(sign * self._logit(key, request)) for sign in (1, -1)]
-        reply = request.options[masses[1] > masses[0]][0]
-        return OptionMass(tuple(masses), "logprob", reply=reply, latency_s=self._config.delay_s)
+        shares = self._shares(key, request.meta)
+        if len(request.options) != len(shares):
+            raise ValueError(f"the scripted engine takes {len(shares)} options here, got {len(request.options)}")
+        masses = tuple(self._config.option_mass * share for share in shares)
+        reply = request.options[masses.index(max(masses))][0]
+        return OptionMass(masses, "logprob", reply=reply, latency_s=self._config.delay_s)
 
-    def _logit(self, key: str, request: OptionRequest) -> float:
-        config, meta = self._config, request.meta
+    def _shares(self, key: str, meta: Any) -> list[float]:
+        """Share of each option in the option mass."""
         mode = meta.get("mode") if isinstance(meta, dict) else None
-        noise = config.noise * random.Random(f"noise {key}").gauss(0, 1)
+        noise = self._noise(key)
         if mode == "pairwise":
-            difference = gold_score(config.utility, meta["first"]) - gold_score(config.utility, meta["second"])
-            return config.sharpness * difference + config.position_bias + noise
+            difference = self._logit(meta["first"]) - self._logit(meta["second"])
+            logit = difference + self._config.position_bias + noise
+            return [_sigmoid(logit), _sigmoid(-logit)]
         if mode == "pointwise":
-            return config.sharpness * gold_score(config.utility, meta["completion"]) + noise
-        raise ValueError(f'the scripted engine needs meta with "mode" pairwise or pointwise, got {meta!r}')
+            logit = self._logit(meta["completion"]) + noise
+            return [_sigmoid(logit), _sigmoid(-logit)]
+        if mode == "score":
+            p = _sigmoid(self._logit(meta["completion"]) + noise)
+            return [math.comb(9, k) * p**k * (1 - p) ** (9 - k) for k in range(10)]
+        if mode == "listwise":
+            first, *others = (self._logit(text) for text in meta["completions"])
+            return _softmax([first + self._config.position_bias + noise, *others])
+        raise ValueError(
+            f'the scripted engine needs meta with "mode" pairwise, pointwise, score or listwise, got {meta!r}'
+        )
+
+    def _likelihood(self, key: str, request: CompletionRequest) -> Likelihood:
+        tokens = len(request.completion.split())
+        half = (self._logit(request.completion) + self._noise(key)) / 2
+        logp = -2.0 * tokens + (half if request.meta["encouraged"] else -half)
+        return Likelihood(logp, tokens, latency_s=self._config.delay_s)
+
+    def _logit(self, text: str) -> float:
+        return self._config.sharpness * gold_score(self._config.utility, text)
+
+    def _noise(self, key: str) -> float:
+        return self._config.noise * random.Random(f"noise {key}").gauss(0, 1)
 
 
 def _sigmoid(logit: float) -> float:
     """1 / (1 + exp(-logit)) without overflow."""
     small = math.exp(-abs(logit))
     return (1.0 if logit >= 0 else small) / (1.0 + small)
+
+
+def _softmax(logits: Sequence[float]) -> list[float]:
+    """exp(logit) / sum of all, without overflow."""
+    weights = [math.exp(logit - max(logits)) for logit in logits]
+    return [weight / sum(weights) for weight in weights]
 
 
 def _babble(key: str, request: SampleRequest) -> Sampled:

@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import json
 import logging
-import math
 import os
 import queue
 import signal
@@ -25,10 +24,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlaif.artifacts import input_hash
-from rlaif.chat import encode_chat
+from rlaif.chat import encode_chat, encode_text
 from rlaif.config import LabelerConfig, ModelConfig
-from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
-from rlaif.engines.options import LOG_NEGLIGIBLE, option_tokens
+from rlaif.engines.base import (
+    CompletionRequest,
+    Engine,
+    Failure,
+    Likelihood,
+    OptionMass,
+    OptionRequest,
+    Sampled,
+    SampleRequest,
+)
+from rlaif.engines.options import LOG_NEGLIGIBLE, Spelling, sequence_masses, spellings
 from rlaif.models import load_tokenizer, resolve_model
 from rlaif.records import UserError, content_hash
 
@@ -103,56 +111,66 @@ class VLLMEngine(Engine):
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._max_length = 0
-        self._spelled: dict[tuple[tuple[str, ...], ...], list[list[tuple[int, ...]]]] = {}
+        self._spelled: dict[tuple[tuple[str, ...], ...], list[Spelling]] = {}
         self._log: Any = None
 
     def score_options(self, requests: Iterable[OptionRequest]) -> Iterator[tuple[int, OptionMass | Failure]]:
-        """One prompt a request, and more for spellings of several tokens that may have mass."""
+        """One prompt a request, and one more for each beginning of a longer spelling that may have mass."""
         return self._stream(requests, self._score)
 
     def sample(self, requests: Iterable[SampleRequest]) -> Iterator[tuple[int, Sampled | Failure]]:
         """Sample a completion for each request."""
         return self._stream(requests, self._complete)
 
+    def score_completions(self, requests: Iterable[CompletionRequest]) -> Iterator[tuple[int, Likelihood | Failure]]:
+        """One prompt a request, with the completion as its end."""
+        return self._stream(requests, self._weigh)
+
     def _score(self, request: OptionRequest) -> Talk[OptionMass | Failure]:
         started = time.perf_counter()
         ids = encode_chat(self.tokenizer, request.messages, request.stem)
         if request.options not in self._spelled:
-            self._spelled[request.options] = option_tokens(self.tokenizer, request.options)
-        options = self._spelled[request.options]
-        longest = max(len(tokens) for spellings in options for tokens in spellings)
-        if len(ids) + longest > self._max_length:
+            self._spelled[request.options] = spellings(self.tokenizer, request.options)
+        spelled = self._spelled[request.options]
+        if len(ids) + max(len(spelling.tokens) for spelling in spelled) > self._max_length:
             return self._too_long(len(ids))
-        firsts = sorted({tokens[0] for spellings in options for tokens in spellings})
+        firsts = sorted({spelling.tokens[0] for spelling in spelled})
         [answer] = yield [{"ids": ids, "want": firsts}]
         if "error" in answer:
             return Failure("engine_error", answer["error"], time.perf_counter() - started)
-        logps = dict(zip(firsts, answer["logps"], strict=True))
-        masses = [sum(math.exp(logps[tokens[0]]) for tokens in spellings if len(tokens) == 1) for spellings in options]
-        longer = [
-            (option, tokens)
-            for option, spellings in enumerate(options)
-            for tokens in spellings
-            if len(tokens) > 1 and logps[tokens[0]] > LOG_NEGLIGIBLE
-        ]
-        jobs = [
-            {"ids": [*ids, *tokens[:place]], "want": [tokens[place]]}
-            for _, tokens in longer
-            for place in range(1, len(tokens))
-        ]
-        answers = iter((yield jobs) if jobs else [])
-        for option, tokens in longer:
-            total = logps[tokens[0]]
-            for _ in tokens[1:]:
-                answer = next(answers)
-                if "error" in answer:
-                    return Failure("engine_error", answer["error"], time.perf_counter() - started)
-                total += answer["logps"][0]
-            masses[option] += math.exp(total)
-        seconds = time.perf_counter() - started
-        return OptionMass(
-            tuple(min(mass, 1.0) for mass in masses), "logprob", prompt_tokens=len(ids), latency_s=seconds
+        logps: dict[tuple[int, ...], float] = {
+            (token,): logp for token, logp in zip(firsts, answer["logps"], strict=True)
+        }
+        # Which tokens matter after which beginning, for every spelling of several tokens that may have mass.
+        beginnings: dict[tuple[int, ...], set[int]] = {}
+        for _, tokens, _ in spelled:
+            if logps[tokens[:1]] > LOG_NEGLIGIBLE:
+                for place in range(1, len(tokens)):
+                    beginnings.setdefault(tokens[:place], set()).add(tokens[place])
+        asked = sorted(beginnings, key=len)
+        answers = (
+            (yield [{"ids": [*ids, *begun], "want": sorted(beginnings[begun])} for begun in asked]) if asked else []
         )
+        for begun, answer in zip(asked, answers, strict=True):
+            if "error" in answer:
+                return Failure("engine_error", answer["error"], time.perf_counter() - started)
+            for token, logp in zip(sorted(beginnings[begun]), answer["logps"], strict=True):
+                logps[*begun, token] = logps[begun] + logp
+        masses = sequence_masses(spelled, logps, len(request.options))
+        return OptionMass(masses, "logprob", prompt_tokens=len(ids), latency_s=time.perf_counter() - started)
+
+    def _weigh(self, request: CompletionRequest) -> Talk[Likelihood | Failure]:
+        started = time.perf_counter()
+        ids, tokens = encode_chat(self.tokenizer, request.messages), encode_text(self.tokenizer, request.completion)
+        if not tokens:
+            return Likelihood(0.0, 0, len(ids))
+        # vLLM always samples a token after the prompt.
+        if len(ids) + len(tokens) + 1 > self._max_length:
+            return self._too_long(len(ids) + len(tokens))
+        [answer] = yield [{"ids": [*ids, *tokens], "after": len(ids)}]
+        if "error" in answer:
+            return Failure("engine_error", answer["error"], time.perf_counter() - started)
+        return Likelihood(sum(answer["logps"]), len(tokens), len(ids), time.perf_counter() - started)
 
     def _complete(self, request: SampleRequest) -> Talk[Sampled | Failure]:
         ids = encode_chat(self.tokenizer, request.messages)

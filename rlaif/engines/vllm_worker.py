@@ -3,9 +3,13 @@
 Needs nothing but vLLM, so it can run under another interpreter than the labeler (``labeler.vllm.python``). It ends
 when stdin does, and with it every process that it started.
 
-The first line holds the arguments of vLLM's engine. A job is ``{"id", "ids", "want"}`` (log-probabilities of the
-tokens ``want`` after the prompt ``ids``) or ``{"id", "ids", "sample"}`` (a completion with these sampling
-parameters). The answer is ``{"id", "logps"}``, ``{"id", "tokens", "finish"}`` or ``{"id", "error"}``.
+The first line holds the arguments of vLLM's engine. A job is one of
+
+- ``{"id", "ids", "want"}``: log-probabilities of the tokens ``want`` after the prompt ``ids``;
+- ``{"id", "ids", "after"}``: log-probability of each token of ``ids`` after the first ``after``;
+- ``{"id", "ids", "sample"}``: a completion with these sampling parameters.
+
+The answer is ``{"id", "logps"}``, ``{"id", "tokens", "finish"}`` or ``{"id", "error"}``.
 """
 
 from __future__ import annotations
@@ -61,24 +65,31 @@ async def serve(channel: Any) -> None:
 
     async def run(name: str, ids: list[int], params: Any) -> Any:
         *_, last = [output async for output in engine.generate({"prompt_token_ids": ids}, params, request_id=name)]
-        return last.outputs[0]
+        return last
 
     async def logps(job: dict[str, Any]) -> dict[str, Any]:
         found: list[float] = []
         for start in range(0, len(job["want"]), _MOST_TOKENS):
             want = job["want"][start : start + _MOST_TOKENS]
             params = SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=want, detokenize=False)
-            output = await run(f"{job['id']}-{start}", job["ids"], params)
+            output = (await run(f"{job['id']}-{start}", job["ids"], params)).outputs[0]
             found += [output.logprobs[0][token].logprob for token in want]
         return {"logps": found}
 
+    async def likelihood(job: dict[str, Any]) -> dict[str, Any]:
+        # 0: of each token of the prompt alone, no alternatives.
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        found = (await run(str(job["id"]), job["ids"], params)).prompt_logprobs
+        return {"logps": [found[place][job["ids"][place]].logprob for place in range(job["after"], len(job["ids"]))]}
+
     async def sample(job: dict[str, Any]) -> dict[str, Any]:
-        output = await run(str(job["id"]), job["ids"], SamplingParams(detokenize=False, **job["sample"]))
+        output = (await run(str(job["id"]), job["ids"], SamplingParams(detokenize=False, **job["sample"]))).outputs[0]
         return {"tokens": list(output.token_ids), "finish": output.finish_reason}
 
     async def answer(job: dict[str, Any]) -> None:
         try:
-            result = await (logps(job) if "want" in job else sample(job))
+            ask = logps if "want" in job else likelihood if "after" in job else sample
+            result = await ask(job)
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"}
         send({"id": job["id"], **result})

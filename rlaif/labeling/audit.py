@@ -144,7 +144,7 @@ def audit(comparisons: Sequence[Comparison], labels: Sequence[Label], pairs: Seq
         "labeler_ties": sum(logit == 0 for _, logit in sided),
     }
     result |= verdict_quality(labels)
-    usable = sum(label.p is not None for label in labels)
+    usable = sum(label.verdict is not None for label in labels)
     spent = sum((label.prompt_tokens or 0) + (label.completion_tokens or 0) for label in labels)
     if usable and spent:
         result["tokens_per_usable_verdict"] = round(spent / usable, 1)

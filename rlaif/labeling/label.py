@@ -15,10 +15,20 @@ from typing import Any
 
 from rlaif.config import LabelingConfig
 from rlaif.constitution import Constitution
-from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
+from rlaif.engines.base import (
+    CompletionRequest,
+    Engine,
+    Failure,
+    Likelihood,
+    OptionMass,
+    OptionRequest,
+    Sampled,
+    SampleRequest,
+)
 from rlaif.labeling.live import LiveView
-from rlaif.labeling.modes import Answer, Request, Setup
+from rlaif.labeling.modes import Request, Setup
 from rlaif.labeling.store import VerdictStore
+from rlaif.labeling.verdicts import Answer
 from rlaif.records import Candidates, Label, content_hash
 
 log = logging.getLogger("rlaif")
@@ -159,9 +169,12 @@ class Labeling:
 
     def key(self, request: Request) -> str:
         """Hash of everything that can change the answer."""
+        scripted = self.engine.identity["engine"] == "scripted"
+        content: tuple[Any, ...]
         if isinstance(request, OptionRequest):
-            scripted = request.meta if self.engine.identity["engine"] == "scripted" else None
-            content: tuple[Any, ...] = (request.messages, request.options, request.stem, scripted)
+            content = (request.messages, request.options, request.stem, request.meta if scripted else None)
+        elif isinstance(request, CompletionRequest):
+            content = ("likelihood", request.messages, request.completion, request.meta if scripted else None)
         else:
             content = ("sample", *asdict(request).values())
         return content_hash(self._identity, self.setup.seed, *content)
@@ -186,6 +199,8 @@ class _Open:
 
 
 def _server(engine: Engine, kind: type) -> Callable[[Iterable[Any]], Iterator[tuple[int, Any]]]:
+    if kind is CompletionRequest:
+        return engine.score_completions
     return engine.sample if kind is SampleRequest else engine.score_options
 
 
@@ -193,11 +208,13 @@ def _shown(line: Candidates) -> list[tuple[str, str]]:
     return [(candidate.candidate_id, candidate.completion) for candidate in line.candidates]
 
 
-def _to_json(answer: OptionMass | Sampled) -> dict[str, Any]:
+def _to_json(answer: OptionMass | Sampled | Likelihood) -> dict[str, Any]:
     return {name: value for name, value in vars(answer).items() if value is not None}
 
 
 def _from_json(value: Mapping[str, Any]) -> Answer:
     if "text" in value:
         return Sampled(**value)
+    if "logp" in value:
+        return Likelihood(**value)
     return OptionMass(**{**value, "masses": tuple(value["masses"])})

@@ -7,31 +7,37 @@ A talk decides by its answers alone, so it can be held again from stored answers
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlaif.config import LabelingConfig, LabelMode
-from rlaif.constitution import Constitution, Exemplar, Principle, check_mode
-from rlaif.engines.base import Failure, OptionMass, OptionRequest, Sampled, SampleRequest
+from rlaif.config import LabelingConfig, LabelMode, Principles
+from rlaif.constitution import Constitution, Exemplar, Principle, check_mode, together
+from rlaif.engines.base import CompletionRequest, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
 from rlaif.labeling.prompts import (
     LETTERS,
+    SCALE,
     after_rationale,
+    contrastive_prompt,
     is_truncated,
     letter_spellings,
+    listwise_prompt,
+    number_spellings,
     pairwise_prompt,
     pointwise_prompt,
     rationale_prompt,
+    score_prompt,
     word_spellings,
 )
-from rlaif.records import Candidates, Completion, Label, content_hash
+from rlaif.labeling.verdicts import Answer, distribution, expected_score, likelihood_ratio, probability
+from rlaif.records import Candidates, Completion, Label, Prompt, UserError, content_hash
 
-Request = OptionRequest | SampleRequest
-Answer = OptionMass | Sampled | Failure
+Request = OptionRequest | SampleRequest | CompletionRequest
 Talk = Generator[Sequence[Request], Sequence[Answer], list[Label]]
 
 _LETTER_OPTIONS = tuple(letter_spellings(letter) for letter in LETTERS)
-_DEFAULT_MIN_MASS = {LabelMode.pairwise: 0.5, LabelMode.pointwise: 0.01}
+_NUMBER_OPTIONS = tuple(number_spellings(number) for number in SCALE)
 
 
 @dataclass(frozen=True)
@@ -53,33 +59,79 @@ class Setup:
     @property
     def kinds(self) -> tuple[type, ...]:
         """The kinds of request that a talk makes, in the order in which it makes them."""
+        if self.config.mode is LabelMode.contrastive:
+            return (CompletionRequest,)
         return (SampleRequest, OptionRequest) if self.config.rationales else (OptionRequest,)
 
     @property
     def minimum(self) -> float:
         """Option mass below which a verdict is uncovered."""
-        given = self.config.min_option_mass
-        return _DEFAULT_MIN_MASS[self.config.mode] if given is None else given
+        if self.config.min_option_mass is not None:
+            return self.config.min_option_mass
+        # After a statement many words could follow that are on neither list.
+        return 0.01 if self.config.mode is LabelMode.pointwise else 0.5
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each principle that verdicts are given under."""
+        asked = self.constitution.principles
+        if self.config.principles is Principles.together:
+            asked = (together(self.constitution),)
+        return {principle.id: principle.weight for principle in asked}
+
+    def principles(self, prompt: Prompt, compared: Sequence[Completion] = ()) -> tuple[Principle, ...]:
+        """What to ask a comparison under.
+
+        A sampled principle is a function of the seed, the prompt and the texts compared, whatever their order: all
+        orders of a pair are asked under the same one. Where completions are judged one at a time, ``compared`` is
+        empty, and all of a prompt's completions are judged by the same one.
+        """
+        if self.config.principles is Principles.together:
+            return (together(self.constitution),)
+        asked = self.constitution.principles
+        if self.config.principles is Principles.each:
+            return asked
+        texts = sorted(candidate.completion for candidate in compared)
+        rng = random.Random(content_hash("principle", self.seed, prompt.messages, texts))
+        return tuple(rng.choices(asked, [principle.weight for principle in asked]))
 
     def talk(self, line: Candidates) -> Talk:
         """The talk about one prompt's candidates."""
         return _TALKS[self.config.mode](self, line)
 
     def expected(self, candidates: int) -> int:
-        """How many requests of the last kind a prompt with so many candidates takes."""
-        principles = len(self.constitution.principles)
-        if self.config.mode is LabelMode.pointwise:
-            return candidates * principles
-        orders = 2 if self.config.both_orders else 1
-        return candidates * (candidates - 1) // 2 * principles * orders * max(self.config.rationales, 1)
+        """How many requests of the last kind a prompt with so many candidates takes.
+
+        Raises:
+            UserError: if the mode cannot take so many.
+        """
+        mode, orders = self.config.mode, 2 if self.config.both_orders else 1
+        principles = len(self.constitution.principles) if self.config.principles is Principles.each else 1
+        if mode is LabelMode.pairwise:
+            return candidates * (candidates - 1) // 2 * principles * orders * max(self.config.rationales, 1)
+        if mode is LabelMode.listwise:
+            if candidates > len(LETTERS):
+                raise UserError(
+                    f"labeling.mode=listwise takes up to {len(LETTERS)} candidates a prompt, and one prompt has "
+                    f"{candidates}; labeling.mode=pairwise, pointwise and score take any number"
+                )
+            return len(self.rotations(candidates)) * principles
+        return candidates * principles * (2 if mode is LabelMode.contrastive else 1)
+
+    def rotations(self, candidates: int) -> list[int]:
+        """By how many places the list is turned for each order in which it is shown, spread evenly."""
+        count = candidates if self.config.both_orders else 1
+        if self.config.rotations is not None:
+            count = min(self.config.rotations, candidates)
+        return [place * candidates // count for place in range(count)]
 
 
 def _pointwise(setup: Setup, line: Candidates) -> Talk:
     """A verdict word on each completion under each principle."""
-    asked = list(itertools.product(line.candidates, setup.constitution.principles))
+    asked = list(itertools.product(line.candidates, setup.principles(line.prompt)))
     answers = yield [_pointwise_request(line, candidate, principle) for candidate, principle in asked]
     return [
-        verdict(_blank(setup, line, principle, candidate=candidate.candidate_id), [answer], setup.minimum)
+        probability(_blank(setup, line, principle, candidate=candidate.candidate_id), [answer], setup.minimum)
         for (candidate, principle), answer in zip(asked, answers, strict=True)
     ]
 
@@ -122,7 +174,7 @@ def _pairwise(setup: Setup, line: Candidates) -> Talk:
         found = [[answer] for answer in answers]
     clamp = setup.config.clamp if setup.config.rationales else 0.0
     return [
-        verdict(
+        probability(
             _blank(
                 setup,
                 line,
@@ -141,7 +193,7 @@ def _pairwise(setup: Setup, line: Candidates) -> Talk:
 def _comparisons(setup: Setup, line: Candidates) -> Iterator[_Comparison]:
     """Both orders and all principles of a pair close together, so that engines can reuse what they share."""
     for one, other in itertools.combinations(line.candidates, 2):
-        for principle in setup.constitution.principles:
+        for principle in setup.principles(line.prompt, (one, other)):
             yield _Comparison(principle, one, other)
             if setup.config.both_orders:
                 yield _Comparison(principle, other, one)
@@ -151,10 +203,11 @@ def _pairwise_request(setup: Setup, line: Candidates, comparison: _Comparison) -
     principle = comparison.principle
     exemplars: tuple[Exemplar, ...] = ()
     if setup.config.exemplars:
-        exemplars = tuple(shot for shot in setup.constitution.exemplars if shot.principle == principle.id)
+        shots = setup.constitution.exemplars
+        exemplars = tuple(shot for shot in shots if principle.parts or shot.principle == principle.id)
     first, second = comparison.first.completion, comparison.second.completion
     messages = pairwise_prompt(principle, line.prompt.messages, first, second, exemplars)
-    return OptionRequest(messages, _LETTER_OPTIONS, meta=comparison.meta)
+    return OptionRequest(messages, _LETTER_OPTIONS[:2], meta=comparison.meta)
 
 
 def _reasoned(
@@ -167,7 +220,7 @@ def _reasoned(
     verdicts: list[Request] = [
         OptionRequest(
             after_rationale(request.messages, rationale.text, comparison.principle),
-            _LETTER_OPTIONS,
+            _LETTER_OPTIONS[:2],
             meta=comparison.meta,
         )
         for comparison, requests, found in zip(asked, samples, rationales, strict=True)
@@ -205,15 +258,100 @@ def _with_reply(answer: Answer, rationale: str) -> Answer:
     return replace(answer, reply=rationale) if isinstance(answer, OptionMass) else answer
 
 
+def _listwise(setup: Setup, line: Candidates) -> Talk:
+    """Which of all completions is the best, by a letter, in several orders of the list.
+
+    Each order is turned by some places against the first. With as many orders as candidates, each candidate stands in
+    each position once, so a bias of the positions that adds to the log-probabilities adds the same to every
+    candidate's mean, and cancels in their differences.
+    """
+    listed = line.candidates
+    orders = [(*listed[places:], *listed[:places]) for places in setup.rotations(len(listed))]
+    asked = list(itertools.product(orders, setup.principles(line.prompt, listed)))
+    answers = yield [
+        OptionRequest(
+            listwise_prompt(principle, line.prompt.messages, texts),
+            _LETTER_OPTIONS[: len(texts)],
+            meta={"mode": "listwise", "completions": texts, "principle": principle.id},
+        )
+        for order, principle in asked
+        for texts in [[candidate.completion for candidate in order]]
+    ]
+    return [
+        distribution(
+            _blank(setup, line, principle, order=tuple(candidate.candidate_id for candidate in order)),
+            answer,
+            setup.minimum,
+        )
+        for (order, principle), answer in zip(asked, answers, strict=True)
+    ]
+
+
+def _score(setup: Setup, line: Candidates) -> Talk:
+    """A number from 1 to 10 for each completion under each principle."""
+    asked = list(itertools.product(line.candidates, setup.principles(line.prompt)))
+    answers = yield [
+        OptionRequest(
+            score_prompt(principle, line.prompt.messages, candidate.completion),
+            _NUMBER_OPTIONS,
+            meta={"mode": "score", "completion": candidate.completion, "principle": principle.id},
+        )
+        for candidate, principle in asked
+    ]
+    return [
+        expected_score(_blank(setup, line, principle, candidate=candidate.candidate_id), answer, setup.minimum)
+        for (candidate, principle), answer in zip(asked, answers, strict=True)
+    ]
+
+
+def _contrastive(setup: Setup, line: Candidates) -> Talk:
+    """How much likelier each completion is under a system prompt that encourages the principle than under its opposite.
+
+    The contrast is that of RLCD (Yang et al. 2023), its use as a score that of DLMA (Liu et al. 2024).
+    """
+    asked = list(itertools.product(line.candidates, setup.principles(line.prompt)))
+    answers = yield [
+        _likelihood_request(line, candidate, principle, encouraged)
+        for candidate, principle in asked
+        for encouraged in (True, False)
+    ]
+    return [
+        likelihood_ratio(
+            _blank(setup, line, principle, candidate=candidate.candidate_id),
+            answers[2 * place : 2 * place + 2],
+            setup.config.length_normalize,
+        )
+        for place, (candidate, principle) in enumerate(asked)
+    ]
+
+
+def _likelihood_request(
+    line: Candidates, candidate: Completion, principle: Principle, encouraged: bool
+) -> CompletionRequest:
+    instruction = principle.encourage if encouraged else principle.discourage
+    assert instruction is not None
+    return CompletionRequest(
+        contrastive_prompt(instruction, line.prompt.messages),
+        candidate.completion,
+        meta={"mode": "contrastive", "encouraged": encouraged, "principle": principle.id},
+    )
+
+
 _TALKS: Mapping[LabelMode, Callable[[Setup, Candidates], Talk]] = {
     LabelMode.pairwise: _pairwise,
     LabelMode.pointwise: _pointwise,
+    LabelMode.score: _score,
+    LabelMode.listwise: _listwise,
+    LabelMode.contrastive: _contrastive,
 }
 
 
 def _blank(setup: Setup, line: Candidates, principle: Principle, **shown: Any) -> Label:
     """A label without its verdict; ``shown`` names the candidates by their ids."""
-    completions = [candidate.completion for candidate in line.candidates if candidate.candidate_id in shown.values()]
+    names = {*shown.get("order", ()), *(name for name in shown.values() if isinstance(name, str))}
+    completions = [candidate.completion for candidate in line.candidates if candidate.candidate_id in names]
+    # What is scored as a completion is read whole; a pointwise question of its own leaves the conversation out.
+    whole = setup.config.mode is LabelMode.contrastive
     alone = setup.config.mode is LabelMode.pointwise and principle.ask is not None
     return Label(
         prompt_id=line.prompt.prompt_id,
@@ -221,35 +359,6 @@ def _blank(setup: Setup, line: Candidates, principle: Principle, **shown: Any) -
         principle=principle.id,
         labeler=setup.labeler,
         method="",
-        p=None,
-        truncated=is_truncated(() if alone else line.prompt.messages, *completions) or None,
+        truncated=(not whole and is_truncated(() if alone else line.prompt.messages, *completions)) or None,
         **shown,
     )
-
-
-def verdict(blank: Label, answers: Sequence[Answer], minimum: float, clamp: float = 0.0) -> Label:
-    """The label with its verdict (the mean over its answers), or with the reason why there is none."""
-    failed = [answer for answer in answers if isinstance(answer, Failure)]
-    if failed:
-        return replace(blank, method="none", reason=failed[0].reason)
-    found = [answer for answer in answers if isinstance(answer, OptionMass)]
-    known = [(yes, no) for yes, no in (answer.masses for answer in found) if yes is not None and no is not None]
-    covered = [masses for masses in known if sum(masses) > 0 and sum(masses) >= minimum]
-    verdicts = [yes / (yes + no) for yes, no in covered]
-    if clamp:
-        verdicts = [min(max(p, clamp), 1 - clamp) for p in verdicts]
-    return replace(
-        blank,
-        method=found[0].method,
-        p=sum(verdicts) / len(verdicts) if verdicts else None,
-        reason=None if verdicts else "uncovered" if known else "option_unknown",
-        option_mass=round(sum(sum(masses) for masses in known) / len(known), 6) if known else None,
-        reply="\n\n".join(answer.reply for answer in found if answer.reply is not None) or None,
-        prompt_tokens=_sum(answer.prompt_tokens for answer in found),
-        completion_tokens=_sum(answer.completion_tokens for answer in found),
-    )
-
-
-def _sum(counts: Iterator[int | None]) -> int | None:
-    known = [count for count in counts if count is not None]
-    return sum(known) if known else None

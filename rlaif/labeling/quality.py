@@ -5,6 +5,8 @@ Both measures take one prompt at a time, so that a million labels need no more m
 
 from __future__ import annotations
 
+import itertools
+import math
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +16,7 @@ import numpy as np
 
 from rlaif.evaluation.statistics import ClusteredMean, expected_calibration_error
 from rlaif.gold import gold_score
-from rlaif.labeling.aggregate import PairLabel, logit
+from rlaif.labeling.aggregate import EPSILON, PairLabel, logit
 from rlaif.records import Candidates, Label
 
 # Gold scores that differ by less are hard to tell apart for anybody.
@@ -35,23 +37,23 @@ def verdict_quality(labels: Iterable[Label]) -> dict[str, Any]:
 class VerdictQuality:
     """Coverage and bias of raw verdicts; needs no truth.
 
-    ``same_position_rate``: share of pairs whose two orders name the same position. ``position_bias``: mean logit
-    for the first position (0 is unbiased). ``verdict_bias``: mean logit of yes (pointwise). ``truncated``: verdicts
-    on a text that was too long to be shown whole.
+    ``same_position_rate``: share of pairs whose two orders name the same position; for a list, share of the pairs of
+    its orders. ``position_bias``: mean logit for the first position (0 is unbiased); for a list, its logarithm less the
+    mean of the others'. ``verdict_bias``: mean logit of yes (pointwise). ``score_mean``: mean ``score``. ``truncated``:
+    verdicts on a text that was too long to be shown whole.
     """
 
     def __init__(self) -> None:
         self._prompts = self._verdicts = self._masses = self._tokens = self._truncated = 0
         self._mass = 0.0
-        self._mode: str | None = None
         self._reasons: Counter[str] = Counter()
         self._methods: Counter[str] = Counter()
-        self._bias, self._same = ClusteredMean(), ClusteredMean()
+        self._means: dict[str, ClusteredMean] = defaultdict(ClusteredMean)
 
     def add(self, labels: Sequence[Label]) -> None:
         """The labels of one prompt."""
         prompt, self._prompts = self._prompts, self._prompts + 1
-        orders: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+        orders: dict[tuple[Any, ...], list[int | None]] = defaultdict(list)
         for label in labels:
             self._verdicts += 1
             self._tokens += label.prompt_tokens or 0
@@ -59,19 +61,19 @@ class VerdictQuality:
             if label.option_mass is not None:
                 self._masses += 1
                 self._mass += label.option_mass
-            if label.p is None:
+            if label.verdict is None:
                 self._reasons[str(label.reason)] += 1
                 continue
             self._methods[label.method] += 1
-            self._mode = self._mode or label.mode
-            value = logit(label.p)
-            self._bias.add(value, prompt)
-            if label.first is not None and label.second is not None:
-                orders[label.principle, *sorted((label.first, label.second))].append(value)
-        for values in orders.values():
-            # A logit of exactly 0 names no position.
-            if len(values) == 2 and all(values):
-                self._same.add(float((values[0] > 0) == (values[1] > 0)), prompt)
+            name, value = _bias(label)
+            self._means[name].add(value, prompt)
+            if name == "position_bias":
+                shown = label.order or (label.first, label.second)
+                orders[label.principle, *sorted(map(str, shown))].append(_favourite(label))
+        for places in orders.values():
+            if len(places) > 1 and None not in places:
+                same = [one == other for one, other in itertools.combinations(places, 2)]
+                self._means["same_position_rate"].add(sum(same) / len(same), prompt)
 
     def reasons(self) -> dict[str, int]:
         """Verdicts that are missing, by reason."""
@@ -91,11 +93,10 @@ class VerdictQuality:
             "option_mass_mean": round(self._mass / self._masses, 6) if self._masses else None,
             "prompt_tokens": self._tokens,
         }
-        bias, same = self._bias.estimate(), self._same.estimate()
-        if bias is not None:
-            result |= bias.flat("verdict_bias" if self._mode == "pointwise" else "position_bias")
-        if same is not None:
-            result |= same.flat("same_position_rate")
+        for name, mean in self._means.items():
+            estimate = mean.estimate()
+            if estimate is not None:
+                result |= estimate.flat(name)
         return result
 
 
@@ -105,6 +106,28 @@ def latency(seconds: Sequence[float]) -> dict[str, float]:
         return {}
     median, p95 = np.percentile(seconds, [50, 95])
     return {"latency_median_s": round(float(median), 4), "latency_p95_s": round(float(p95), 4)}
+
+
+def _bias(label: Label) -> tuple[str, float]:
+    """What a usable verdict adds to, and the value."""
+    if label.order is not None and label.probs is not None:
+        # Each candidate stands first in one of the orders, so that the mean over them leaves the position alone.
+        first, *others = (math.log(max(p, EPSILON)) for p in label.probs)
+        return "position_bias", first - sum(others) / len(others)
+    if label.p is not None:
+        return "position_bias" if label.candidate is None else "verdict_bias", logit(label.p)
+    assert label.score is not None
+    return "score_mean", label.score
+
+
+def _favourite(label: Label) -> int | None:
+    """The position that a verdict names; a tie names none."""
+    shares = label.probs
+    if shares is None:
+        assert label.p is not None
+        shares = (label.p, 1 - label.p)
+    best = [place for place, share in enumerate(shares) if share == max(shares)]
+    return best[0] if len(best) == 1 else None
 
 
 class GoldAgreement:

@@ -116,7 +116,7 @@ def test_requests_are_pulled_one_at_a_time() -> None:
     assert pulled == [0]
 
 
-@pytest.mark.parametrize("meta", [None, {}, {"mode": "listwise"}])
+@pytest.mark.parametrize("meta", [None, {}, {"mode": "sideways"}])
 def test_request_without_meaning_is_refused(meta: Any) -> None:
     request = OptionRequest(({"role": "user", "content": "q"},), AB, meta=meta)
     with pytest.raises(ValueError, match="needs meta"):

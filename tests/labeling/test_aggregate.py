@@ -94,7 +94,9 @@ def test_principles_are_averaged_by_weight():
     [pair], _ = pair_labels(labels, {"x": 3.0, "y": 1.0})
     assert pair.logit == pytest.approx(0.549306, abs=1e-6)
     assert pair.principles == {"x": pytest.approx(1.098612, abs=1e-6), "y": pytest.approx(-1.098612, abs=1e-6)}
-    # A principle that has no verdict on the pair takes the pair with it.
+    # A principle that it was not asked under has no say in it; one that has no verdict on the pair takes it along.
+    assert pair_labels(labels, {"x": 3.0, "y": 1.0, "z": 1.0})[0] == [pair]
+    labels += [pairwise("a", "b", 0.75, "z"), pairwise("b", "a", None, "z", reason="timeout")]
     pairs, dropped = pair_labels(labels, {"x": 3.0, "y": 1.0, "z": 1.0})
     assert (pairs, dropped) == ([], {"no_verdict": 1})
 

@@ -1,0 +1,89 @@
+"""Answers of an engine -> the verdict in a label, or the reason why there is none. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from rlaif.engines.base import Failure, Likelihood, OptionMass, Sampled
+from rlaif.labeling.prompts import SCALE
+from rlaif.records import Label
+
+Answer = OptionMass | Sampled | Likelihood | Failure
+
+
+def probability(blank: Label, answers: Sequence[Answer], minimum: float, clamp: float = 0.0) -> Label:
+    """The share of the first of two options, the mean over several answers.
+
+    Args:
+        blank: the label without its verdict.
+        answers: one, or one after each rationale.
+        minimum: option mass below which an answer is uncovered.
+        clamp: each share is clipped to [clamp, 1 - clamp].
+    """
+    failed = [answer for answer in answers if isinstance(answer, Failure)]
+    if failed:
+        return replace(blank, method="none", reason=failed[0].reason)
+    found = [answer for answer in answers if isinstance(answer, OptionMass)]
+    known = [(yes, no) for yes, no in (answer.masses for answer in found) if yes is not None and no is not None]
+    covered = [masses for masses in known if sum(masses) > 0 and sum(masses) >= minimum]
+    verdicts = [yes / (yes + no) for yes, no in covered]
+    if clamp:
+        verdicts = [min(max(p, clamp), 1 - clamp) for p in verdicts]
+    return replace(
+        blank,
+        method=found[0].method,
+        p=sum(verdicts) / len(verdicts) if verdicts else None,
+        reason=None if verdicts else "uncovered" if known else "option_unknown",
+        option_mass=round(sum(sum(masses) for masses in known) / len(known), 6) if known else None,
+        reply="\n\n".join(answer.reply for answer in found if answer.reply is not None) or None,
+        prompt_tokens=_sum(answer.prompt_tokens for answer in found),
+        completion_tokens=_sum(answer.completion_tokens for answer in found),
+    )
+
+
+def distribution(blank: Label, answer: Answer, minimum: float) -> Label:
+    """The share of each of many options in their mass; an option that the engine cannot see makes it unknown."""
+    if isinstance(answer, Failure):
+        return replace(blank, method="none", reason=answer.reason)
+    assert isinstance(answer, OptionMass)
+    known = [mass for mass in answer.masses if mass is not None]
+    seen, total = len(known) == len(answer.masses), sum(known)
+    covered = seen and total > 0 and total >= minimum
+    return replace(
+        blank,
+        method=answer.method,
+        probs=tuple(mass / total for mass in known) if covered else None,
+        reason=None if covered else "uncovered" if seen else "option_unknown",
+        option_mass=round(total, 6) if seen else None,
+        reply=answer.reply,
+        prompt_tokens=answer.prompt_tokens,
+        completion_tokens=answer.completion_tokens,
+    )
+
+
+def expected_score(blank: Label, answer: Answer, minimum: float) -> Label:
+    """E[score] = sum over k from 1 to 10 of k p(k), with the distribution that it is the mean of."""
+    label = distribution(blank, answer, minimum)
+    if label.probs is None:
+        return label
+    return replace(label, score=sum(k * p for k, p in zip(SCALE, label.probs, strict=True)))
+
+
+def likelihood_ratio(blank: Label, answers: Sequence[Answer], normalize: bool) -> Label:
+    """log P(completion | encouraged) - log P(completion | discouraged), in nats, or in nats a token."""
+    failed = [answer for answer in answers if isinstance(answer, Failure)]
+    if failed:
+        return replace(blank, method="none", reason=failed[0].reason)
+    encouraged, discouraged = (answer for answer in answers if isinstance(answer, Likelihood))
+    read = _sum(part for answer in (encouraged, discouraged) for part in (answer.prompt_tokens, answer.tokens))
+    label = replace(blank, method="logprob", prompt_tokens=read)
+    if not encouraged.tokens:
+        return replace(label, reason="empty_completion")
+    ratio = encouraged.logp - discouraged.logp
+    return replace(label, score=ratio / encouraged.tokens if normalize else ratio)
+
+
+def _sum(counts: Iterator[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
