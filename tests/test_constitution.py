@@ -144,6 +144,19 @@ def test_principles_must_be_a_list(file, entries):
         load_constitution(str(file))
 
 
+def test_the_texts_of_a_contrast_come_in_pairs(file):
+    file.write_text(GOOD + "    encourage: Be warm.\n")
+    with pytest.raises(UserError, match="unknown key 'encourage'"):
+        load_constitution(str(file))
+    good = GOOD.replace("    question: Which is shorter?", "    question: Which is shorter?\n    encourage: Be brief.")
+    file.write_text(good)
+    with pytest.raises(UserError, match=r"line 12: principles\[1\] needs both encourage and discourage, or neither"):
+        load_constitution(str(file))
+    file.write_text(good.replace("    encourage: Be brief.", "    encourage: Be brief.\n    discourage: Go on."))
+    tone, length = load_constitution(str(file)).principles
+    assert (tone.encourage, length.encourage, length.discourage) == (None, "Be brief.", "Go on.")
+
+
 def test_exemplars_must_be_a_list(file):
     file.write_text(GOOD.split("exemplars:")[0] + "exemplars: {a: b}\n")
     with pytest.raises(UserError, match="line 14: exemplars must be a list"):

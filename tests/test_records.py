@@ -230,6 +230,13 @@ def test_label_names_its_probability_by_mode():
     assert point["score"] is None
     assert point["reason"] == "timeout"
     assert "p_first" not in point
+    rated = Label("p", "score", "k", "l", "logprob", candidate="a", score=1.75, probs=(0.25, 0.75)).to_json()
+    assert (rated["score"], rated["probs"]) == (1.75, (0.25, 0.75))
+    ranked = Label("p", "listwise", "k", "l", "none", reason="timeout", order=("b", "a")).to_json()
+    assert (ranked["order"], ranked["probs"], ranked["reason"]) == (("b", "a"), None, "timeout")
+    assert "score" not in ranked
+    contrast = Label("p", "contrastive", "k", "l", "logprob", candidate="a", score=-3.5).to_json()
+    assert (contrast["score"], "probs" in contrast) == (-3.5, False)
 
 
 def test_atomic_file_keeps_the_old_file_on_error(tmp_path):

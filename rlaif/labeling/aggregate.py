@@ -157,7 +157,7 @@ def p_higher(left: Sequence[float], right: Sequence[float]) -> float:
     # Exactly 1/2 for equal distributions: fsum does not depend on the order of what it adds.
     above = math.fsum(p * q for (x, p), (y, q) in pairs if x > y)
     below = math.fsum(p * q for (x, p), (y, q) in pairs if x < y)
-    return (1 + above - below) / 2
+    return (1 + (above - below)) / 2
 
 
 def _weigh(

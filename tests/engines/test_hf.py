@@ -5,10 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlaif.chat import encode_chat
+from rlaif.chat import encode_chat, encode_text
 from rlaif.config import LabelerConfig, LabelerType, ModelConfig
 from rlaif.engines import build_labeler
-from rlaif.engines.base import Failure, OptionMass, OptionRequest, Sampled, SampleRequest
+from rlaif.engines.base import (
+    CompletionRequest,
+    Failure,
+    Likelihood,
+    OptionMass,
+    OptionRequest,
+    Sampled,
+    SampleRequest,
+)
 from rlaif.engines.hf import HFEngine
 from rlaif.records import UserError
 
@@ -47,6 +55,48 @@ def test_a_spelling_that_starts_with_another_adds_no_mass(engine: HFEngine) -> N
     assert isinstance(plain, OptionMass)
     assert isinstance(doubled, OptionMass)
     assert plain.masses == doubled.masses
+
+
+def test_what_goes_on_to_be_another_option_is_not_counted_twice(engine: HFEngine) -> None:
+    # "10" is two tokens here, and begins with "1".
+    numbers = tuple((str(number),) for number in range(1, 11))
+    requests = [request("x" * size, *numbers, stem="I give it a ") for size in (3, 40)]
+    results = dict(engine.score_options(requests))
+    for index, asked in enumerate(requests):
+        ids = encode_chat(engine.tokenizer, asked.messages, asked.stem)
+        one, nought = engine.tokenizer.convert_tokens_to_ids(["1", "0"])
+        with torch.no_grad():
+            first = engine.model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+            second = engine.model(torch.tensor([[*ids, one]])).logits[0, -1].softmax(-1)
+        assert float(first[one]) > 1e-3
+        ten = float(first[one] * second[nought])
+        result = results[index]
+        assert isinstance(result, OptionMass)
+        assert result.masses[0] == pytest.approx(float(first[one]) - ten, abs=1e-6)
+        assert result.masses[9] == pytest.approx(ten, abs=1e-6)
+        assert sum(mass or 0.0 for mass in result.masses[1:9]) == pytest.approx(
+            float(sum(first[engine.tokenizer.convert_tokens_to_ids(str(n))] for n in range(2, 10))), abs=1e-6
+        )
+
+
+def test_the_likelihood_of_a_completion_is_that_of_its_tokens(engine: HFEngine) -> None:
+    texts = ["yes", "", "a much longer completion than the others", "<s>no</s>"]
+    messages = [({"role": "user", "content": "q" * size},) for size in (3, 30, 9, 60)]
+    requests = [CompletionRequest(asked, text) for asked, text in zip(messages, texts, strict=True)]
+    results = dict(engine.score_completions(requests))
+    for index, asked in enumerate(requests):
+        prompt, tokens = encode_chat(engine.tokenizer, asked.messages), encode_text(engine.tokenizer, asked.completion)
+        with torch.no_grad():
+            logps = engine.model(torch.tensor([[*prompt, *tokens]])).logits[0].log_softmax(-1)
+        total = sum(float(logps[len(prompt) + place - 1, token]) for place, token in enumerate(tokens))
+        result = results[index]
+        assert isinstance(result, Likelihood)
+        assert result.logp == pytest.approx(total, abs=1e-4)
+        assert (result.tokens, result.prompt_tokens) == (len(tokens), len(prompt))
+    # Nothing but empty completions is a batch too.
+    [(_, empty)] = engine.score_completions([CompletionRequest(messages[0], "")])
+    assert isinstance(empty, Likelihood)
+    assert (empty.logp, empty.tokens) == (0.0, 0)
 
 
 def test_samples_do_not_depend_on_batch_or_order(engine: HFEngine) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from rlaif.config import LabelerConfig, LabelerType, ScriptedConfig
 from rlaif.engines import build_labeler
-from rlaif.engines.base import Failure, OptionMass, OptionRequest, Sampled, SampleRequest
+from rlaif.engines.base import CompletionRequest, Failure, Likelihood, OptionMass, OptionRequest, Sampled, SampleRequest
 from rlaif.engines.scripted import ScriptedEngine
 from rlaif.records import UserError
 
@@ -62,6 +62,43 @@ def test_pointwise_masses_by_hand() -> None:
     config = ScriptedConfig(utility="letters", sharpness=3, position_bias=9, option_mass=1)
     result = score(ScriptedEngine(config, seed=1), point("aab"))
     assert result.masses == pytest.approx((0.880797, 0.119203), abs=1e-6)
+
+
+def test_numbers_have_the_wanted_mean() -> None:
+    # length: 2 words; sigmoid(0.5 * 2) = 0.731059; 1 + 9 * 0.731059 = 7.579527.
+    request = OptionRequest(
+        ({"role": "user", "content": "q"},),
+        tuple((str(n),) for n in range(1, 11)),
+        meta={"mode": "score", "completion": "a b"},
+    )
+    config = ScriptedConfig(utility="length", sharpness=0.5, option_mass=0.8, position_bias=9)
+    masses = [mass or 0.0 for mass in score(ScriptedEngine(config, seed=1), request).masses]
+    assert sum(masses) == pytest.approx(0.8)
+    assert sum(n * mass for n, mass in enumerate(masses, 1)) / 0.8 == pytest.approx(7.579527, abs=1e-6)
+
+
+def test_the_best_of_a_list_by_hand() -> None:
+    # exp(0.5 + 1.5), exp(1), exp(0.5): 7.389056, 2.718282, 1.648721 of 11.756059.
+    request = OptionRequest(
+        ({"role": "user", "content": "q"},),
+        (("A",), ("B",), ("C",)),
+        meta={"mode": "listwise", "completions": ["a", "a b", "c"]},
+    )
+    config = ScriptedConfig(utility="length", sharpness=0.5, option_mass=1, position_bias=1.5)
+    result = score(ScriptedEngine(config, seed=1), request)
+    assert result.masses == pytest.approx((0.628532, 0.231224, 0.140244), abs=1e-6)
+    with pytest.raises(ValueError, match="takes 3 options here, got 2"):
+        score(ScriptedEngine(config, seed=1), OptionRequest(request.messages, AB, meta=request.meta))
+
+
+def test_likelihoods_by_hand() -> None:
+    engine = ScriptedEngine(ScriptedConfig(utility="length", sharpness=0.5), seed=0)
+    requests = [
+        CompletionRequest((), "a b c", meta={"mode": "contrastive", "encouraged": side}) for side in (True, False)
+    ]
+    found = [result for _, result in engine.score_completions(requests)]
+    # Two nats a word, and half of 0.5 * 3 more or less.
+    assert [result.logp for result in found if isinstance(result, Likelihood)] == pytest.approx([-5.25, -6.75])
 
 
 def test_extreme_logits_do_not_overflow() -> None:

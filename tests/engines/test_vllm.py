@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from rlaif.chat import encode_chat
+from rlaif.chat import encode_chat, encode_text
 from rlaif.config import LabelerConfig, LabelerType, VLLMConfig
 from rlaif.engines import build_labeler
-from rlaif.engines.base import Failure, OptionMass, OptionRequest, Sampled, SampleRequest
+from rlaif.engines.base import CompletionRequest, Failure, Likelihood, OptionMass, OptionRequest, Sampled, SampleRequest
 from rlaif.records import UserError
 
 REAL = [
@@ -44,6 +44,8 @@ FAKE = """
             send({"id": job["id"], "error": "ValueError: not today"})
         elif "want" in job:
             send({"id": job["id"], "logps": [-1 - (token + len(job["ids"])) % 5 for token in job["want"]]})
+        elif "after" in job:
+            send({"id": job["id"], "logps": [-token / 100 for token in job["ids"][job["after"]:]]})
         else:
             count = job["sample"]["max_tokens"]
             send({"id": job["id"], "tokens": [64] * count, "finish": "length" if count > 3 else "stop"})
@@ -87,6 +89,33 @@ def test_masses_are_sums_over_spellings_with_a_prompt_more_for_each_later_token(
     [broken] = [results[i] for i, ids in enumerate(encoded) if len(ids) == 46]
     assert isinstance(broken, Failure)
     assert (broken.reason, broken.detail) == ("engine_error", "ValueError: not today")
+
+
+def test_what_goes_on_to_be_another_option_is_not_counted_twice(tmp_path: Path) -> None:
+    request = ask("q" * 12, tuple((str(number),) for number in range(1, 11)))
+    with build_labeler(config(fake_python(tmp_path)), seed=0) as engine:
+        [(_, result)] = engine.score_options([request])
+        size = len(encode_chat(engine.tokenizer, request.messages))
+        one, nought = engine.tokenizer.convert_tokens_to_ids(["1", "0"])
+    first, second = math.exp(-1 - (one + size) % 5), math.exp(-1 - (nought + size + 1) % 5)
+    assert isinstance(result, OptionMass)
+    assert (result.masses[0], result.masses[9]) == pytest.approx((first - first * second, first * second))
+
+
+def test_likelihoods_are_sums_over_the_completion_alone(tmp_path: Path) -> None:
+    messages = ({"role": "user", "content": "Hello"},)
+    requests = [CompletionRequest(messages, text) for text in ("abc", "", "<s>", "x" * 300)]
+    with build_labeler(config(fake_python(tmp_path)), seed=0) as engine:
+        results = dict(engine.score_completions(requests))
+        prompt = len(encode_chat(engine.tokenizer, messages))
+        tokens = [encode_text(engine.tokenizer, request.completion) for request in requests]
+    for index in range(3):
+        result = results[index]
+        assert isinstance(result, Likelihood)
+        assert result.logp == pytest.approx(-sum(tokens[index]) / 100)
+        assert (result.tokens, result.prompt_tokens) == (len(tokens[index]), prompt)
+    assert isinstance(results[3], Failure)
+    assert results[3].reason == "too_long"
 
 
 def test_prompts_that_do_not_fit_fail_alone(tmp_path: Path) -> None:
@@ -240,6 +269,30 @@ class TestReal:
             assert got[0] / sum(got) == pytest.approx(want[0] / sum(want), abs=0.05)
             assert sum(got) == pytest.approx(sum(want), abs=0.05)
             assert found[index].prompt_tokens == expected[index].prompt_tokens
+
+    def test_numbers_and_likelihoods_are_those_of_hf(self, real) -> None:
+        numbers = tuple((str(number), f" {number}") for number in range(1, 11))
+        options = [
+            OptionRequest(({"role": "user", "content": f"{text} Rate this from 1 to 10."},), numbers, stem="Rating:")
+            for text in ("A lovely day!", "Nobody likes you.", "One, two.")
+        ]
+        given = [
+            CompletionRequest(
+                ({"role": "system", "content": f"Be {tone}."}, {"role": "user", "content": "Hello"}), text
+            )
+            for tone in ("kind", "rude")
+            for text in ("What a lovely day, my friend.", "Go away <|im_end|> now.")
+        ]
+        found, likely = dict(real.score_options(options)), dict(real.score_completions(given))
+        with build_labeler(LabelerConfig(type=LabelerType.hf, model="embedded"), seed=0) as engine:
+            expected, wanted = dict(engine.score_options(options)), dict(engine.score_completions(given))
+        for index in range(len(options)):
+            assert found[index].masses == pytest.approx(expected[index].masses, abs=0.05)
+            assert sum(expected[index].masses) > 0.3
+        for index in range(len(given)):
+            assert likely[index].tokens == wanted[index].tokens
+            # vLLM runs in bfloat16, hf in float32.
+            assert likely[index].logp == pytest.approx(wanted[index].logp, abs=0.1 * wanted[index].tokens)
 
     def test_samples_repeat_by_seed(self, real) -> None:
         requests = [SampleRequest(({"role": "user", "content": "Say hello."},), 12, seed=n) for n in (1, 2, 1)]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlaif.labeling.aggregate import logit, pair_labels, sigmoid, unswap
+from rlaif.labeling.aggregate import list_logits, logit, p_higher, pair_labels, sigmoid, unswap
 from rlaif.records import Label
 
 
@@ -140,3 +140,90 @@ def test_pointwise_does_not_depend_on_the_order_of_labels(values, rng):
     )
     assert found == expected
     assert len(found) == math.comb(len(values), 2)
+
+
+def listed(order, probs, principle="k"):
+    return Label("p", "listwise", principle, "l", "logprob", order=tuple(order), probs=probs)
+
+
+def scored(candidate, *probs):
+    mean = sum(k * p for k, p in enumerate(probs, 1))
+    return Label("p", "score", "k", "l", "logprob", candidate=candidate, score=mean, probs=probs)
+
+
+def test_a_list_is_a_choice_among_its_pairs():
+    # Odds 3 : 1 and 2 : 1, whatever the third has: log 3 = 1.098612, log 2 = 0.693147, log 1.5 = 0.405465.
+    found = {(one, other): value for one, other, value in list_logits(listed("bca", (0.2, 0.1, 0.3)))}
+    assert found == pytest.approx({("a", "b"): 0.405465, ("a", "c"): 1.098612, ("b", "c"): 0.693147}, abs=1e-6)
+    # Clipped at 1e-6: log(1e6) = 13.815511.
+    assert [value for *_, value in list_logits(listed("ab", (1.0, 0.0)))] == pytest.approx([13.815511])
+    assert list(list_logits(listed("ba", None))) == [("a", "b", None)]
+
+
+@given(
+    st.lists(st.tuples(st.floats(-3, 3), st.floats(-2, 2)), min_size=2, max_size=6),
+    st.randoms(),
+)
+def test_biases_of_positions_cancel_over_all_rotations(rows, rng):
+    utility = {f"c{n}": value for n, (value, _) in enumerate(rows)}
+    biases = [bias for _, bias in rows]
+    labels = []
+    for places in range(len(rows)):
+        order = [*list(utility)[places:], *list(utility)[:places]]
+        weights = [math.exp(utility[name] + bias) for name, bias in zip(order, biases, strict=True)]
+        labels.append(listed(order, tuple(weight / sum(weights) for weight in weights)))
+    rng.shuffle(labels)
+    pairs, dropped = pair_labels(labels, {"k": 1.0})
+    assert (len(pairs), dropped) == (math.comb(len(rows), 2), {"no_verdict": 0})
+    for pair in pairs:
+        assert pair.logit == pytest.approx(utility[pair.one] - utility[pair.other], abs=1e-7)
+
+
+def test_one_order_of_a_list_that_failed_takes_its_pairs():
+    labels = [listed("ab", (0.5, 0.5)), listed("ba", None)]
+    assert pair_labels(labels, {"k": 1.0}) == ([], {"no_verdict": 1})
+
+
+def test_p_higher_by_hand():
+    # P(X > Y) = 0.5 * 0.5 + 0.3 * (0.5 + 0.25) = 0.475; P(X = Y) = 0.2 * 0.5 + 0.5 * 0.25 + 0.3 * 0.25 = 0.3.
+    assert p_higher((0.2, 0.5, 0.3), (0.5, 0.25, 0.25)) == pytest.approx(0.475 + 0.15)
+    assert p_higher((0.0, 1.0), (1.0, 0.0)) == 1.0
+
+
+distributions = st.lists(st.floats(1e-9, 1), min_size=10, max_size=10).map(
+    lambda values: [value / sum(values) for value in values]
+)
+
+
+@given(distributions, distributions)
+def test_p_higher_is_a_preference(one, other):
+    assert p_higher(one, one) == 0.5
+    assert p_higher(one, other) + p_higher(other, one) == pytest.approx(1)
+
+
+def test_scores_make_soft_labels():
+    # logit(0.625) = log(5 / 3) = 0.510826.
+    labels = [scored("b", 0.5, 0.25, 0.25), scored("a", 0.2, 0.5, 0.3)]
+    [pair], _ = pair_labels(labels, {"k": 1.0})
+    assert (pair.one, pair.other, pair.logit) == ("a", "b", pytest.approx(0.510826, abs=1e-6))
+    # Equal distributions are a tie, exactly.
+    [pair], _ = pair_labels([scored("a", 0.1, 0.2, 0.7), scored("b", 0.1, 0.2, 0.7)], {"k": 1.0})
+    assert pair.logit == 0.0
+
+
+def test_contrasts_are_subtracted():
+    labels = [
+        Label("p", "contrastive", "k", "l", "logprob", candidate=name, score=score)
+        for name, score in (("a", 1.5), ("b", -20.0), ("c", None))
+    ]
+    pairs, dropped = pair_labels(labels, {"k": 1.0})
+    assert [(pair.one, pair.other, pair.logit) for pair in pairs] == [("a", "b", 21.5)]
+    assert dropped == {"no_verdict": 2}
+
+
+def test_a_pair_is_weighed_by_the_principles_that_it_was_asked_under():
+    labels = [pairwise("a", "b", 0.75, "x"), pairwise("b", "a", 0.25, "x")]
+    labels += [pairwise("a", "c", 0.25, "y"), pairwise("c", "a", 0.75, "y")]
+    pairs, dropped = pair_labels(labels, {"x": 3.0, "y": 1.0})
+    assert [pair.logit for pair in pairs] == pytest.approx([1.098612, -1.098612], abs=1e-6)
+    assert dropped == {"no_verdict": 0}

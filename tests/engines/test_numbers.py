@@ -1,0 +1,91 @@
+"""Options that are numbers: one may be the beginning of another, and replies name the end of the scale."""
+
+import math
+
+import pytest
+
+from rlaif.engines.options import Spelling, option_masses, parse_reply, sequence_masses, spellings
+from rlaif.labeling.prompts import SCALE, letter_spellings, number_spellings
+
+NUMBERS = tuple(number_spellings(number) for number in SCALE)
+
+
+class Bytes:
+    """A tokenizer with a token for each character."""
+
+    def __call__(self, text, **_):
+        return {"input_ids": [ord(character) for character in text]}
+
+
+class Words:
+    """A tokenizer with a token for each text."""
+
+    def __call__(self, text, **_):
+        return {"input_ids": [int(text)]}
+
+
+def test_a_spelling_knows_whose_it_goes_on_from():
+    found = {(spelling.option, spelling.tokens): spelling.inside for spelling in spellings(Bytes(), [("1",), ("10",)])}
+    assert found == {(0, (49,)): None, (1, (49, 48)): 0}
+    assert {spelling.inside for spelling in spellings(Words(), [("1",), ("10",)])} == {None}
+
+
+def test_masses_of_nested_spellings_by_hand():
+    # 1, 10 and 100: what goes on is the longer one's alone.
+    spelled = [Spelling(0, (1,), None), Spelling(1, (1, 0), 0), Spelling(2, (1, 0, 0), 1)]
+    logps = {(1,): math.log(0.6), (1, 0): math.log(0.5), (1, 0, 0): math.log(0.2)}
+    assert sequence_masses(spelled, logps, 3) == pytest.approx((0.1, 0.3, 0.2))
+
+
+def test_a_listed_beginning_of_an_option_that_is_not_listed_is_unknown():
+    listed = [("9", math.log(0.6)), ("1", math.log(0.3)), ("8", math.log(0.05))]
+    assert option_masses(listed, "9", NUMBERS) == (None,) * 10
+    # With the whole number beside it, or without mass on it, there is no doubt.
+    masses = option_masses([*listed, ("10", math.log(0.04))], "9", NUMBERS)
+    assert (masses[0], masses[9]) == pytest.approx((0.3, 0.04))
+    masses = option_masses([("9", math.log(0.9)), ("1", math.log(5e-4))], "9", NUMBERS)
+    assert (masses[0], masses[8]) == pytest.approx((5e-4, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("7", 7),
+        (" 10", 10),
+        ("**8**", 8),
+        ("8/10", 8),
+        ("10/10", 10),
+        ("10 / 10", 10),
+        ("7 out of 10.", 7),
+        ("Score: 7", 7),
+        ("Rating: **9/10**", 9),
+        ("The reply is warm.\nScore: 3", 3),
+        ("The score is 4.", 4),
+        ("Answer: 2. It is cold.", 2),
+        ("6, because it is polite", 6),
+        ("7.5", None),
+        ("7,5", None),
+        ("7-8", None),
+        ("7 or 8", None),
+        ("11", None),
+        ("0", None),
+        ("100", None),
+        ("2 points stand out in this reply", None),
+        ("Of the 3 claims none is true", None),
+        ("Score: high", None),
+        ("", None),
+    ],
+)
+def test_replies_that_are_numbers(reply, expected):
+    place = parse_reply(reply, NUMBERS)
+    assert (None if place is None else SCALE[place]) == expected
+
+
+def test_letters_of_a_list_are_read_as_those_of_a_pair():
+    letters = tuple(letter_spellings(letter) for letter in "ABCD")
+    assert [parse_reply(reply, letters) for reply in ("(C)", "Answer: d", "B and C", "C is fine but\nAnswer: A")] == [
+        2,
+        3,
+        None,
+        0,
+    ]
