@@ -71,8 +71,9 @@ class VerdictQuality:
                 shown = label.order or (label.first, label.second)
                 orders[label.principle, *sorted(map(str, shown))].append(_favourite(label))
         for places in orders.values():
-            if len(places) > 1 and None not in places:
-                same = [one == other for one, other in itertools.combinations(places, 2)]
+            named = [place for place in places if place is not None]
+            same = [one == other for one, other in itertools.combinations(named, 2)]
+            if same:
                 self._means["same_position_rate"].add(sum(same) / len(same), prompt)
 
     def reasons(self) -> dict[str, int]:

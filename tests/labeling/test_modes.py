@@ -326,3 +326,18 @@ class TestPrinciples:
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         LabelingConfig(**settings)
+
+
+@pytest.mark.parametrize("config", NEW, ids=["score", "listwise", "contrastive"])
+def test_a_model_in_process_answers_in_every_mode(store, config):
+    """Random weights: what comes out is no truth, but every line has its verdict."""
+    from rlaif.config import ModelConfig
+    from rlaif.engines.hf import HFEngine
+
+    with HFEngine(ModelConfig(name="tiny", device="cpu")) as labeler:
+        labels = labeled(replace(config, min_option_mass=0.0), labeler, data=lines(2), store=store)
+        assert {(label.method, label.reason, label.labeler) for label in labels} == {("logprob", None, "tiny")}
+        pairs, dropped = pair_labels(labels, {"kind": 3.0})
+    assert (len(pairs), dropped) == (12, {"no_verdict": 0})
+    assert any(abs(pair.logit) > 1e-3 for pair in pairs)
+    assert all(label.prompt_tokens > 0 for label in labels)

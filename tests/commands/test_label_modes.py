@@ -1,0 +1,85 @@
+"""Every labeling mode through the commands, with a labeler whose truth is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPTED = ["labeler=scripted", "labeler.scripted.utility=letters", "labeler.scripted.sharpness=12"]
+# By mode: verdicts on three candidates under the one principle of warm, and what a line has of its own.
+MODES = {
+    "score": (3, {"candidate", "score", "probs"}),
+    "listwise": (3, {"order", "probs"}),
+    "contrastive": (3, {"candidate", "score"}),
+}
+
+
+def lines_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_labels_follow_the_scripted_truth(run_command, inputs, tmp_path, mode):
+    out = tmp_path / "out"
+    arguments = [f"candidates={inputs}/candidates.jsonl", "constitution=warm", "gold=letters", f"labeling.mode={mode}"]
+    bias = "labeler.scripted.position_bias=2"
+    run_command("label", *arguments, *SCRIPTED, bias, f"output_dir={out}")
+    quality = json.loads((out / "quality.json").read_text())
+    verdicts, own = MODES[mode]
+    assert quality["mode"] == mode
+    assert quality["n_verdicts"] == 40 * verdicts
+    assert (quality["agreement"], quality["n_pairs"], quality["failed"]) == (1.0, 120, 0)
+    if mode == "listwise":
+        assert quality["position_bias"] == pytest.approx(2, abs=1e-3)
+        assert 0 <= quality["same_position_rate"] <= 1
+    else:
+        assert "score_mean" in quality
+    labels = lines_of(out / "labels.jsonl")
+    assert len(labels) == 40 * verdicts
+    assert own <= set(labels[0])
+    assert not {"p_first", "first", "second"} & set(labels[0])
+    assert (out / "preferences" / "train.parquet").is_file()
+
+
+@pytest.mark.parametrize("principles", ["sample", "together"])
+def test_principles(run_command, inputs, tmp_path, principles):
+    out = tmp_path / "out"
+    run_command(
+        "label",
+        f"candidates={inputs}/candidates.jsonl",
+        "constitution=harmless",
+        f"labeling.principles={principles}",
+        *SCRIPTED,
+        "gold=letters",
+        f"output_dir={out}",
+    )
+    quality = json.loads((out / "quality.json").read_text())
+    # Two orders of three pairs, each under one principle, or under all in one prompt.
+    assert (quality["n_verdicts"], quality["agreement"]) == (40 * 3 * 2, 1.0)
+    found = {label["principle"] for label in lines_of(out / "labels.jsonl")}
+    assert found == {"all"} if principles == "together" else len(found) == 6
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_audit_in_every_mode(run_command, tmp_path, mode):
+    file = tmp_path / "pairs.jsonl"
+    lines = [
+        {"id": str(n), "prompt": f"q {n}", "chosen": f"a much longer reply {n}", "rejected": f"reply {n}"}
+        for n in range(20)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run_command(
+        "audit",
+        f"comparisons={file}",
+        "constitution=helpful",
+        f"labeling.mode={mode}",
+        "labeler=scripted",
+        "labeler.scripted.utility=length",
+        f"output_dir={tmp_path}/out",
+    )
+    found = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert (found["agreement"], found["n_labelled"], found["mode"]) == (1.0, 20, mode)
+    assert found["n_verdicts"] == 20 * 2 * 6
+    assert found["agreement_principle_clear"] == 1.0
