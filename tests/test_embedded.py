@@ -27,22 +27,32 @@ PAIRS = [
     ("Your dog sounds like a delightful friend.", "Dogs are filthy and a terrible nuisance."),
 ]
 
+LINES = [
+    Candidates(
+        Prompt(f"p{i}", ({"role": "user", "content": "Tell me something."},)),
+        (Completion("a-warm", warm), Completion("b-gloomy", gloomy)),
+    )
+    for i, (warm, gloomy) in enumerate(PAIRS)
+]
+
 
 def test_the_embedded_labeler_orders_clear_tones(tmp_path: Path) -> None:
-    lines = [
-        Candidates(
-            Prompt(f"p{i}", ({"role": "user", "content": "Tell me something."},)),
-            (Completion("a-warm", warm), Completion("b-gloomy", gloomy)),
-        )
-        for i, (warm, gloomy) in enumerate(PAIRS)
-    ]
     config = LabelerConfig(type=LabelerType.hf, model="embedded")
     constitution = load_constitution("warm")
     settings = LabelingConfig(mode=LabelMode.pointwise)
     with build_labeler(config, seed=0) as engine, VerdictStore(tmp_path / "store.sqlite") as store:
-        labels = label_candidates(lines, constitution, engine, settings, store)
+        labels = label_candidates(LINES, constitution, engine, settings, store)
     pairs, dropped = pair_labels(labels, {"warm_tone": 1.0})
     assert not dropped["no_verdict"]
+    assert all(pair.logit > 1 for pair in pairs), [pair.logit for pair in pairs]
+
+
+def test_likelihoods_under_opposite_prompts_order_clear_tones(tmp_path: Path) -> None:
+    config = LabelerConfig(type=LabelerType.hf, model="embedded")
+    settings = LabelingConfig(mode=LabelMode.contrastive)
+    with build_labeler(config, seed=0) as engine, VerdictStore(tmp_path / "store.sqlite") as store:
+        labels = label_candidates(LINES, load_constitution("warm"), engine, settings, store)
+    pairs, _ = pair_labels(labels, {"warm_tone": 1.0})
     assert all(pair.logit > 1 for pair in pairs), [pair.logit for pair in pairs]
 
 

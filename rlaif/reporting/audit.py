@@ -20,6 +20,7 @@ _ROWS = (
 _LOGITS = (
     ("position_bias", "position bias (logits, for the first)"),
     ("verdict_bias", "verdict bias (logits, for the favourable words)"),
+    ("score_mean", "mean score"),
 )
 _COUNTS = (
     ("n_comparisons", "pairs"),

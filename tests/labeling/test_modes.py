@@ -5,9 +5,11 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from fake_server import FakeServer, text
 
-from rlaif.config import LabelingConfig, LabelMode, Principles, ScriptedConfig
+from rlaif.config import LabelerConfig, LabelerType, LabelingConfig, LabelMode, Principles, ScriptedConfig
 from rlaif.constitution import Constitution, Principle, load_constitution
+from rlaif.engines import build_labeler
 from rlaif.engines.base import Engine, Failure, Likelihood, OptionMass
 from rlaif.engines.scripted import ScriptedEngine
 from rlaif.labeling.aggregate import p_higher, pair_labels
@@ -237,6 +239,49 @@ def test_too_little_mass_and_unknown_options_are_no_verdict(store, config):
     blind = Answering(lambda request: OptionMass((None, *(0.1 for _ in request.options[1:])), "logprob"))
     labels = labeled(config, blind, data=lines(1), store=store)
     assert {(label.verdict, label.reason) for label in labels} == {(None, "option_unknown")}
+
+
+class TestWithoutLogProbabilities:
+    """A server that gives none: verdicts come from replies, and the label says so."""
+
+    @pytest.fixture
+    def server(self):
+        fake = FakeServer()
+        yield fake
+        fake.close()
+
+    @staticmethod
+    def labeler(server, **settings):
+        config = LabelerConfig(type=LabelerType.openai, model="judge", base_url=server.url, **settings)
+        return build_labeler(config, seed=0)
+
+    def test_numbers_in_a_reply(self, store, server):
+        replies = {"a": "8/10", "b": "Score: 3", "c": "I like it."}
+        server.default = lambda body: text(replies[body["messages"][0]["content"].split("[Reply]\n")[1][0]])
+        with self.labeler(server) as labeler:
+            labels = labeled(SCORE, labeler, data=lines(1, ("a", "b", "c")), store=store)
+        assert [(label.score, label.reason, label.method) for label in labels] == [
+            (8.0, None, "text"),
+            (3.0, None, "text"),
+            (None, "uncovered", "text"),
+        ]
+        [pair], dropped = pair_labels(labels, {"kind": 3.0})
+        assert (pair.one, pair.other, pair.p) == ("c0", "c1", pytest.approx(1 - 1e-6))
+        assert dropped == {"no_verdict": 2}
+
+    def test_votes_on_a_list(self, store, server):
+        # Two of three replies prefer the reply "b", wherever it stands.
+        def reply(body):
+            place = "AB"[body["messages"][0]["content"].index("\nb\n") > body["messages"][0]["content"].index("\na\n")]
+            other = "AB".replace(place, "")
+            return text(*(place, other, f"Answer: {place}")[: body.get("n", 1)])
+
+        server.default = reply
+        with self.labeler(server, votes=3) as labeler:
+            labels = labeled(LISTWISE, labeler, data=lines(1, ("a", "b")), store=store)
+        assert [(label.order, label.method) for label in labels] == [(("c0", "c1"), "votes"), (("c1", "c0"), "votes")]
+        [pair], _ = pair_labels(labels, {"kind": 3.0})
+        assert pair.logit == pytest.approx(-math.log(2))
 
 
 MODES = [mode for mode in LabelMode if mode is not LabelMode.pointwise]
