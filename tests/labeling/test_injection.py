@@ -123,6 +123,7 @@ LOOKALIKES = [
     "[Reply\u3000A]",
     "[End of rep\u00adly a]",
     "[\U0001d404nd of reply a]",
+    "[End of reply c]",
 ]
 
 
