@@ -42,12 +42,16 @@ drawn for each pair (`labeling.principles=sample`) and pairs are asked in both o
 in the [demo](demo.md), where it agrees with the gold judge on three quarters of all pairs. As a labeler of anything
 harder it is not to be trusted, and this is what that looks like.
 
+*option mass* is the probability that the model puts on any of the answers it was asked for. By default most of these
+verdicts would count as uncovered (`labeling.min_option_mass`, 0.5 except for verdict words), and there would be no labels
+to audit. To see what they would have been, the limit is 0.01 here, for every mode.
+
 "no" under *train on it?* means that agreement is below chance or can't be told from it; "better than length" that it is
 above chance and also above what preferring the longer completion reaches; "not beyond length" that it is above chance
 and not shown to be more than that.
 
-| set | constitution | mode | agreement | longer wins | same position | kappa | verdicts missing | ECE | train on it? |
-|---|---|---|---|---|---|---|---|---|---|
+| set | constitution | mode | agreement | longer wins | same position | kappa | option mass | verdicts missing | ECE | train on it? |
+|---|---|---|---|---|---|---|---|---|---|---|
 """
 TAIL = """
 The command: `python scripts/publish_audits.py DATA_DIR runs/audits {pairs}`. The sets are public (LLMBar; Anthropic's
@@ -65,7 +69,9 @@ def row(name: str, mode: str, found: dict[str, Any]) -> str:
         return f"{found[key]:.1%} [{found[key + '_low']:.1%}, {found[key + '_high']:.1%}]"
 
     missing = sum(found.get(key, 0) for key in ("uncovered", "unlisted", "failed"))
-    kappa, ece = (f"{found[key]:.2f}" if found.get(key) is not None else "–" for key in ("kappa", "ece"))
+    kappa, mass, ece = (
+        f"{found[key]:.2f}" if found.get(key) is not None else "–" for key in ("kappa", "option_mass_mean", "ece")
+    )
     said = found["verdict"]
     advice = "better than length"
     if said.startswith(("DO NOT", "NO ")):
@@ -74,7 +80,7 @@ def row(name: str, mode: str, found: dict[str, Any]) -> str:
         advice = "not beyond length"
     estimates = " | ".join(estimate(key) for key in ("agreement", "longer_wins", "same_position_rate"))
     return (
-        f"| {name} | {found['constitution']} | {mode} | {estimates} | {kappa} | "
+        f"| {name} | {found['constitution']} | {mode} | {estimates} | {kappa} | {mass} | "
         f"{missing} of {found['n_verdicts']} | {ece} | {advice} |"
     )
 
@@ -92,7 +98,7 @@ def main(data: Path, out: Path, pairs: int) -> None:
                 [
                     *(sys.executable, "-m", "rlaif.audit", f"comparisons={file}", f"constitution={constitution}"),
                     *("labeler=hf", "labeler.model=embedded", f"max_pairs={pairs}", f"output_dir={folder}"),
-                    *(*settings, *drawn),
+                    *("labeling.min_option_mass=0.01", *settings, *drawn),
                 ],
                 check=True,
             )
