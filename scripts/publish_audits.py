@@ -42,15 +42,16 @@ drawn for each pair (`labeling.principles=sample`) and pairs are asked in both o
 in the [demo](demo.md), where it agrees with the gold judge on three quarters of all pairs. As a labeler of anything
 harder it is not to be trusted, and this is what that looks like.
 
-*option mass* is the probability that the model puts on any of the answers it was asked for. By default most of these
-verdicts would count as uncovered (`labeling.min_option_mass`, 0.5 except for verdict words), and there would be no labels
-to audit. To see what they would have been, the limit is 0.01 here, for every mode.
+*mass* is the option mass: the probability that the model puts on any of the answers it was asked for; *missing* counts
+verdicts without an answer. By default most of these verdicts would count as uncovered (`labeling.min_option_mass`, 0.5
+except for verdict words), and there would be no labels to audit. To see what they would have been, the limit is 0.01
+here, for every mode.
 
 "no" under *train on it?* means that agreement is below chance or can't be told from it; "better than length" that it is
 above chance and also above what preferring the longer completion reaches; "not beyond length" that it is above chance
 and not shown to be more than that.
 
-| set | constitution | mode | agreement | longer wins | same position | kappa | option mass | verdicts missing | ECE | train on it? |
+| set | constitution | mode | agreement | longer wins | same position | kappa | mass | missing | ECE | train on it? |
 |---|---|---|---|---|---|---|---|---|---|---|
 """
 TAIL = """
