@@ -29,30 +29,26 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def pin(cpu: int) -> bool:
-    """Keep this process (and those it starts) on one core; false where the system cannot, or has too few cores."""
-    if not hasattr(os, "sched_setaffinity") or cpu >= len(cores()):
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+"""The cores that the benchmark was started with."""
+
+
+def pin(process: int, cores: Sequence[int]) -> bool:
+    """Keep a process (0: this one) and those it will start on some cores; false where the system cannot."""
+    if not hasattr(os, "sched_setaffinity") or not cores:
         return False
-    os.sched_setaffinity(0, {cores()[cpu]})
+    os.sched_setaffinity(process, cores)
     return True
-
-
-def cores() -> list[int]:
-    """The cores that the benchmark was started with."""
-    return _CORES
-
-
-_CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def machine() -> dict[str, Any]:
     """Processor, cores, memory in GiB, GPU, system and load: what a figure depends on."""
     facts: dict[str, Any] = {
         "processor": platform.processor() or platform.machine(),
-        "cores": len(cores()),
+        "cores": len(CORES),
         "system": platform.system(),
         "python": platform.python_version(),
-        "gpu": _gpu(),
+        "gpu": gpu(),
     }
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -65,7 +61,8 @@ def machine() -> dict[str, Any]:
     return facts
 
 
-def _gpu() -> str | None:
+def gpu() -> str | None:
+    """Names of the NVIDIA GPUs, or none."""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         names = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")
