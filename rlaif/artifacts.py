@@ -37,7 +37,7 @@ FAILED = "failed.json"
 MARKER = ".fingerprint"
 """In a partial folder: what it is being made from."""
 _HASHED_BYTES = 64 * 2**20
-_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "openai", "hydra-core")
+_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "aiohttp", "hydra-core")
 
 
 def run_stage(
@@ -216,7 +216,10 @@ def model_inputs(role: str, model: ModelConfig | None) -> dict[str, Path | str |
     }
 
 
-_LABELER_SPEED = {"concurrency", "timeout_s", "max_retries", "batch_tokens", "api_key_env", "device", "audit"}
+_LABELER_SPEED = {
+    *("concurrency", "timeout_s", "max_retries", "batch_tokens", "batch_size", "api_key_env", "device", "audit"),
+    *("requests_per_minute", "tokens_per_minute", "budget", "price"),
+}
 """Settings of a labeler that change how fast answers come, not what they are; the audit's file is an input."""
 
 

@@ -22,6 +22,13 @@ class LabelerType(StrEnum):
     scripted = "scripted"
 
 
+class Endpoint(StrEnum):
+    """Which endpoint of an OpenAI-compatible server is asked."""
+
+    chat = "chat"
+    completions = "completions"
+
+
 class LabelMode(StrEnum):
     """How the labeler is asked."""
 
@@ -264,6 +271,40 @@ class VLLMConfig:
 
 
 @dataclass
+class BudgetConfig:
+    """What the requests to a server may cost, earlier runs into the same folder included. Null: no limit."""
+
+    requests: int | None = None
+    """HTTP requests, retries included."""
+    tokens: int | None = None
+    """Tokens of prompts and completions."""
+    usd: float | None = None
+    """US dollars at the prices in labeler.price."""
+
+    def __post_init__(self) -> None:
+        for name in ("requests", "tokens", "usd"):
+            _positive_or_null(self, "labeler.budget", name)
+
+
+@dataclass
+class PriceConfig:
+    """What the server's owner charges, in US dollars."""
+
+    input_per_million: float | None = None
+    """For a million tokens of prompts."""
+    output_per_million: float | None = None
+    """For a million tokens of completions."""
+
+    def __post_init__(self) -> None:
+        for name in ("input_per_million", "output_per_million"):
+            value = getattr(self, name)
+            _require(
+                value is None or (value >= 0 and math.isfinite(value)),
+                f"labeler.price.{name}={value}: must be 0 or more, or null",
+            )
+
+
+@dataclass
 class LabelerConfig:
     """The model that judges completions against principles."""
 
@@ -285,8 +326,22 @@ class LabelerConfig:
     """Server address, for example http://127.0.0.1:8000/v1 (openai)."""
     api_key_env: str = "OPENAI_API_KEY"
     """Name of the environment variable with the API key (openai). The key itself never enters a config."""
+    endpoint: Endpoint = Endpoint.chat
+    """``chat``, or ``completions``: prompts tokenised here, many in a request, as vLLM's server takes them (openai)."""
+    tokenizer: str | None = None
+    """Model whose tokenizer and template make the prompts of ``completions``; null: labeler.model (openai)."""
+    batch_size: int = 32
+    """Prompts in one request to ``completions`` (openai)."""
     concurrency: int = 64
-    """Requests in flight (openai)."""
+    """Most requests in flight; fewer while the server says that it has too many (openai)."""
+    requests_per_minute: int | None = None
+    """Most requests sent within any minute, retries included; null: no limit (openai)."""
+    tokens_per_minute: int | None = None
+    """Most tokens of prompts and completions within any minute; null: no limit (openai)."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    """What the run may cost (openai)."""
+    price: PriceConfig = field(default_factory=PriceConfig)
+    """What tokens cost, for labeler.budget.usd (openai)."""
     timeout_s: float = 60.0
     """Seconds until a request counts as failed (openai)."""
     max_retries: int = 6
@@ -307,7 +362,14 @@ class LabelerConfig:
     """Settings of the scripted labeler."""
 
     def __post_init__(self) -> None:
-        _positive(self, "labeler", "batch_tokens", "concurrency", "timeout_s", "votes")
+        _positive(self, "labeler", "batch_tokens", "batch_size", "concurrency", "timeout_s", "votes")
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            _positive_or_null(self, "labeler", name)
+        _require(
+            self.budget.usd is None or None not in (self.price.input_per_million, self.price.output_per_million),
+            f"labeler.budget.usd={self.budget.usd} needs labeler.price.input_per_million and "
+            "labeler.price.output_per_million",
+        )
         if self.min_agreement is not None:
             _fraction(self, "labeler", "min_agreement")
             _require(

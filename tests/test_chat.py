@@ -1,12 +1,14 @@
 """Text from outside never becomes a control token, and nothing else changes."""
 
 import copy
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlaif.chat import DEFAULT_TEMPLATE, encode_chat, encode_text
+from rlaif import chat
+from rlaif.chat import DEFAULT_TEMPLATE, ChatEncoder, encode_chat, encode_text
 from rlaif.config import ModelConfig
 from rlaif.models import load_tokenizer
 from rlaif.records import UserError
@@ -147,3 +149,76 @@ def test_the_default_template(own):
     assert own.decode(encode_chat(own, CHAT)) == rest + "Assistant:"
     assert own.decode(encode_chat(own, CHAT, generation_prompt=False)) == rest
     assert own.decode(encode_chat(own, CHAT, " The tone")) == rest + "Assistant: The tone"
+
+
+def _trained(pattern: str | None) -> Any:
+    """A byte-level BPE tokenizer that has learned words, spaces and runs of newlines."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if pattern is not None:
+        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["<|im_end|>", "<|im_start|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = ["a\nb\n\nc .\n/x ?\n\n  - one two\n1. don't\n", "aa aa\n\n\nbb ...\n\n\n[x]\n", "\t\n x\r\n y"] * 30
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "<|im_start|>assistant\n"
+    )
+    return tokenizer
+
+
+TRAINED = [_trained(pattern) for pattern in (None, *sorted(chat._WORDS))]
+
+
+@pytest.mark.parametrize("tokenizer", TRAINED)
+@given(
+    contents=st.lists(
+        st.text(st.sampled_from("ab1 .,'?/[]-\n\n\n\t\r\u00a0\u2028\x85\x1c\u0301é<|im_end|>"), max_size=40),
+        min_size=1,
+        max_size=3,
+    ),
+    stem=st.sampled_from(["", "It is", " \nx"]),
+)
+@settings(deadline=None, max_examples=300)
+def test_encoding_by_lines_changes_nothing(tokenizer: Any, contents: list[str], stem: str) -> None:
+    messages = [{"role": "user", "content": content} for content in contents]
+    encode = ChatEncoder(tokenizer)
+    assert encode._cuts
+    assert encode(messages, stem) == encode_chat(tokenizer, messages, stem)
+    assert encode(messages, stem) == encode_chat(tokenizer, messages, stem)
+
+
+@pytest.mark.parametrize("text", ["x\n<|im_end|>\ny", "<|im_start|>", "a\nb"])
+def test_encoding_by_lines_keeps_hostile_text_inert(text: str) -> None:
+    messages = [{"role": "user", "content": text}]
+    for tokenizer in TRAINED:
+        assert ChatEncoder(tokenizer)(messages, text) == encode_chat(tokenizer, messages, text)
+
+
+def test_only_tokenizers_with_known_rules_are_cut() -> None:
+    from tokenizers import AddedToken, normalizers
+
+    unknown = _trained(r"\p{L}+|[^\p{L}]+")
+    stripping, prefixed, added = _trained(None), _trained(None), _trained(None)
+    stripping.backend_tokenizer.normalizer = normalizers.Strip()
+    prefixed.backend_tokenizer.pre_tokenizer = None
+    added.add_tokens([AddedToken("\nb")])
+    messages = [{"role": "user", "content": "a\nb\nc \n"}]
+    for tokenizer in (unknown, stripping, added):
+        encode = ChatEncoder(tokenizer)
+        assert not encode._cuts
+        assert encode(messages) == encode_chat(tokenizer, messages)
+    assert not ChatEncoder(prefixed)._cuts

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlaif.chat import encode_text
@@ -68,7 +69,7 @@ def sequence_masses(
     return tuple(min(max(mass, 0.0), 1.0) for mass in masses)
 
 
-def accepted_tokens(options: Sequence[Sequence[str]]) -> list[set[str]]:
+def accepted_tokens(options: Sequence[Sequence[str]]) -> tuple[frozenset[str], ...]:
     """The token texts that count as each option.
 
     Every spelling with and without a leading space, in its own case, lower, upper and capitalised, except for
@@ -77,18 +78,50 @@ def accepted_tokens(options: Sequence[Sequence[str]]) -> list[set[str]]:
     >>> sorted(accepted_tokens([("A",), ("B",)])[0])
     [' A', ' a', 'A', 'a']
     """
+    return _accepted(tuple(map(tuple, options)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _accepted(options: tuple[tuple[str, ...], ...]) -> tuple[frozenset[str], ...]:
     words = [{spelling.strip() for spelling in spellings} - {""} for spellings in options]
     cases = [{form for w in group for form in (w.lower(), w.upper(), w.capitalize())} for group in words]
     accepted = []
     for index, group in enumerate(words):
         others = [words[i] | cases[i] for i in range(len(words)) if i != index]
         forms = group | cases[index].difference(*others)
-        accepted.append({space + form for form in forms for space in ("", " ")})
-    return accepted
+        accepted.append(frozenset(space + form for form in forms for space in ("", " ")))
+    return tuple(accepted)
+
+
+UNDECIDED = 0.05
+"""Mass that may belong to one option or to another, above which both are unknown."""
+
+
+_SPACES = re.compile(r"^[\s▁Ġ]+")
+
+
+def token_text(token: str) -> str:
+    """A listed token as text: one space for whatever marks the beginning of a word."""
+    return _SPACES.sub(" ", token)
+
+
+@functools.lru_cache(maxsize=1024)
+def continued(options: tuple[tuple[str, ...], ...]) -> list[tuple[int, int]]:
+    """Pairs of options of which the second has a spelling that goes on from one of the first's ("1", "10")."""
+    words = [{spelling.strip() for spelling in spellings} - {""} for spellings in options]
+    return [
+        (short, long)
+        for short in range(len(words))
+        for long in range(len(words))
+        if short != long and any(b != a and b.startswith(a) for a in words[short] for b in words[long])
+    ]
 
 
 def option_masses(
-    listed: Sequence[tuple[str, float]], sampled: str, options: Sequence[Sequence[str]]
+    listed: Sequence[tuple[str, float]],
+    sampled: str,
+    options: Sequence[Sequence[str]],
+    whole: Container[int] = (),
 ) -> tuple[float | None, ...]:
     """Probability mass of each option among the listed (token, log-probability) pairs of one position.
 
@@ -96,35 +129,28 @@ def option_masses(
     is unknown, not zero: each of its tokens has at most the smallest listed probability, and all of them
     together at most what the list leaves over. It gets that upper bound, so the label is never more extreme
     than the truth. If no option is listed, every mass is ``None``. A verdict word of several tokens is seen
-    only if it is listed whole; so where a listed token with mass may be the start of another option that is not
-    listed ("1" of "10"), nobody can tell, and every mass is ``None`` too.
+    only if it is listed whole.
+
+    Where "1" is listed and "10" is not, "10" may be two tokens, and the mass of "1" that of either: above
+    ``UNDECIDED`` both are ``None``. ``whole`` has the options that are known to be single tokens.
     """
     accepted = accepted_tokens(options)
-    tokens = [(re.sub(r"^[\s▁Ġ]+", " ", token), math.exp(min(logprob, 0.0))) for token, logprob in listed]
+    tokens = [(token_text(token), math.exp(min(logprob, 0.0))) for token, logprob in listed]
     found = [[p for token, p in tokens if token in group] for group in accepted]
-    if not any(found) or _ambiguous(tokens, accepted):
+    if not any(found):
         return (None,) * len(accepted)
     # vLLM lists the sampled token whatever its rank; as the least likely of the list it bounds nothing.
     ranked = sorted((p, token) for (token, _), (_, p) in zip(listed, tokens, strict=True))
     smallest = ranked[1 if len(ranked) > 1 and ranked[0][1] == sampled else 0][0]
     left = max(0.0, 1.0 - sum(p for _, p in tokens))
-    return tuple(
+    masses: list[float | None] = [
         sum(group) if group else min(smallest * len(spellings), left)
         for group, spellings in zip(found, accepted, strict=True)
-    )
-
-
-def _ambiguous(tokens: Sequence[tuple[str, float]], accepted: Sequence[set[str]]) -> bool:
-    """Whether a token with mass spells one option and starts another that is not listed whole."""
-    listed = {token for token, _ in tokens}
-    unlisted = [(index, word) for index, group in enumerate(accepted) if not group & listed for word in group]
-    return any(
-        math.log(p) > LOG_NEGLIGIBLE and any(index != owner and word.startswith(token) for index, word in unlisted)
-        for token, p in tokens
-        if p > 0
-        for owner, group in enumerate(accepted)
-        if token in group
-    )
+    ]
+    for short, long in continued(tuple(map(tuple, options))):
+        if not found[long] and long not in whole and sum(found[short]) > UNDECIDED:
+            masses[short] = masses[long] = None
+    return tuple(masses)
 
 
 _OPENERS = r"[\s*_`#>\"'“”’(\[{]*"

@@ -48,6 +48,23 @@ def logprobs(tokens: list[tuple[str, float]], sampled: str | None = None) -> Rep
     return text(sampled, logprobs={"content": [{"token": sampled, "logprob": -0.1, "top_logprobs": top}]})
 
 
+def continuations(body: dict[str, Any], logp: Callable[[list[int], int], float], known: bool = True) -> Reply:
+    """What vLLM's ``/completions`` answers. ``logp``: of a token after a prompt, both as ids.
+
+    ``known=False`` is a server without ``logprob_token_ids``: it lists the first 20 tokens instead.
+    """
+    tokens = body["logprob_token_ids"] if known else range(20)
+    choices = []
+    for index, prompt in enumerate(body["prompt"]):
+        top = {f"token_id:{token}": logp(prompt, token) for token in tokens}
+        first = next(iter(top))
+        listed = {"tokens": [first], "token_logprobs": [top[first]], "top_logprobs": [top], "text_offset": [0]}
+        choices.append({"index": index, "text": "x", "logprobs": listed, "finish_reason": "length"})
+    choices.reverse()  # their index tells them apart
+    counts = {"prompt_tokens": sum(map(len, body["prompt"])), "completion_tokens": len(body["prompt"])}
+    return Reply({"object": "text_completion", "choices": choices, "usage": counts})
+
+
 def error(status: int, message: str = "no", **headers: str) -> Reply:
     """An error as OpenAI words it."""
     return Reply({"error": {"message": message, "type": "test", "code": None}}, status, headers)
@@ -77,7 +94,8 @@ class FakeServer:
     async def _start(self) -> int:
         app = web.Application()
         app.router.add_get("/v1/models", self._on_models)
-        app.router.add_post("/v1/chat/completions", self._on_chat)
+        app.router.add_post("/v1/chat/completions", self._on_post)
+        app.router.add_post("/v1/completions", self._on_post)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
@@ -94,7 +112,7 @@ class FakeServer:
         self.headers.append(dict(request.headers))
         return await self._answer(request, self.models)
 
-    async def _on_chat(self, request: web.Request) -> web.StreamResponse:
+    async def _on_post(self, request: web.Request) -> web.StreamResponse:
         self._running += 1
         self.peak = max(self.peak, self._running)
         try:

@@ -11,8 +11,7 @@ import pytest
 from fake_server import FakeServer, Reply, error, logprobs, text
 
 from rlaif.config import LabelerConfig, LabelerType
-from rlaif.engines import build_labeler
-from rlaif.engines import openai as module
+from rlaif.engines import build_labeler, client, wire
 from rlaif.engines.base import Failure, OptionMass, OptionRequest, Sampled, SampleRequest
 from rlaif.engines.openai import OpenAIEngine
 from rlaif.engines.options import accepted_tokens, option_masses, parse_reply
@@ -25,7 +24,7 @@ TONE = (("positive", "warm"), ("negative", "cold"))
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BACKOFF_S", 0.02)
+    monkeypatch.setattr(client, "BACKOFF_S", 0.02)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
 
@@ -55,10 +54,10 @@ def masses(server: FakeServer, **settings: Any) -> tuple[float | None, ...]:
 class TestOptionMasses:
     """The arithmetic, without a server."""
 
-    def mass(self, listed: list[tuple[str, float]], options: Any = AB, sampled: str = "") -> Any:
+    def mass(self, listed: list[tuple[str, float]], options: Any = AB, sampled: str = "", whole: Any = ()) -> Any:
         import math
 
-        return option_masses([(token, math.log(p)) for token, p in listed], sampled, options)
+        return option_masses([(token, math.log(p)) for token, p in listed], sampled, options, whole)
 
     def test_all_spellings_are_summed(self) -> None:
         listed = [("A", 0.3), (" A", 0.2), ("▁A", 0.05), ("ĠA", 0.01), (" a", 0.04), ("B", 0.1), ("b", 0.02)]
@@ -73,7 +72,7 @@ class TestOptionMasses:
 
     def test_case_matters_where_two_options_differ_only_in_case(self) -> None:
         assert self.mass([("a", 0.3), ("A", 0.6)], (("A",), ("a",))) == pytest.approx((0.6, 0.3))
-        assert accepted_tokens([("A",), ("a",)]) == [{"A", " A"}, {"a", " a"}]
+        assert accepted_tokens([("A",), ("a",)]) == ({"A", " A"}, {"a", " a"})
 
     def test_unlisted_option_gets_the_smallest_listed_probability_times_its_spellings(self) -> None:
         # B can be "B", " B", "b" or " b"; none is likelier than 0.02, and the list leaves 1 - 0.82 = 0.18.
@@ -86,6 +85,14 @@ class TestOptionMasses:
     def test_sampled_token_at_the_end_of_the_list_bounds_nothing(self) -> None:
         listed = [("Zebra", 1e-6), ("A", 0.8), ("The", 0.01)]
         assert self.mass(listed, sampled="Zebra") == pytest.approx((0.8, 0.04))
+
+    def test_a_number_that_may_be_the_beginning_of_another(self) -> None:
+        """Where "10" is not listed it may be "1" and "0", and the mass of "1" that of either."""
+        options = (("1",), ("2",), ("10",))
+        assert self.mass([("1", 0.5), ("2", 0.3), ("10", 0.1)], options) == pytest.approx((0.5, 0.3, 0.1))
+        assert self.mass([("1", 0.5), ("2", 0.3), ("x", 0.1)], options) == (None, pytest.approx(0.3), None)
+        assert self.mass([("2", 0.9), ("1", 0.04), ("x", 0.01)], options) == pytest.approx((0.04, 0.9, 0.02))
+        assert self.mass([("1", 0.9), ("2", 0.04), ("x", 0.01)], options, whole={2}) == pytest.approx((0.9, 0.04, 0.02))
 
     def test_nothing_listed_is_unknown(self) -> None:
         assert self.mass([("The", 0.5), ("I", 0.4)]) == (None, None)
@@ -182,6 +189,40 @@ def test_stem_is_asked_for_or_prefilled(server: FakeServer) -> None:
     ]
     assert prefilled["continue_final_message"] is True
     assert prefilled["add_generation_prompt"] is False
+
+
+NUMBERS = (("1",), ("2",), ("10",))
+
+
+def rated(body: dict[str, Any]) -> Reply:
+    """A server whose tokenizer splits "10": after "1" it goes on with "0" four times in five."""
+    if body["messages"][-1] == {"role": "assistant", "content": "1"}:
+        return logprobs([("0", 0.8), (".", 0.2)])
+    return logprobs([("1", 0.5), ("2", 0.25), ("x", 0.01)])
+
+
+def test_what_goes_on_from_an_option_is_asked_for_with_prefill(server: FakeServer) -> None:
+    server.default = rated
+    with build(server, prefill=True) as engine:
+        result = score(engine, ask(options=NUMBERS))
+    assert isinstance(result, OptionMass)
+    assert result.masses == pytest.approx((0.1, 0.25, 0.4))
+    assert len(server.bodies) == 2
+
+
+def test_what_goes_on_from_an_option_is_unknown_without_prefill(server: FakeServer) -> None:
+    server.default = rated
+    with build(server) as engine:
+        before = score(engine, ask(options=NUMBERS))
+        # Once "10" has been listed, it is known to be a token of its own.
+        server.default = logprobs([("2", 0.5), ("10", 0.3), ("x", 0.1)])
+        score(engine, ask(options=NUMBERS))
+        server.default = rated
+        after = score(engine, ask(options=NUMBERS))
+    assert isinstance(before, OptionMass)
+    assert isinstance(after, OptionMass)
+    assert before.masses == (None, 0.25, None)
+    assert after.masses == pytest.approx((0.5, 0.25, 0.02))
 
 
 def test_hostile_text_is_sent(server: FakeServer) -> None:
@@ -334,10 +375,10 @@ def test_retry_after_holds_back_other_requests_too(server: FakeServer) -> None:
 
 
 def test_retry_after_as_a_date() -> None:
-    wait = module._retry_after({"retry-after": formatdate(time.time() + 100, usegmt=True)})
+    wait = wire.retry_after({"retry-after": formatdate(time.time() + 100, usegmt=True)})
     assert wait == pytest.approx(100, abs=2)
-    assert module._retry_after({"retry-after": formatdate(0, usegmt=True)}) == 0
-    assert [module._retry_after({"retry-after": value}) for value in ("soon", "nan", "-1", "inf")] == [None] * 4
+    assert wire.retry_after({"retry-after": formatdate(0, usegmt=True)}) == 0
+    assert [wire.retry_after({"retry-after": value}) for value in ("soon", "nan", "-1", "inf")] == [None] * 4
 
 
 def test_a_wait_of_hours_fails_at_once(server: FakeServer) -> None:
@@ -523,7 +564,7 @@ class TestStream:
             stream = engine.score_options(source())
             assert pulled == []
             next(stream)
-            assert len(pulled) == 6
+            assert len(pulled) <= 12  # as many wait as are in flight
             rest = list(stream)
         assert len(rest) == 23
         assert len(pulled) == 24
@@ -562,7 +603,7 @@ class TestStream:
             time.sleep(0.01)
         engine.close()
         assert time.monotonic() - start < 2
-        assert len(server.bodies) <= 8
+        assert len(server.bodies) <= 9
         assert server.cancelled == len(server.bodies) - 1
 
     def test_an_error_in_the_source_cancels_and_is_raised(self, server: FakeServer) -> None:

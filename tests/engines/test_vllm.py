@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from rlaif.chat import encode_chat, encode_text
-from rlaif.config import LabelerConfig, LabelerType, VLLMConfig
+from rlaif.config import Endpoint, LabelerConfig, LabelerType, VLLMConfig
 from rlaif.engines import build_labeler
 from rlaif.engines.base import CompletionRequest, Failure, Likelihood, OptionMass, OptionRequest, Sampled, SampleRequest
 from rlaif.records import UserError
@@ -373,3 +373,34 @@ def share(result: OptionMass) -> float:
     assert yes is not None
     assert no is not None
     return yes / (yes + no)
+
+    def test_token_ids_give_the_masses_of_hf(self, served: str) -> None:
+        """Also where chat has to guess: rare options, spellings of several tokens, hostile text, a stem."""
+        options = (("A", " A", "(A"), ("B", " B", "(B", "positively"))
+        numbers = tuple((str(number),) for number in range(1, 11))
+        requests = [ask(f"Which is larger, {n} or 5? Answer A or B.", options) for n in range(6)]
+        requests += [ask(f"Rate {thing} from 1 to 10. <|im_end|>", numbers) for thing in ("rain", "tea")]
+        requests += [OptionRequest(requests[0].messages, (("sunny",), (" warm and dry",)), stem="The weather is")]
+        server = LabelerConfig(
+            type=LabelerType.openai,
+            model="judge",
+            base_url=served,
+            endpoint=Endpoint.completions,
+            tokenizer="embedded",
+            batch_size=4,
+        )
+        with build_labeler(server, seed=0) as engine:
+            found = dict(engine.score_options(requests))
+            [(_, sampled)] = engine.sample([SampleRequest(requests[0].messages, 5, temperature=0.01)])
+        with build_labeler(LabelerConfig(type=LabelerType.hf, model="embedded"), seed=0) as engine:
+            expected = dict(engine.score_options(requests))
+        for index in range(len(requests)):
+            got, want = found[index], expected[index]
+            assert isinstance(got, OptionMass), got
+            assert isinstance(want, OptionMass)
+            assert (got.method, got.prompt_tokens) == ("logprob", want.prompt_tokens)
+            if requests[index].options is numbers:
+                continue  # what goes on from "1" to "10" is taken off here
+            assert got.masses == pytest.approx(want.masses, rel=0.1, abs=2e-3)
+        assert isinstance(sampled, Sampled)
+        assert sampled.text
