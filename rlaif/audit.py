@@ -50,7 +50,7 @@ def measure(
     seed: int,
 ) -> dict[str, Any]:
     """Ask the labeler about every comparison and write the audit into ``folder``."""
-    from rlaif.labeling.aggregate import pair_labels
+    from rlaif.labeling.aggregate import combine
     from rlaif.labeling.audit import audit, verdict
     from rlaif.labeling.label import label_candidates
     from rlaif.labeling.modes import Setup
@@ -60,7 +60,7 @@ def measure(
     lines = [comparison.candidates() for comparison in comparisons]
     labels = label_candidates(lines, constitution, engine, labeling, store, seed)
     weights = Setup(constitution, engine.name, labeling, seed).weights
-    pairs, _ = pair_labels(labels, weights, labeling.temperature, labeling.both_orders)
+    pairs, _ = combine(labels, weights, labeling)
     result = {
         "labeler": engine.name,
         "mode": labeling.mode.value,

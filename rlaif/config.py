@@ -47,11 +47,20 @@ class Principles(StrEnum):
     together = "together"
 
 
+class Pairs(StrEnum):
+    """Which pairs of a prompt's candidates a pairwise labeler is asked about."""
+
+    all = "all"
+    against_best = "against_best"
+    adaptive = "adaptive"
+
+
 class Selection(StrEnum):
     """Which pairs of a prompt's candidates become preferences."""
 
     best_worst = "best_worst"
     all_pairs = "all_pairs"
+    length_balanced = "length_balanced"
 
 
 class Feedback(StrEnum):
@@ -400,6 +409,21 @@ class LabelingConfig:
     """Orders in which each list is shown (listwise). Null: as many as it has candidates, or 1 without both_orders."""
     length_normalize: bool = False
     """Divide the likelihood ratio by the number of the completion's tokens (contrastive)."""
+    pairs: Pairs = Pairs.all
+    """``all`` pairs of a prompt's candidates; ``against_best``: the best so far against the next candidate (K - 1
+    pairs); ``adaptive``: those whose order is least certain, until it is certain or the budget is spent (pairwise)."""
+    pairs_per_prompt: int | None = None
+    """Budget of ``pairs=adaptive``: at most so many pairs a prompt. Null: until the order is certain."""
+    rank: bool = False
+    """Labels of all pairs of a prompt, also of those that were not asked, come from Bradley-Terry scores."""
+    second_order_below: float | None = None
+    """Ask the second order only where the first order's logit is closer to 0 than this. Null: always (pairwise)."""
+    stop_principles_above: float | None = None
+    """Ask principles in the order of their weights, and stop where no verdict of at most so many logits under each of
+    the rest could turn the pair. Null: ask every principle (pairwise)."""
+    calibrate: str | None = None
+    """Pairs that people have labelled (as for ``rlaif.audit``): the labeler's temperature and position bias are
+    measured on them and removed from the soft labels."""
     min_option_mass: float | None = None
     """Verdicts with less probability on the options are "uncovered". Null: 0.01 pointwise, else 0.5."""
     temperature: float = 1.0
@@ -441,6 +465,38 @@ class LabelingConfig:
         _require(
             not self.length_normalize or self.mode is LabelMode.contrastive,
             "labeling.length_normalize=true: only with labeling.mode=contrastive",
+        )
+        for name in ("pairs_per_prompt", "second_order_below", "stop_principles_above"):
+            _positive_or_null(self, "labeling", name)
+        pairwise_only = {
+            "pairs": self.pairs is not Pairs.all,
+            "second_order_below": self.second_order_below is not None,
+            "stop_principles_above": self.stop_principles_above is not None,
+        }
+        for name, is_set in pairwise_only.items():
+            _require(
+                not is_set or self.mode is LabelMode.pairwise,
+                f"labeling.{name}={getattr(self, name)}: only with labeling.mode=pairwise",
+            )
+        _require(
+            self.pairs_per_prompt is None or self.pairs is Pairs.adaptive,
+            f"labeling.pairs_per_prompt={self.pairs_per_prompt}: only with labeling.pairs=adaptive",
+        )
+        _require(
+            self.second_order_below is None or self.both_orders,
+            f"labeling.second_order_below={self.second_order_below}: only with labeling.both_orders=true",
+        )
+        _require(
+            self.stop_principles_above is None or self.principles is Principles.each,
+            f"labeling.stop_principles_above={self.stop_principles_above}: only with labeling.principles=each",
+        )
+        _require(
+            self.calibrate is None or self.mode is not LabelMode.listwise,
+            "labeling.calibrate: people labelled pairs, so not with labeling.mode=listwise",
+        )
+        _require(
+            self.calibrate is None or self.temperature == 1,
+            f"labeling.temperature={self.temperature}: labeling.calibrate measures the temperature; leave one of them",
         )
         _require(self.rationales >= 0, f"labeling.rationales={self.rationales}: must be 0 or more")
         _require(
@@ -701,6 +757,10 @@ class LabelConfig(CommandConfig):
     annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
     gold: str | None = None
     """Programmatic gold judge: measures label quality, and is the truth behind ``simulated_human``."""
+    combine: list[str] = field(default_factory=list)
+    """Folders of earlier label runs on the same candidates: their labels are combined, and nobody is asked."""
+    combine_weights: list[float] = field(default_factory=list)
+    """Weight of each of them; empty: all the same."""
     data: DataConfig = field(default_factory=DataConfig)
     experiment: Any = None
     """Chosen by ``experiment=NAME``: a file of ``conf/experiment`` that sets many keys at once."""
@@ -708,6 +768,22 @@ class LabelConfig(CommandConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_likelihood(self.labeler, self.labeling)
+        _require(len(self.combine) != 1, f"combine={self.combine}: give at least two folders")
+        _require(
+            not self.combine_weights or len(self.combine_weights) == len(self.combine),
+            f"combine_weights={self.combine_weights}: give one weight for each of the {len(self.combine)} folders in "
+            "combine",
+        )
+        for weight in self.combine_weights:
+            _require(weight > 0 and math.isfinite(weight), f"combine_weights: {weight} must be a finite number above 0")
+        _require(
+            not self.combine or self.labeler.type is None,
+            "combine= takes the labels of earlier runs and asks nobody: leave labeler out",
+        )
+        _require(
+            not self.combine or self.feedback is Feedback.ai,
+            f"feedback={self.feedback.value}: combine= takes labels of labelers, so only feedback=ai goes with it",
+        )
 
 
 @dataclass
@@ -731,6 +807,10 @@ class AuditConfig(CommandConfig):
         super().__post_init__()
         _positive_or_null(self, "", "max_pairs")
         _check_likelihood(self.labeler, self.labeling)
+        _require(
+            self.labeling.calibrate is None,
+            "labeling.calibrate: rlaif.audit measures the labeler as it is; calibrate in rlaif.label",
+        )
 
 
 @dataclass

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlaif.artifacts import labeler_inputs, labeler_settings, plain, run_stage
 from rlaif.cli import launch
-from rlaif.config import DataConfig, Feedback, LabelConfig, Split
+from rlaif.config import DataConfig, Feedback, LabelConfig, Selection, Split
 from rlaif.constitution import find_constitution, load_constitution
 from rlaif.labeling.store import STORE, STORE_FILES
 from rlaif.records import (
@@ -20,6 +20,7 @@ from rlaif.records import (
     Prompt,
     UserError,
     atomic_file,
+    content_hash,
     existing_file,
     iterate_candidates,
     json_line,
@@ -28,9 +29,14 @@ from rlaif.records import (
 )
 
 if TYPE_CHECKING:
+    from rlaif.engines.base import Engine
     from rlaif.labeling.aggregate import PairLabel
+    from rlaif.labeling.audit import Comparison
     from rlaif.labeling.label import Labeling
+    from rlaif.labeling.modes import Setup
     from rlaif.labeling.quality import VerdictQuality
+    from rlaif.labeling.store import VerdictStore
+    from rlaif.records import Preference
 
 log = logging.getLogger("rlaif")
 
@@ -52,7 +58,10 @@ Label candidate completions by written principles; build the preference dataset.
                                   (1 to 10), contrastive (likelihood under the principle against its opposite)
   labeling.principles=each        or sample (one principle for each comparison), together (all in one prompt)
   labeling.rationales=2           pairwise: let the labeler reason first, twice, and average the verdicts
-  labeling.selection=all_pairs    or best_worst        labeling.min_margin=0.1
+  labeling.pairs=adaptive         ask only the pairs whose order is uncertain (or against_best, or all)
+  labeling.calibrate=FILE         measure the labeler's temperature and position bias on pairs labelled by people
+  labeling.selection=all_pairs    or best_worst, length_balanced        labeling.min_margin=0.1
+  combine=[DIR1,DIR2]             combine the labels of earlier runs on the same candidates; asks nobody
   gold=vader                      measure the labels against a programmatic gold judge
   feedback=simulated_human        labels drawn from the gold judge instead of a labeler (no people involved)
 
@@ -73,6 +82,8 @@ class CandidatesFile:
     """By prompt id; ``None``: the lines have their own."""
     sizes: Mapping[int, int]
     """Number of prompts by number of candidates."""
+    digest: str
+    """Hash of the prompts and completions in their order, whatever else the lines say."""
 
     def __call__(self) -> Iterator[Candidates]:
         for line in iterate_candidates(self.path):
@@ -86,7 +97,9 @@ def run_label(config: LabelConfig, output: Path) -> Path:
         from rlaif.gold import check_gold
 
         check_gold(config.gold)
-    if config.feedback is Feedback.ai:
+    if config.combine:
+        _combine(lines, config, output)
+    elif config.feedback is Feedback.ai:
         _label_with_ai(lines, config, output)
     elif config.feedback is Feedback.simulated_human:
         _label_with_annotator(lines, config, output)
@@ -108,8 +121,11 @@ def open_candidates(file: Path, data: DataConfig) -> CandidatesFile:
     prompts: list[Prompt] = []
     splits: dict[str, str] = {}
     sizes: Counter[int] = Counter()
+    digest = ""
     for line in iterate_candidates(file):
         sizes[len(line.candidates)] += 1
+        shown = [(candidate.candidate_id, candidate.completion) for candidate in line.candidates]
+        digest = content_hash(digest, line.prompt.prompt_id, line.prompt.messages, shown)
         if line.split is not None and line.split not in list(Split):
             raise UserError(f"{file}: unknown split {line.split!r}; there are {', '.join(Split)}")
         if bool(line.split) != bool(splits) and prompts:
@@ -120,11 +136,11 @@ def open_candidates(file: Path, data: DataConfig) -> CandidatesFile:
                 splits[line.prompt.prompt_id] = line.split
     if not splits:
         assigned = assign_splits(prompts, data)
-        return CandidatesFile(file, {name: split.value for name, split in assigned.items()}, sizes)
+        return CandidatesFile(file, {name: split.value for name, split in assigned.items()}, sizes, digest)
     if len(prompts) < sizes.total():
         log.info("%s: only the first %d prompts are checked for near-duplicates across splits", file, len(prompts))
     check_no_leak(prompts, splits, data.near_duplicate_threshold)
-    return CandidatesFile(file, None, sizes)
+    return CandidatesFile(file, None, sizes, digest)
 
 
 def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> None:
@@ -134,11 +150,8 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
     # Whether constitution and candidates are what the mode needs shows before an engine is started.
     Setup(constitution, "", config.labeling).expected(max(lines.sizes))
     principles = find_constitution(config.constitution)
-    comparisons: list[Any] = []
-    if config.labeler.audit is not None:
-        from rlaif.labeling.audit import read_comparisons
-
-        comparisons = read_comparisons(existing_file(config.labeler.audit, "labeler.audit"))
+    comparisons = _comparisons(config.labeler.audit, "labeler.audit")
+    known = _comparisons(config.labeling.calibrate, "labeling.calibrate")
 
     def make(folder: Path) -> None:
         from rlaif.engines import build_labeler
@@ -156,11 +169,16 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
                 )
                 _check_agreement(audit, config)
             setup = Setup(constitution, engine.name, config.labeling, config.seed)
+            calibration: dict[str, Any] = {}
+            if known:
+                setup, calibration = _calibrated(setup, known, engine, store)
+                write_json(folder / "calibration.json", calibration)
             labeling = Labeling(lines, setup, engine, store, config.gold)
             labeling.ask(sum(setup.expected(size) * count for size, count in lines.sizes.items()))
             seconds, asked = time.perf_counter() - started, store.written
             quality = VerdictQuality()
-            pairs, no_verdict = _pairs(labeling, quality, folder / "labels.jsonl")
+            savings: Counter[str] = Counter()
+            pairs, dropped = _pairs(labeling, quality, savings, folder / "labels.jsonl")
 
             def figures() -> dict[str, Any]:
                 result = quality.result()
@@ -173,13 +191,22 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
                     # Of this run: what an earlier one asked took time that is not counted here.
                     result["verdicts_per_s"] = round(asked / seconds, 3)
                     result |= latency(labeling.latencies)
-                return result | {"mode": config.labeling.mode.value, "constitution": constitution.name}
+                if setup.adaptive:
+                    result["saved"] = dict(savings)
+                if calibration:
+                    result["calibration"] = calibration
+                return result | {
+                    "mode": config.labeling.mode.value,
+                    "constitution": constitution.name,
+                    "principles": setup.weights,
+                    "candidates": lines.digest,
+                }
 
-            _write_dataset(folder, pairs, no_verdict, figures, engine.name, config)
+            _write_dataset(folder, pairs, dropped, figures, engine.name, config)
 
     settings = plain(
         labeler=labeler_settings(config.labeler),
-        labeling=config.labeling,
+        labeling=replace(config.labeling, calibrate=None),
         data=config.data,
         gold=config.gold,
         feedback=config.feedback,
@@ -188,21 +215,46 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
         "candidates": lines.path,
         "constitution": principles,
         "audit": Path(config.labeler.audit) if config.labeler.audit else None,
+        "calibrate": Path(config.labeling.calibrate) if config.labeling.calibrate else None,
         **labeler_inputs(config.labeler),
     }
     run_stage("label", output, settings, inputs, make, config.seed, carry_over=STORE_FILES, unfinished=_has_failures)
 
 
+def _comparisons(file: str | None, key: str) -> list[Comparison]:
+    """The labelled pairs of a file; none without one."""
+    if file is None:
+        return []
+    from rlaif.labeling.audit import read_comparisons
+
+    return read_comparisons(existing_file(file, key))
+
+
+def _calibrated(
+    setup: Setup, comparisons: Sequence[Comparison], engine: Engine, store: VerdictStore
+) -> tuple[Setup, dict[str, Any]]:
+    """The setup with what the labeler's verdicts on labelled pairs say of its bias and temperature, and the record."""
+    from rlaif.labeling.calibration import measure
+    from rlaif.labeling.label import label_candidates
+
+    every_order = replace(setup.config, both_orders=True, second_order_below=None, stop_principles_above=None)
+    asked = [comparison.candidates() for comparison in comparisons if comparison.truth]
+    labels = label_candidates(asked, setup.constitution, engine, every_order, store, setup.seed)
+    calibration, record = measure(engine.name, comparisons, labels, setup.weights)
+    log.info("calibration of %s: temperature %.3g, bias %+.3g", engine.name, calibration.temperature, calibration.bias)
+    return replace(setup, calibration=calibration), record
+
+
 def _pairs(
-    labeling: Labeling, quality: VerdictQuality, file: Path
+    labeling: Labeling, quality: VerdictQuality, savings: Counter[str], file: Path
 ) -> tuple[Iterator[tuple[Candidates, list[PairLabel]]], Counter[str]]:
     """The pair labels of each prompt, and a count of dropped pairs that grows as they are taken.
 
-    On the way every verdict goes into ``file`` and into ``quality``.
+    On the way every verdict goes into ``file`` and into ``quality``, and those that were saved into ``savings``.
     """
-    from rlaif.labeling.aggregate import pair_labels
+    from rlaif.labeling.pairs import saved
 
-    config, weights = labeling.setup.config, labeling.setup.weights
+    setup = labeling.setup
     dropped: Counter[str] = Counter()
 
     def each() -> Iterator[tuple[Candidates, list[PairLabel]]]:
@@ -210,11 +262,50 @@ def _pairs(
             for line, labels in labeling.labels():
                 lines.writelines(json_line(label.to_json()) for label in labels)
                 quality.add(labels)
-                pairs, reasons = pair_labels(labels, weights, config.temperature, config.both_orders)
+                if setup.adaptive:
+                    savings.update(saved(setup, len(line.candidates), labels))
+                pairs, reasons = setup.pairs(labels)
                 dropped.update(reasons)
                 yield line, pairs
 
     return each(), dropped
+
+
+def _combine(lines: CandidatesFile, config: LabelConfig, output: Path) -> None:
+    from rlaif.labeling.combine import LABELS, Combination, open_source
+
+    weights = config.combine_weights or [1.0] * len(config.combine)
+    sources = [
+        open_source(folder, weight, lines.digest) for folder, weight in zip(config.combine, weights, strict=True)
+    ]
+
+    def make(folder: Path) -> None:
+        combination = Combination(lines(), sources)
+
+        def pairs() -> Iterator[tuple[Candidates, list[PairLabel]]]:
+            with atomic_file(folder / LABELS) as file:
+                for line, labels, found in combination:
+                    file.writelines(json_line(label.to_json()) for label in labels)
+                    yield line, found
+
+        _write_dataset(folder, pairs(), combination.dropped, combination.figures, combination.labeler, config)
+
+    settings = plain(
+        weights=weights,
+        rank=config.labeling.rank,
+        selection=config.labeling.selection,
+        min_margin=config.labeling.min_margin,
+        data=config.data,
+        gold=config.gold,
+        feedback=config.feedback,
+    )
+    inputs = {"candidates": lines.path} | {
+        f"combine_{place}_{name.partition('.')[0]}": source.folder / name
+        for place, source in enumerate(sources)
+        for name in (LABELS, "quality.json", "calibration.json")
+        if (source.folder / name).is_file()
+    }
+    run_stage("label", output, settings, inputs, make, config.seed)
 
 
 def _check_agreement(audit: Mapping[str, Any], config: LabelConfig) -> None:
@@ -275,23 +366,39 @@ def _write_dataset(
     """
     from rlaif.labeling.live import summary
     from rlaif.labeling.quality import GoldAgreement
-    from rlaif.preferences import PreferenceWriter, select_preferences
+    from rlaif.labeling.ranking import ranked_pairs
+    from rlaif.preferences import PreferenceWriter, balanced, select_preferences
 
+    rank, selection = config.labeling.rank and config.feedback is Feedback.ai, config.labeling.selection
     min_margin = config.labeling.min_margin if config.feedback is Feedback.ai else 0.0
     agreement = GoldAgreement(config.gold) if config.gold is not None else None
-    n_pairs = 0
-    card = {"labeler": labeler, "feedback": config.feedback.value}
-    with PreferenceWriter(folder / "preferences", card) as writer:
+    counts: Counter[str] = Counter()
+
+    def selected() -> Iterator[tuple[str, Preference]]:
         for line, found in pairs:
-            n_pairs += len(found)
+            if rank:
+                names = [candidate.candidate_id for candidate in line.candidates]
+                found, unconnected = ranked_pairs(line.prompt.prompt_id, names, found)
+                dropped["not_connected"] += unconnected
+            counts.update(n_pairs=len(found), n_inferred=sum(pair.inferred for pair in found))
             if agreement is not None:
                 agreement.add(line, found)
-            kept, unselected = select_preferences(
-                line, found, config.labeling.selection, min_margin, labeler, config.feedback.value
-            )
+            kept, unselected = select_preferences(line, found, selection, min_margin, labeler, config.feedback.value)
             dropped.update(unselected)
-            writer.add(line.split or "train", kept)
+            yield from ((line.split or "train", preference) for preference in kept)
+
+    rows = selected()
+    if selection is Selection.length_balanced:
+        rows = balanced(rows, config.seed, dropped, folder)
+    card = {"labeler": labeler, "feedback": config.feedback.value}
+    with PreferenceWriter(folder / "preferences", card) as writer:
+        for split, preference in rows:
+            writer.add(split, [preference])
         quality = figures()
+        if rank:
+            # Such pairs have a label after all, or are not connected.
+            del dropped["no_verdict"], dropped["not_by_all"]
+            quality["n_inferred"] = counts["n_inferred"]
         reasons = {reason: count for reason, count in dropped.items() if count}
         if not writer.counts["train"]:
             raise UserError(f"no preference is left for training; dropped: {reasons}")
@@ -301,7 +408,7 @@ def _write_dataset(
         "seed": config.seed,
         "feedback": config.feedback.value,
         "labeler": labeler,
-        "n_pairs": n_pairs,
+        "n_pairs": counts["n_pairs"],
         "n_preferences": writer.counts.total(),
         "dropped": reasons,
     }

@@ -6,8 +6,10 @@ import hashlib
 import itertools
 import json
 import logging
+import tempfile
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 from rlaif.config import AnnotatorConfig, Selection
 from rlaif.gold import gold_score
 from rlaif.labeling.aggregate import PairLabel, logit, sigmoid
+from rlaif.labeling.ranking import ranks, scores_of
 from rlaif.records import Candidates, Preference, Prompt, UserError, content_hash, parse_messages, read_jsonl
 
 log = logging.getLogger("rlaif")
@@ -34,15 +37,20 @@ def select_preferences(
 ) -> tuple[list[Preference], Counter[str]]:
     """Choose among one prompt's pairs and orient them: chosen is the one with p >= 0.5.
 
-    ``best_worst`` keeps the pair with the largest margin between the candidates with the highest and the lowest
-    mean logit. Exact ties (p = 0.5) and pairs below ``min_margin`` are dropped.
+    Candidates are ranked by the Bradley-Terry scores that the pairs fit. ``best_worst`` keeps the pair whose scores
+    differ most. Exact ties (p = 0.5) and pairs below ``min_margin`` are dropped. ``length_balanced`` is the business
+    of :class:`LengthBalance`, which must see all prompts; here it is ``all_pairs``.
 
     Returns:
         Preferences, and counts of dropped pairs by reason.
     """
     texts = {candidate.candidate_id: candidate.completion for candidate in line.candidates}
     cut = {candidate.candidate_id for candidate in line.candidates if candidate.finish_reason == "length"}
-    selected = [_best_worst(pairs)] if selection is Selection.best_worst and pairs else pairs
+    scores = scores_of(pairs)
+    places = ranks(scores)
+    selected = pairs
+    if selection is Selection.best_worst and pairs:
+        selected = [max(pairs, key=lambda pair: abs(scores[pair.one] - scores[pair.other]))]
     dropped: Counter[str] = Counter()
     if len(pairs) > len(selected):
         dropped["not_selected"] = len(pairs) - len(selected)
@@ -74,18 +82,72 @@ def select_preferences(
                 principles={name: round(sign * value, 6) for name, value in pair.principles.items()},
                 chosen_ended=winner not in cut,
                 rejected_ended=loser not in cut,
+                chosen_rank=places[winner],
+                rejected_rank=places[loser],
+                inferred=pair.inferred,
             )
         )
     return result, dropped
 
 
-def _best_worst(group: Sequence[PairLabel]) -> PairLabel:
-    totals: dict[str, list[float]] = defaultdict(list)
-    for pair in group:
-        totals[pair.one].append(pair.logit)
-        totals[pair.other].append(-pair.logit)
-    means = {name: sum(values) / len(values) for name, values in totals.items()}
-    return max(group, key=lambda pair: abs(means[pair.one] - means[pair.other]))
+class LengthBalance:
+    """Which preferences to drop so that, in each split, the longer completion is chosen as often as the shorter one.
+
+    See every preference first (:meth:`add`), then ask of each whether it goes (:meth:`drops`). Preferences of the more
+    frequent kind are dropped at random, by a hash of the seed and the pair, so the choice depends on nothing else;
+    those with completions of equal length (in characters) all stay. Memory: 8 bytes a preference.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._draws: dict[tuple[str, bool], array[int]] = defaultdict(lambda: array("Q"))
+        self._limits: dict[tuple[str, bool], int] = {}
+
+    def add(self, split: str, preference: Preference) -> None:
+        """Count one preference."""
+        kind = self._kind(split, preference)
+        if kind is not None:
+            self._draws[kind].append(self._draw(preference))
+
+    def drops(self, split: str, preference: Preference) -> bool:
+        """Whether a preference goes; after every one has been added."""
+        kind = self._kind(split, preference)
+        if kind is None:
+            return False
+        if kind not in self._limits:
+            more = len(self._draws[kind]) - len(self._draws[split, not kind[1]])
+            self._limits[kind] = sorted(self._draws[kind])[more - 1] if more > 0 else -1
+        return self._draw(preference) <= self._limits[kind]
+
+    def _kind(self, split: str, preference: Preference) -> tuple[str, bool] | None:
+        difference = len(preference.chosen) - len(preference.rejected)
+        return (split, difference > 0) if difference else None
+
+    def _draw(self, preference: Preference) -> int:
+        ids = preference.prompt_id, preference.chosen_id, preference.rejected_id
+        return int(content_hash("length_balance", self._seed, *ids)[:16], 16)
+
+
+def balanced(
+    preferences: Iterable[tuple[str, Preference]], seed: int, dropped: Counter[str], folder: Path
+) -> Iterator[tuple[str, Preference]]:
+    """Preferences with their splits, without those that :class:`LengthBalance` drops; these are counted.
+
+    All are taken before the first comes out; meanwhile they lie in a nameless file in ``folder``.
+    """
+    balance = LengthBalance(seed)
+    with tempfile.TemporaryFile("w+", dir=folder, encoding="utf-8") as file:
+        for split, preference in preferences:
+            balance.add(split, preference)
+            file.write(json.dumps([split, vars(preference)]) + "\n")
+        file.seek(0)
+        for line in file:
+            split, values = json.loads(line)
+            preference = Preference(**{**values, "prompt": tuple(values["prompt"])})
+            if balance.drops(split, preference):
+                dropped["length_balance"] += 1
+            else:
+                yield split, preference
 
 
 def simulated_human_pairs(line: Candidates, gold: str, annotator: AnnotatorConfig, seed: int) -> list[PairLabel]:
@@ -187,6 +249,8 @@ def _schema() -> Any:
             ("p_chosen", pyarrow.float64()),
             *((name, text) for name in ("prompt_id", "chosen_id", "rejected_id", "labeler", "feedback", "principles")),
             *((name, flag) for name in ("chosen_ended", "rejected_ended")),
+            *((name, pyarrow.int64()) for name in ("chosen_rank", "rejected_rank")),
+            ("inferred", flag),
         ]
     )
 

@@ -1,4 +1,4 @@
-"""Progress of long work, with a rate and an estimate of the time left."""
+"""Progress of long work, with a rate and, where ``total`` is known, an estimate of the time left."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 
-def progress(total: int, what: str, unit: str = "it", initial: int = 0) -> Any:
+def progress(total: int | None, what: str, unit: str = "it", initial: int = 0) -> Any:
     """A tqdm bar on standard error: live in a terminal, one line every ten seconds in a log file."""
     from tqdm import tqdm
 

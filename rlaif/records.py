@@ -117,6 +117,28 @@ class Label:
         line[{"pairwise": "p_first", "listwise": "probs"}.get(self.mode, "score")] = self.verdict
         return line
 
+    @classmethod
+    def from_json(cls, line: dict[str, Any]) -> Label:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: saying what is wrong.
+        """
+        values = {name: value for name, value in line.items() if name in cls.__dataclass_fields__}
+        p_name = {"pairwise": "p_first", "pointwise": "score"}.get(str(line.get("mode")))
+        if p_name is not None:
+            values.pop("score", None)
+            values["p"] = p = line.get(p_name)
+            if p is not None and (isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1):
+                raise ValueError(f"the verdict must be between 0 and 1, or null, found {p!r}")
+        for name in ("order", "probs"):
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
+        try:
+            return cls(**values)
+        except TypeError:
+            raise ValueError("not a label as rlaif.label writes it") from None
+
 
 @dataclass(frozen=True)
 class Preference:
@@ -135,6 +157,11 @@ class Preference:
     chosen_ended: bool = True
     rejected_ended: bool = True
     """False for a completion that was cut at the length limit: training then adds no end token."""
+    chosen_rank: int | None = None
+    rejected_rank: int | None = None
+    """Place among the prompt's candidates by Bradley-Terry score, 1 for the best; None where it is not known."""
+    inferred: bool = False
+    """The labeler was not asked about this very pair; its label follows from those on others."""
 
     def to_row(self) -> dict[str, Any]:
         """The row in TRL's conversational preference format, with the soft label beside it."""
@@ -151,6 +178,9 @@ class Preference:
             "principles": json.dumps(self.principles, sort_keys=True),
             "chosen_ended": self.chosen_ended,
             "rejected_ended": self.rejected_ended,
+            "chosen_rank": self.chosen_rank,
+            "rejected_rank": self.rejected_rank,
+            "inferred": self.inferred,
         }
 
 

@@ -13,7 +13,9 @@ from rlaif.config import AnnotatorConfig, Selection
 from rlaif.gold import gold_score
 from rlaif.labeling.aggregate import PairLabel, logit, sigmoid
 from rlaif.preferences import (
+    LengthBalance,
     PreferenceWriter,
+    balanced,
     parse_preference,
     prompts_of,
     read_preferences,
@@ -91,6 +93,49 @@ def test_best_worst():
     [row] = chosen["train"]
     assert (row.chosen_id, row.rejected_id) == ("a", "c")
     assert dropped == {"not_selected": 2}
+
+
+def test_best_worst_where_not_all_pairs_have_a_label():
+    # a beats b by 1 and c by 1, c beats d by 3: d is the worst, but a and d were not compared.
+    pairs = [pair("a", "b", 1.0), pair("a", "c", 1.0), pair("c", "d", 3.0)]
+    chosen, _ = select(pairs, [line(a="1", b="2", c="3", d="4")], Selection.best_worst)
+    assert [(row.chosen_id, row.rejected_id) for row in chosen["train"]] == [("c", "d")]
+
+
+def test_ranks_are_those_of_all_pairs():
+    chosen, _ = select([pair("a", "b", -1.0), pair("a", "c", 3.0), replace(pair("b", "c", 2.5), inferred=True)])
+    found = {(row.chosen_id, row.rejected_id): (row.chosen_rank, row.rejected_rank) for row in chosen["train"]}
+    assert found == {("b", "a"): (1, 2), ("a", "c"): (2, 3), ("b", "c"): (1, 3)}
+    assert [row.inferred for row in chosen["train"]] == [False, False, True]
+
+
+def sized(number, chosen, rejected):
+    return Preference(f"p{number}", USER, chosen, rejected, "a", "b", 0.75, "me", "ai", {"k": 1.0})
+
+
+@given(st.lists(st.tuples(st.sampled_from(["train", "test"]), st.integers(-1, 1)), max_size=60), st.integers(0, 9))
+def test_length_balance_is_exact_in_each_split(kinds, seed):
+    rows = [(split, sized(n, "x" * (3 + sign), "yyy")) for n, (split, sign) in enumerate(kinds)]
+    balance = LengthBalance(seed)
+    for row in rows:
+        balance.add(*row)
+    kept = [(split, len(row.chosen) - 3) for split, row in rows if not balance.drops(split, row)]
+    for split in ("train", "test"):
+        fewer = min(kinds.count((split, 1)), kinds.count((split, -1)))
+        assert kept.count((split, 1)) == kept.count((split, -1)) == fewer
+        assert kept.count((split, 0)) == kinds.count((split, 0))
+
+
+def test_balancing_keeps_the_rest_as_it_was(tmp_path):
+    rows = [("train", sized(number, "long" * (number % 3 + 1), "short")) for number in range(30)]
+    dropped = Counter()
+    kept = list(balanced(iter(rows), 0, dropped, tmp_path))
+    # Of each three, one is shorter than "short" and two are longer.
+    assert dropped == {"length_balance": 10}
+    assert kept == [row for row in rows if row in kept]
+    assert list(balanced(iter(rows[::-1]), 0, Counter(), tmp_path)) == kept[::-1]
+    assert list(balanced(iter(rows), 1, Counter(), tmp_path)) != kept
+    assert not list(tmp_path.iterdir())
 
 
 def test_best_worst_is_one_pair_a_prompt():

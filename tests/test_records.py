@@ -301,3 +301,26 @@ def test_content_hash_is_stable_and_tells_parts_apart():
     assert content_hash({"a": 1, "b": 2}) == content_hash({"b": 2, "a": 1})
     assert content_hash("ab", "c") != content_hash("a", "bc")
     assert content_hash("\ud800") != content_hash("\ud801")
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        Label("p", "pairwise", "k", "l", "logprob", 0.25, None, 0.9, first="a", second="b", reply="A", prompt_tokens=3),
+        Label("p", "pairwise", "k", "l", "none", None, "timeout", first="a", second="b"),
+        Label("p", "pointwise", "k", "l", "logprob", 1.0, candidate="a"),
+        Label("p", "pointwise", "k", "l", "none", None, "timeout", candidate="a"),
+        Label("p", "score", "k", "l", "logprob", candidate="a", score=2.5, probs=(0.1,) * 10, truncated=True),
+        Label("p", "listwise", "k", "l", "logprob", order=("a", "b"), probs=(0.25, 0.75)),
+        Label("p", "listwise", "k", "l", "none", None, "timeout", order=("a", "b")),
+        Label("p", "contrastive", "k", "l", "logprob", candidate="a", score=-3.5),
+    ],
+)
+def test_labels_roundtrip(label):
+    assert Label.from_json(json.loads(json.dumps(label.to_json()))) == label
+
+
+@pytest.mark.parametrize("line", [{"p_first": 2, "mode": "pairwise"}, {"score": True, "mode": "pointwise"}, {}])
+def test_what_is_not_a_label(line):
+    with pytest.raises(ValueError, match=r"must be between 0 and 1|not a label"):
+        Label.from_json(line)

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from rlaif.config import LabelingConfig
 from rlaif.records import Label
 
 # Verdicts at the ends of the scale are as certain as float16 can say, not infinitely so.
@@ -16,18 +17,36 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class PairLabel:
-    """What the labeler thinks of one unordered pair: ``logit`` of P(one is better than other)."""
+    """What the labeler thinks of one unordered pair: ``logit`` of P(one is better than other).
+
+    ``principles`` has the logit under each principle that was asked, before any temperature. ``inferred``: there is
+    no verdict on this very pair; the logit follows from those on others.
+    """
 
     prompt_id: str
     one: str
     other: str
     logit: float
     principles: dict[str, float]
+    inferred: bool = False
 
     @property
     def p(self) -> float:
         """P(one is better than other)."""
         return sigmoid(self.logit)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """P(one is better than other) = sigmoid(logit / temperature), or sigmoid((logit - bias) / single_temperature).
+
+    The second is for pairwise verdicts in a single order, with the logit of the completion shown first; the first for
+    all other labels, for instance those of both orders, where the bias has cancelled.
+    """
+
+    temperature: float = 1.0
+    bias: float = 0.0
+    single_temperature: float = 1.0
 
 
 def sigmoid(x: float) -> float:
@@ -54,47 +73,75 @@ def unswap(label: Label) -> tuple[str, str, float | None]:
     return label.second, label.first, None if value is None else -value
 
 
+def combine(
+    labels: Iterable[Label],
+    weights: Mapping[str, float],
+    config: LabelingConfig,
+    calibration: Calibration | None = None,
+) -> tuple[list[PairLabel], dict[str, int]]:
+    """:func:`pair_labels` of verdicts that were asked as ``config`` says."""
+    return pair_labels(
+        labels,
+        weights,
+        config.temperature,
+        both_orders=config.both_orders and config.second_order_below is None,
+        all_principles=config.stop_principles_above is None,
+        calibration=calibration,
+    )
+
+
 def pair_labels(
     labels: Iterable[Label],
     weights: Mapping[str, float],
     temperature: float = 1.0,
     both_orders: bool = True,
+    all_principles: bool = True,
+    calibration: Calibration | None = None,
 ) -> tuple[list[PairLabel], dict[str, int]]:
     """Soft labels of pairs from verdicts, all of one mode.
 
-    Pairwise: logits of the two orders are averaged, which cancels an additive position bias exactly; a pair with
-    a missing order is dropped. Listwise: :func:`list_logits`, averaged over the orders of the list in the same way.
-    Otherwise :func:`point_logit` of the two completions' labels. Principles are averaged by weight; a pair counts only
-    if every principle that it was asked under has its verdict.
+    Pairwise: logits of the two orders are averaged, which cancels an additive position bias exactly; from the logit of
+    a single order the calibrated bias is subtracted. A pair with a missing order is dropped. Listwise:
+    :func:`list_logits`, averaged over the orders of the list in the same way. Otherwise :func:`point_logit` of the two
+    completions' labels. Principles are averaged by weight; a pair counts only if every principle that it was asked
+    under has its verdict.
 
     Args:
         labels: verdicts of one labeler.
         weights: weight of each principle, asked or not.
         temperature: divides the combined logit.
-        both_orders: whether each pair was asked in both orders.
+        both_orders: whether a pair needs both orders; else one is enough, but none that was asked may be missing.
+        all_principles: the principles that were asked are all that count; else the others count as undecided (logit 0).
+        calibration: its temperature divides the combined logit too.
 
     Returns:
         The pair labels in the order of the first verdict on each pair, and counts of dropped pairs by reason.
     """
+    calibration = calibration or Calibration()
     logits: dict[tuple[str, str, str], dict[str, list[float | None]]] = {}
     points: dict[str, dict[str, dict[str, Label]]] = defaultdict(dict)
-    orders: int | None = 2 if both_orders else 1
+    pairwise = False
     for label in labels:
         if label.order is not None:
-            orders = None  # as many as it has labels
             for one, other, value in list_logits(label):
                 by_principle = logits.setdefault((label.prompt_id, one, other), defaultdict(list))
                 by_principle[label.principle].append(value)
         elif label.candidate is not None:
             points[label.prompt_id].setdefault(label.candidate, {})[label.principle] = label
         else:
+            pairwise = True
             one, other, value = unswap(label)
+            # In the mean of both orders the two cancel.
+            bias = calibration.bias if one == label.first else -calibration.bias
             by_principle = logits.setdefault((label.prompt_id, one, other), defaultdict(list))
-            by_principle[label.principle].append(value)
+            by_principle[label.principle].append(None if value is None else value - bias)
+    needed = 2 if pairwise and both_orders else 1
     combined: dict[tuple[str, str, str], dict[str, float | None]] = {
-        pair: {principle: _mean(values, orders or len(values)) for principle, values in by_principle.items()}
+        pair: {principle: _mean(values, needed) for principle, values in by_principle.items()}
         for pair, by_principle in logits.items()
     }
+    # A pair is as sure as its least sure part.
+    single = {pair for pair, asked in logits.items() if pairwise and min(map(len, asked.values())) == 1}
     for prompt_id, candidates in points.items():
         for one, other in itertools.combinations(sorted(candidates), 2):
             left, right = candidates[one], candidates[other]
@@ -104,12 +151,16 @@ def pair_labels(
                 else None
                 for principle in left | right
             }
-    return _weigh(combined, weights, temperature)
+    temperatures = {
+        pair: temperature * (calibration.single_temperature if pair in single else calibration.temperature)
+        for pair in combined
+    }
+    return _weigh(combined, weights, temperatures, None if all_principles else sum(weights.values()))
 
 
-def _mean(values: Sequence[float | None], expected: int) -> float | None:
+def _mean(values: Sequence[float | None], needed: int) -> float | None:
     found = [value for value in values if value is not None]
-    return sum(found) / expected if len(found) == expected else None
+    return sum(found) / len(found) if len(found) == len(values) >= needed else None
 
 
 def list_logits(label: Label) -> Iterator[tuple[str, str, float | None]]:
@@ -163,15 +214,17 @@ def p_higher(left: Sequence[float], right: Sequence[float]) -> float:
 def _weigh(
     combined: Mapping[tuple[str, str, str], Mapping[str, float | None]],
     weights: Mapping[str, float],
-    temperature: float,
+    temperatures: Mapping[tuple[str, str, str], float],
+    total: float | None,
 ) -> tuple[list[PairLabel], dict[str, int]]:
+    """The mean over principles; ``total`` is what their weights add up to, or None for that of those asked."""
     result, dropped = [], {"no_verdict": 0}
-    for (prompt_id, one, other), by_principle in combined.items():
+    for pair, by_principle in combined.items():
         valid = {principle: value for principle, value in by_principle.items() if value is not None}
         if len(valid) < len(by_principle):
             dropped["no_verdict"] += 1
             continue
-        total = sum(weights[principle] for principle in valid)
-        mean = sum(weights[principle] * value for principle, value in valid.items()) / total
-        result.append(PairLabel(prompt_id, one, other, mean / temperature, valid))
+        mean = sum(weights[principle] * value for principle, value in valid.items())
+        mean /= total or sum(weights[principle] for principle in valid)
+        result.append(PairLabel(*pair, mean / temperatures[pair], valid))
     return result, dropped

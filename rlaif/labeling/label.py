@@ -1,11 +1,13 @@
 """Asking: candidates -> verdicts, each stored the moment it exists.
 
-The candidates are gone through once for each kind of request, and once more to read the labels off the store. Nothing
-that grows with their number is held in memory, except what failed.
+The candidates are gone through once for each kind of request, again as long as a talk asks anything new where it
+decides by its answers, and once more to read the labels off the store. Nothing that grows with their number is held in
+memory, except what failed.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from array import array
 from collections import Counter
@@ -73,7 +75,12 @@ class Labeling:
         """Seconds of each answered request of this run, retries included, where the engine knows them."""
         self._identity = content_hash(engine.identity)
         self._fingerprint = content_hash(
-            self._identity, asdict(setup.constitution), asdict(setup.config), setup.seed, "finished"
+            self._identity,
+            asdict(setup.constitution),
+            asdict(setup.config),
+            asdict(setup.calibration),
+            setup.seed,
+            "finished",
         )
 
     def ask(self, expected: int) -> None:
@@ -82,11 +89,19 @@ class Labeling:
         Args:
             expected: about how many verdicts there will be, for the progress shown.
         """
-        for kind in self.setup.kinds:
-            last = kind is self.setup.kinds[-1]
-            what = ("labeling", "verdict") if last else ("rationales", "rationale")
-            with LiveView(expected, what, self.engine, self.setup.minimum, self.gold) as view:
-                self._ask(kind, last, view)
+        for number in itertools.count(1):
+            asked = 0
+            for kind in self.setup.kinds:
+                last = kind is self.setup.kinds[-1]
+                what, unit = ("labeling", "verdict") if last else ("rationales", "rationale")
+                if self.setup.adaptive:
+                    what = f"{what}, round {number}"
+                # How many answers a round takes is known only afterwards.
+                total = None if self.setup.adaptive else expected
+                with LiveView(total, (what, unit), self.engine, self.setup.minimum, self.gold) as view:
+                    asked += self._ask(kind, last, view)
+            if not self.setup.adaptive or not asked:
+                break
         if self.failed:
             reasons = Counter(failure.reason for failure in self.failed.values())
             log.warning("%d requests failed: %s", len(self.failed), dict(reasons))
@@ -96,8 +111,9 @@ class Labeling:
         for line in self.lines():
             yield line, self._hold(line, missing=Failure("not_asked")).labels
 
-    def _ask(self, kind: type, last: bool, view: LiveView) -> None:
-        """One time through the candidates: ask what is missing and of this kind."""
+    def _ask(self, kind: type, last: bool, view: LiveView) -> int:
+        """One time through the candidates: ask what is missing and of this kind; returns how much that was."""
+        adaptive = self.setup.adaptive
         waiting: dict[int, tuple[str, Any, _Open]] = {}
         in_flight: set[str] = set()
 
@@ -107,14 +123,16 @@ class Labeling:
                 marker = content_hash(self._fingerprint, line.prompt.prompt_id, line.prompt.messages, _shown(line))
                 expected = self.setup.expected(len(line.candidates))
                 if self.store.is_finished(marker):
-                    view.known(expected)
+                    view.known(0 if adaptive else expected)
                     continue
                 held = self._hold(line)
                 asked = [(key, request) for key, request in held.unknown if isinstance(request, kind)]
-                view.known(max(expected - len(asked), 0))
+                view.known(0 if adaptive else max(expected - len(asked), 0))
                 # Two lines may ask the same; a line whose answers somebody else waits for is not marked.
                 own = [(key, request) for key, request in asked if key not in in_flight]
-                opened = _Open(marker, len(own), sound=last and held.sound and len(own) == len(held.unknown))
+                # Nor is one that may ask more once it has its answers.
+                answered = not held.unknown if adaptive else len(own) == len(held.unknown)
+                opened = _Open(marker, len(own), sound=last and held.sound and answered)
                 self._close_if_done(opened)
                 for key, request in own:
                     in_flight.add(key)
@@ -122,7 +140,9 @@ class Labeling:
                     place += 1
                     yield request
 
+        count = 0
         for place, answer in _server(self.engine, kind)(feed()):
+            count += 1
             key, request, opened = waiting.pop(place)
             in_flight.discard(key)
             opened.missing -= 1
@@ -135,6 +155,7 @@ class Labeling:
                     self.latencies.append(answer.latency_s)
             self._close_if_done(opened)
             view.add(request, answer)
+        return count
 
     def _close_if_done(self, opened: _Open) -> None:
         if opened.sound and not opened.missing:

@@ -22,7 +22,7 @@ class LiveView:
     Use as a context manager.
 
     Args:
-        total: how many answers are expected.
+        total: how many answers are expected; None where that is not known.
         what: what is being done, and in what unit.
         engine: whose spending is shown, if it keeps account of it.
         minimum: option mass below which a verdict is not usable.
@@ -30,7 +30,7 @@ class LiveView:
     """
 
     def __init__(
-        self, total: int, what: tuple[str, str], engine: Engine, minimum: float = 0.0, gold: str | None = None
+        self, total: int | None, what: tuple[str, str], engine: Engine, minimum: float = 0.0, gold: str | None = None
     ) -> None:
         self._bar = progress(total, *what)
         self._engine, self._minimum, self._gold = engine, minimum, gold
@@ -124,6 +124,10 @@ def summary(quality: Mapping[str, Any]) -> str:
             lines.append("found by " + ", ".join(f"{name}: {count}" for name, count in by_method.items()))
     if quality.get("truncated"):
         lines.append(f"WARNING: {quality['truncated']} verdicts saw a long text without its middle")
+    if any(quality.get("saved", {}).values()):
+        lines.append(
+            "not asked: " + ", ".join(f"{count} ({what})" for what, count in quality["saved"].items() if count)
+        )
     if quality.get("verdicts_per_s"):
         tokens = f", {_short(quality['prompt_tokens'])} prompt tokens" if quality["prompt_tokens"] else ""
         lines.append(f"speed: {quality['verdicts_per_s']:.1f} verdicts/s{tokens}")

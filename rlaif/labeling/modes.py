@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlaif.config import LabelingConfig, LabelMode, Principles
+from rlaif.config import LabelingConfig, LabelMode, Pairs, Principles
 from rlaif.constitution import Constitution, Exemplar, Principle, check_mode, together
 from rlaif.engines.base import CompletionRequest, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
+from rlaif.labeling.aggregate import Calibration, PairLabel, combine
+from rlaif.labeling.pairs import Shown, compare
 from rlaif.labeling.prompts import (
     LETTERS,
     SCALE,
@@ -52,9 +54,21 @@ class Setup:
     labeler: str
     config: LabelingConfig
     seed: int = 0
+    calibration: Calibration = field(default_factory=Calibration)
 
     def __post_init__(self) -> None:
         check_mode(self.constitution, self.config.mode)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether what a talk asks depends on its answers, so that it asks more than once."""
+        config = self.config
+        one_round = config.second_order_below is None and config.stop_principles_above is None
+        return config.pairs is not Pairs.all or not one_round
+
+    def pairs(self, labels: Sequence[Label]) -> tuple[list[PairLabel], dict[str, int]]:
+        """The pair labels that verdicts make, and counts of dropped pairs by reason."""
+        return combine(labels, self.weights, self.config, self.calibration)
 
     @property
     def kinds(self) -> tuple[type, ...]:
@@ -100,7 +114,7 @@ class Setup:
         return _TALKS[self.config.mode](self, line)
 
     def expected(self, candidates: int) -> int:
-        """How many requests of the last kind a prompt with so many candidates takes.
+        """How many requests of the last kind a prompt with so many candidates takes, at most.
 
         Raises:
             UserError: if the mode cannot take so many.
@@ -166,37 +180,32 @@ class _Comparison:
 
 def _pairwise(setup: Setup, line: Candidates) -> Talk:
     """Which of two completions is better, by a letter; with rationales, after reasoning."""
-    asked = list(_comparisons(setup, line))
-    if setup.config.rationales:
-        found = yield from _reasoned(setup, line, asked)
-    else:
-        answers = yield [_pairwise_request(setup, line, comparison) for comparison in asked]
-        found = [[answer] for answer in answers]
-    clamp = setup.config.clamp if setup.config.rationales else 0.0
-    return [
-        probability(
-            _blank(
-                setup,
-                line,
-                comparison.principle,
-                first=comparison.first.candidate_id,
-                second=comparison.second.candidate_id,
-            ),
-            answers,
-            setup.minimum,
-            clamp,
-        )
-        for comparison, answers in zip(asked, found, strict=True)
-    ]
 
+    def ask(shown: Sequence[Shown]) -> Talk:
+        asked = [_Comparison(*comparison) for comparison in shown]
+        if setup.config.rationales:
+            found = yield from _reasoned(setup, line, asked)
+        else:
+            answers = yield [_pairwise_request(setup, line, comparison) for comparison in asked]
+            found = [[answer] for answer in answers]
+        clamp = setup.config.clamp if setup.config.rationales else 0.0
+        return [
+            probability(
+                _blank(
+                    setup,
+                    line,
+                    comparison.principle,
+                    first=comparison.first.candidate_id,
+                    second=comparison.second.candidate_id,
+                ),
+                answers,
+                setup.minimum,
+                clamp,
+            )
+            for comparison, answers in zip(asked, found, strict=True)
+        ]
 
-def _comparisons(setup: Setup, line: Candidates) -> Iterator[_Comparison]:
-    """Both orders and all principles of a pair close together, so that engines can reuse what they share."""
-    for one, other in itertools.combinations(line.candidates, 2):
-        for principle in setup.principles(line.prompt, (one, other)):
-            yield _Comparison(principle, one, other)
-            if setup.config.both_orders:
-                yield _Comparison(principle, other, one)
+    return (yield from compare(setup, line, ask))
 
 
 def _pairwise_request(setup: Setup, line: Candidates, comparison: _Comparison) -> OptionRequest:

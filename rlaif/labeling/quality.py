@@ -38,7 +38,8 @@ class VerdictQuality:
     """Coverage and bias of raw verdicts; needs no truth.
 
     ``same_position_rate``: share of pairs whose two orders name the same position; for a list, share of the pairs of
-    its orders. ``position_bias``: mean logit for the first position (0 is unbiased); for a list, its logarithm less the
+    its orders. ``position_bias``: mean logit for the first position (0 is unbiased), over pairs with
+    both orders: a single one may be all there is because of what it says. For a list, its logarithm less the
     mean of the others'. ``verdict_bias``: mean logit of yes (pointwise). ``score_mean``: mean ``score``. ``truncated``:
     verdicts on a text that was too long to be shown whole.
     """
@@ -53,7 +54,7 @@ class VerdictQuality:
     def add(self, labels: Sequence[Label]) -> None:
         """The labels of one prompt."""
         prompt, self._prompts = self._prompts, self._prompts + 1
-        orders: dict[tuple[Any, ...], list[int | None]] = defaultdict(list)
+        orders: dict[tuple[Any, ...], list[tuple[int | None, float]]] = defaultdict(list)
         for label in labels:
             self._verdicts += 1
             self._tokens += label.prompt_tokens or 0
@@ -66,12 +67,16 @@ class VerdictQuality:
                 continue
             self._methods[label.method] += 1
             name, value = _bias(label)
-            self._means[name].add(value, prompt)
             if name == "position_bias":
                 shown = label.order or (label.first, label.second)
-                orders[label.principle, *sorted(map(str, shown))].append(_favourite(label))
-        for places in orders.values():
-            named = [place for place in places if place is not None]
+                orders[label.principle, *sorted(map(str, shown))].append((_favourite(label), value))
+            else:
+                self._means[name].add(value, prompt)
+        for verdicts in orders.values():
+            if len(verdicts) > 1:
+                for _, value in verdicts:
+                    self._means["position_bias"].add(value, prompt)
+            named = [place for place, _ in verdicts if place is not None]
             same = [one == other for one, other in itertools.combinations(named, 2)]
             if same:
                 self._means["same_position_rate"].add(sum(same) / len(same), prompt)

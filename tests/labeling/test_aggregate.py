@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlaif.labeling.aggregate import list_logits, logit, p_higher, pair_labels, sigmoid, unswap
+from rlaif.labeling.aggregate import Calibration, list_logits, logit, p_higher, pair_labels, sigmoid, unswap
 from rlaif.records import Label
 
 
@@ -105,6 +105,31 @@ def test_temperature_divides_the_logit():
     labels = [pairwise("a", "b", 0.75), pairwise("b", "a", 0.25)]
     [pair], _ = pair_labels(labels, {"k": 1.0}, temperature=2.0)
     assert pair.logit == pytest.approx(0.549306, abs=1e-6)
+
+
+def test_calibration_of_both_orders_and_of_one():
+    calibration = Calibration(temperature=2.0, bias=0.5, single_temperature=4.0)
+    labels = [
+        # Logits log 3 and, un-swapped, log 3: the bias cancels, and log 3 / 2 = 0.549306.
+        pairwise("a", "b", 0.75),
+        pairwise("b", "a", 0.25),
+        # One order: (log 3 - 0.5) / 4 = 0.149653, and shown the other way round (-log 3 + 0.5) / 4.
+        pairwise("a", "c", 0.75),
+        pairwise("d", "a", 0.75),
+    ]
+    pairs, _ = pair_labels(labels, {"k": 1.0}, both_orders=False, calibration=calibration)
+    found = {(pair.one, pair.other): pair.logit for pair in pairs}
+    assert found == pytest.approx({("a", "b"): 0.549306, ("a", "c"): 0.149653, ("a", "d"): -0.149653}, abs=1e-6)
+
+
+def test_principles_that_were_not_asked_count_as_undecided():
+    # (3 * log 3 + 1 * 0) / 4 = 0.823959.
+    labels = [pairwise("a", "b", 0.75, "x"), pairwise("b", "a", 0.25, "x")]
+    [pair], _ = pair_labels(labels, {"x": 3.0, "y": 1.0}, all_principles=False)
+    assert pair.logit == pytest.approx(0.823959, abs=1e-6)
+    # One that was asked and has no verdict takes the pair with it.
+    labels += [pairwise("a", "b", None, "y"), pairwise("b", "a", 0.5, "y")]
+    assert pair_labels(labels, {"x": 3.0, "y": 1.0}, all_principles=False) == ([], {"no_verdict": 1})
 
 
 def test_pointwise_is_the_difference_of_logits():

@@ -98,6 +98,17 @@ def test_a_planted_position_bias_is_removed_by_both_orders(store):
     assert quality["same_position_rate"] == 1.0
 
 
+def test_the_bias_is_measured_where_both_orders_are_known(store):
+    """Second orders are asked by what the first said, so single orders are a selection with another mean."""
+    config = LabelingConfig(second_order_below=3.0)
+    labels = label_candidates(lines(), CONSTITUTION, engine(position_bias=2.0), config, store)
+    assert len(labels) < 20 * 12
+    quality = verdict_quality(labels)
+    assert quality["position_bias"] == pytest.approx(2.0, abs=1e-4)
+    single = label_candidates(lines(), CONSTITUTION, engine(), LabelingConfig(both_orders=False), store)
+    assert "position_bias" not in verdict_quality(single)
+
+
 def test_one_order_keeps_the_bias(store):
     config = LabelingConfig(both_orders=False)
     labels = label_candidates(lines(1, ("a", "b")), CONSTITUTION, engine(position_bias=4.0), config, store)
