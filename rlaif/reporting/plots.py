@@ -210,7 +210,35 @@ def reliability_diagram(points: Sequence[Mapping[str, float]]) -> str:
         axes.set_xlabel("label: P(a is better)")
         axes.set_ylabel("share where people prefer a")
 
-    svg = _svg(draw, 3.4, 3.2, "reliability diagram")
+    return _file(_svg(draw, 3.4, 3.2, "reliability diagram"))
+
+
+def budget_curves(curves: Mapping[str, Sequence[tuple[float, Sequence[float]]]], xlabel: str, ylabel: str) -> str:
+    """What is reached for how much, one line a name, as an SVG file of its own.
+
+    Args:
+        curves: of each name its points: x, and y with its interval (value, low, high).
+        xlabel: what x is.
+        ylabel: what y is.
+    """
+    looks = [Look(name, _PALETTE[i % len(_PALETTE)], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(curves)]
+
+    def draw(axes: Any) -> None:
+        for look in looks:
+            points = sorted(curves[look.name])
+            for x, y in points:
+                _point(axes, look, (x, None, None), y)
+            xs, ys = [x for x, _ in points], [y[0] for _, y in points]
+            axes.plot(xs, ys, color=look.color, marker=look.marker, linewidth=1, label=look.name)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.legend(loc="lower right", frameon=False, fontsize=8)
+
+    return _file(_svg(draw, 5.6, 3.8, f"{ylabel} by {xlabel}"))
+
+
+def _file(svg: str) -> str:
+    """An inline SVG as a file."""
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     return svg.replace("<svg", f'<svg {names} style="color: #222; background: #fff"', 1)
 
