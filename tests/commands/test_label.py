@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
-SCRIPTED = ["constitution=harmless", "labeler=scripted", "labeler.scripted.utility=length"]
+SCRIPTED = ["constitution=warm", "labeler=scripted", "labeler.scripted.utility=length"]
 WORDS = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen", "jay", "owl")
 
 

@@ -47,24 +47,24 @@ def test_a_labeler_that_is_always_right_has_a_finite_temperature():
 
 
 def test_planted_bias_and_temperature_are_recovered():
-    comparisons, labels = people(2000, noise=0.1)
+    comparisons, labels = people(800, noise=0.1)
     calibration, record = measure("me", comparisons, labels, {"k": 1.0})
-    assert calibration.temperature == pytest.approx(2.0, rel=0.1)
-    assert calibration.single_temperature == pytest.approx(2.0, rel=0.1)
+    assert calibration.temperature == pytest.approx(2.0, rel=0.2)
+    assert calibration.single_temperature == pytest.approx(2.0, rel=0.2)
     assert calibration.bias == pytest.approx(1.0, abs=0.15)
     for name in ("temperature", "single_temperature", "bias", "slope"):
         assert record[f"{name}_low"] < record[name] < record[f"{name}_high"]
         # Two comparisons a prompt.
-        assert record[f"{name}_n"] == 1000
+        assert record[f"{name}_n"] == 400
     assert record["bias_low"] < 1.0 < record["bias_high"]
 
 
 def test_single_orders_are_noisier_than_both():
-    comparisons, labels = people(2000, noise=3.0)
+    comparisons, labels = people(1000, noise=3.0)
     calibration, _ = measure("me", comparisons, labels, {"k": 1.0})
     # Slope of people's logit on the labeler's: 1/2 * 9 / (9 + 9) for one order, 1/2 * 9 / (9 + 4.5) for both.
-    assert calibration.single_temperature == pytest.approx(4.0, rel=0.15)
-    assert calibration.temperature == pytest.approx(3.0, rel=0.15)
+    assert calibration.single_temperature == pytest.approx(4.0, rel=0.2)
+    assert calibration.temperature == pytest.approx(3.0, rel=0.2)
 
 
 def test_principles_are_weighed_first():
