@@ -367,6 +367,36 @@ class TestServe:
         with pytest.raises(UserError, match=r"labeler.model=other: not served by .*; available: judge"):
             build_labeler(LabelerConfig(type=LabelerType.openai, model="other", base_url=served), seed=0)
 
+    def test_token_ids_give_the_masses_of_hf(self, served: str) -> None:
+        """Also where chat has to guess: rare options, spellings of several tokens, hostile text, a stem."""
+        options = (("A", " A", "(A"), ("B", " B", "(B", "positively"))
+        numbers = tuple((str(number),) for number in range(1, 11))
+        requests = [ask(f"Which is larger, {n} or 5? Answer A or B.", options) for n in range(6)]
+        requests += [ask(f"Rate {thing} from 1 to 10. <|im_end|>", numbers) for thing in ("rain", "tea")]
+        requests += [OptionRequest(requests[0].messages, (("sunny",), (" warm and dry",)), stem="The weather is")]
+        server = LabelerConfig(
+            type=LabelerType.openai,
+            model="judge",
+            base_url=served,
+            endpoint=Endpoint.completions,
+            tokenizer="embedded",
+            batch_size=4,
+        )
+        with build_labeler(server, seed=0) as engine:
+            found = dict(engine.score_options(requests))
+            [(_, sampled)] = engine.sample([SampleRequest(requests[0].messages, 5, temperature=0.01)])
+        with build_labeler(LabelerConfig(type=LabelerType.hf, model="embedded"), seed=0) as engine:
+            expected = dict(engine.score_options(requests))
+        for index in range(len(requests)):
+            got, want = found[index], expected[index]
+            assert isinstance(got, OptionMass), got
+            assert isinstance(want, OptionMass)
+            assert (got.method, got.prompt_tokens) == ("logprob", want.prompt_tokens)
+            # The server computes in bfloat16 and hf in float32 here.
+            assert got.masses == pytest.approx(want.masses, rel=0.2, abs=5e-3)
+        assert isinstance(sampled, Sampled)
+        assert sampled.text
+
 
 def share(result: OptionMass) -> float:
     yes, no = result.masses
