@@ -175,7 +175,7 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
                 write_json(folder / "calibration.json", calibration)
             labeling = Labeling(lines, setup, engine, store, config.gold)
             labeling.ask(sum(setup.expected(size) * count for size, count in lines.sizes.items()))
-            seconds, asked = time.perf_counter() - started, store.written
+            seconds, asked, spent = time.perf_counter() - started, store.written, engine.spent
             quality = VerdictQuality()
             savings: Counter[str] = Counter()
             pairs, dropped = _pairs(labeling, quality, savings, folder / "labels.jsonl")
@@ -191,6 +191,8 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
                     # Of this run: what an earlier one asked took time that is not counted here.
                     result["verdicts_per_s"] = round(asked / seconds, 3)
                     result |= latency(labeling.latencies)
+                if spent is not None:
+                    result["spent"] = {name: round(value, 6) for name, value in spent._asdict().items()}
                 if setup.adaptive:
                     result["saved"] = dict(savings)
                 if calibration:

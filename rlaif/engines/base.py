@@ -118,6 +118,14 @@ class Engine(ABC):
         """Likelihood of each request's completion. Not every engine can tell: an API that only samples cannot."""
         raise NotImplementedError(f"the {self.identity['engine']} engine gives no likelihood of given text")
 
+    @property
+    def spent(self) -> Any:
+        """What all requests have cost (:class:`rlaif.engines.limits.Spend`); ``None`` for an engine that costs nothing.
+
+        An engine that has it can also be told, before its first request, what earlier runs have spent.
+        """
+        return None
+
     def close(self) -> None:  # noqa: B027 - most engines hold nothing
         """Free memory, connections and processes."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ from rlaif.labeling.verdicts import Answer
 from rlaif.records import Candidates, Label, content_hash
 
 log = logging.getLogger("rlaif")
+
+_ACCOUNT_S = 0.05
 
 Lines = Callable[[], Iterable[Candidates]]
 """Opens the candidates anew."""
@@ -74,6 +77,10 @@ class Labeling:
         self.latencies = array("f")
         """Seconds of each answered request of this run, retries included, where the engine knows them."""
         self._identity = content_hash(engine.identity)
+        self._accounted = 0.0
+        before = store.spent(self._identity)
+        if before is not None and engine.spent is not None and not engine.spent.requests:
+            engine.spent = type(engine.spent)(*before)  # type: ignore[misc]
         self._fingerprint = content_hash(
             self._identity,
             asdict(setup.constitution),
@@ -155,7 +162,18 @@ class Labeling:
                     self.latencies.append(answer.latency_s)
             self._close_if_done(opened)
             view.add(request, answer)
+            if time.monotonic() - self._accounted > _ACCOUNT_S:
+                self._account()
+        self._account()
+        if last and view.skipped:
+            log.info("%d verdicts were known already, %d were asked", view.skipped, count)
         return count
+
+    def _account(self) -> None:
+        """Remember what has been spent, for the budget of a later run."""
+        self._accounted = time.monotonic()
+        if self.engine.spent is not None:
+            self.store.spend(self._identity, self.engine.spent)
 
     def _close_if_done(self, opened: _Open) -> None:
         if opened.sound and not opened.missing:

@@ -36,6 +36,8 @@ class LiveView:
         self._engine, self._minimum, self._gold = engine, minimum, gold
         self._started: float | None = None
         self._shown = 0.0
+        self.skipped = 0
+        """Answers that were known."""
         self._answers = self._tokens = self._unusable = self._judged = 0
         self._agreed = 0.0
 
@@ -47,6 +49,7 @@ class LiveView:
 
     def known(self, count: int) -> None:
         """Answers that need not be asked; they count as done, but not towards the rate."""
+        self.skipped += count
         self._bar.initial += count
         self._bar.n += count
 
@@ -86,7 +89,7 @@ class LiveView:
         seconds = time.monotonic() - (self._started or time.monotonic())
         if self._tokens and seconds > 1:
             parts.append(f"{_short(self._tokens / seconds)} tok/s")
-        usd = getattr(getattr(self._engine, "spent", None), "usd", 0)
+        usd = getattr(self._engine.spent, "usd", 0)
         if usd:
             parts.append(f"${usd:.2f}")
         if self._answers:

@@ -32,6 +32,7 @@ class VerdictStore:
                 "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
             )
             self.connection.execute("CREATE TABLE IF NOT EXISTS finished (key TEXT PRIMARY KEY) WITHOUT ROWID")
+            self.connection.execute("CREATE TABLE IF NOT EXISTS spent (engine TEXT PRIMARY KEY, value TEXT NOT NULL)")
         except sqlite3.Error as error:
             raise UserError(f"{path}: the label store cannot be opened ({error})") from None
 
@@ -62,6 +63,15 @@ class VerdictStore:
     def is_finished(self, key: str) -> bool:
         """Whether it is marked."""
         return bool(self.connection.execute("SELECT 1 FROM finished WHERE key = ?", (key,)).fetchone())
+
+    def spent(self, engine: str) -> list[Any] | None:
+        """What requests to an engine have cost so far, as :meth:`spend` was told."""
+        row = self.connection.execute("SELECT value FROM spent WHERE engine = ?", (engine,)).fetchone()
+        return None if row is None else list(json.loads(row[0]))
+
+    def spend(self, engine: str, value: Iterable[Any]) -> None:
+        """Remember what requests to an engine have cost."""
+        self._write("INSERT OR REPLACE INTO spent VALUES (?, ?)", engine, json.dumps(list(value)))
 
     def _write(self, statement: str, *values: str) -> None:
         try:

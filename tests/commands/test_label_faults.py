@@ -24,7 +24,7 @@ IN_FLIGHT = 4
 PROMPTS = 30
 VERDICTS = PROMPTS * 3 * 2 * 2
 """Pairs of three completions, in both orders, under two principles."""
-TIMINGS = ("verdicts_per_s", "latency_median_s", "latency_p95_s")
+TIMINGS = ("verdicts_per_s", "latency_median_s", "latency_p95_s", "spent")
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +177,28 @@ def test_twenty_kills_change_nothing_and_repeat_nothing(
     assert len(server.bodies) == VERDICTS + sum(lost)
     assert dataset(output) == undisturbed
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_budget_holds_over_all_runs_into_a_folder(inputs: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    server = serve(slow(0.01))
+    command = [*arguments(inputs, server.url, tmp_path / "out"), "labeler.max_retries=0"]
+    try:
+        # Killed in the middle of its budget, then run to the end of it, then once more: never more than 200 requests.
+        process = start([*command, "labeler.budget.requests=200"])
+        wait(lambda: committed(tmp_path / "out") >= 60, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+        for _ in range(2):
+            finish([*command, "labeler.budget.requests=200"])
+            spent = json.loads((tmp_path / "out" / "quality.json").read_text())["spent"]["requests"]
+            # What a killed run sent last it may not have written down.
+            assert spent == 200 >= len(server.bodies) - IN_FLIGHT
+            assert committed(tmp_path / "out") <= 200 < VERDICTS
+        finish([*command, f"labeler.budget.requests={VERDICTS + 200}"])
+        assert committed(tmp_path / "out") == VERDICTS
+        assert dataset(tmp_path / "out") == undisturbed
+    finally:
+        server.close()
 
 
 @pytest.mark.slow

@@ -309,7 +309,7 @@ def test_interrupted_labeling_asks_nothing_twice(inputs, run_command, start_comm
     assert 20 <= known < total
 
     result = run_command("label", *arguments, f"output_dir={cut}")
-    assert f"{known} of {total} verdicts are known already" in result.stderr
+    assert f"{known} verdicts were known already, {total - known} were asked" in result.stderr
     assert (cut / "labels.jsonl").read_bytes() == (whole / "labels.jsonl").read_bytes()
     for file in sorted((whole / "preferences").iterdir()):
         assert (cut / "preferences" / file.name).read_bytes() == file.read_bytes()
@@ -321,4 +321,4 @@ def test_interrupted_labeling_asks_nothing_twice(inputs, run_command, start_comm
 
     # Other settings of how verdicts are combined: made again without asking.
     result = run_command("label", *arguments, f"output_dir={cut}", "labeling.min_margin=0.1")
-    assert f"{total} of {total} verdicts are known already" in result.stderr
+    assert f"{total} verdicts were known already, 0 were asked" in result.stderr

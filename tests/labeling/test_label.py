@@ -220,7 +220,7 @@ def requests(setup, candidates=None):
 def keys(candidates=None, constitution=CONSTITUTION, config=PAIRWISE, labeler=None, seed=0):
     labeler = labeler or engine()
     setup = Setup(constitution, labeler.name, config, seed)
-    labeling = Labeling(lambda: (), setup, labeler, store=None)
+    labeling = Labeling(lambda: (), setup, labeler, VerdictStore(":memory:"))
     return [labeling.key(request) for request in requests(setup, candidates)]
 
 

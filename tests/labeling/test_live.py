@@ -40,7 +40,7 @@ def test_the_figures_so_far(clock):
 
 def test_the_end_is_foretold_once_there_is_a_rate(clock, monkeypatch):
     monkeypatch.setattr("rlaif.labeling.live.time.time", lambda: 1_000_000.0)
-    with LiveView(100, ("labeling", "verdict"), SimpleNamespace()) as view:
+    with LiveView(100, ("labeling", "verdict"), SimpleNamespace(spent=None)) as view:
         view.add(asked(), OptionMass((0.6, 0.2), "logprob"))
         clock.s += 99
         view.add(asked(), OptionMass((0.6, 0.2), "logprob"))
