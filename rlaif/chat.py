@@ -11,12 +11,13 @@ from typing import Any
 
 from rlaif.records import Message, UserError
 
-# For base models without a template of their own; documented in docs/train.md.
+# For base models without a template of their own; documented in docs/train.md. A line break ends each name, so that
+# a completion follows the generation prompt exactly as it stands in a whole conversation.
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}"
-    "{{ {'system': '', 'user': 'User: ', 'assistant': 'Assistant: '}[message['role']] }}"
+    "{{ {'system': '', 'user': 'User:\\n', 'assistant': 'Assistant:\\n'}[message['role']] }}"
     "{{ message['content'] }}{{ '\\n\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
 )
 
 _TEMPLATE_TOKEN = re.compile(
@@ -182,6 +183,21 @@ def _inert(tokenizer: Any, text: str) -> list[int]:
         return ids
     middle = len(text) // 2
     return _inert(tokenizer, text[:middle]) + _inert(tokenizer, text[middle:])
+
+
+def turn_end(tokenizer: Any) -> int:
+    """The token with which the chat template ends an assistant's turn.
+
+    It is the first special token after the reply (Gemma: ``<end_of_turn>``, whereas its eos ends the whole text); eos
+    where the template has none.
+    """
+    question, reply = _mark(0, ("question",)), _mark(1, ("reply",))
+    conversation = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    after = _render(tokenizer, conversation, False).rpartition(reply)[2]
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return next((token for token in ids if token in special), int(tokenizer.eos_token_id))
 
 
 def _as_text(tokenizer: Any, text: str) -> list[int]:

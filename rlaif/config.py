@@ -75,16 +75,60 @@ class Method(StrEnum):
     """A training method."""
 
     sft = "sft"
+    critique_revision = "critique_revision"
     pm = "pm"
     ppo = "ppo"
     dpo = "dpo"
+    rloo = "rloo"
+    grpo = "grpo"
+    best_of_n = "best_of_n"
 
 
 class Tuning(StrEnum):
-    """Train a LoRA adapter or all weights."""
+    """Train a LoRA adapter, the same over 4-bit weights (QLoRA), or all weights."""
 
     lora = "lora"
+    qlora = "qlora"
     full = "full"
+
+
+class DPOLoss(StrEnum):
+    """A loss on the log-probability ratios of a pair; the names are TRL's."""
+
+    sigmoid = "sigmoid"
+    sigmoid_norm = "sigmoid_norm"
+    hinge = "hinge"
+    ipo = "ipo"
+    exo_pair = "exo_pair"
+    nca_pair = "nca_pair"
+    robust = "robust"
+    bco_pair = "bco_pair"
+    sppo_hard = "sppo_hard"
+    apo_zero = "apo_zero"
+    apo_down = "apo_down"
+    discopop = "discopop"
+
+
+class EnsembleScore(StrEnum):
+    """How the scores of an ensemble of PMs become one (Coste et al. 2023)."""
+
+    mean = "mean"
+    min = "min"
+    uncertainty = "uncertainty"
+
+
+class Reward(StrEnum):
+    """What scores completions: a preference model, or the labeler itself (Lee et al. 2023, section 2.3)."""
+
+    pm = "pm"
+    labeler = "labeler"
+
+
+class Critic(StrEnum):
+    """Who writes critiques and revisions."""
+
+    policy = "policy"
+    labeler = "labeler"
 
 
 class KLControl(StrEnum):
@@ -532,10 +576,10 @@ class AnnotatorConfig:
 
 @dataclass
 class TrainerSettings:
-    """What the supervised methods (sft, pm, dpo) share; passed to TRL's trainers."""
+    """What the methods on TRL's trainers (all but ppo) share."""
 
     tuning: Tuning = Tuning.lora
-    """``lora`` or ``full``."""
+    """``lora``, ``qlora`` (needs a CUDA GPU and bitsandbytes) or ``full``."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """Adapter settings."""
     learning_rate: float = 1e-4
@@ -562,17 +606,48 @@ class TrainerSettings:
     """Trackers known to transformers: tensorboard, wandb, mlflow ..."""
 
     def __post_init__(self) -> None:
-        name = type(self).__name__.removesuffix("Config").lower()
+        name = self._where()
         _positive(self, name, "learning_rate", "epochs", "batch_size", "gradient_accumulation_steps")
         _positive(self, name, "max_length", "max_grad_norm")
         _fraction(self, name, "warmup_ratio")
 
+    def _where(self) -> str:
+        """The group of these settings on the command line."""
+        return type(self).__name__.removesuffix("Config").lower()
+
 
 @dataclass
 class SFTConfig(TrainerSettings):
-    """Supervised fine-tuning on the chosen completions."""
+    """Supervised fine-tuning on demonstrations, or on the chosen completions of preferences."""
 
     learning_rate: float = 2e-4
+
+
+@dataclass
+class CritiqueRevisionConfig(TrainerSettings):
+    """The supervised stage of Constitutional AI (Bai et al. 2022, section 3): fine-tuning on revised completions."""
+
+    learning_rate: float = 2e-4
+    critic: Critic = Critic.policy
+    """Who critiques and revises: the ``policy`` that wrote the completion, or the ``labeler``."""
+    revisions: int = 2
+    """Rounds of critique and revision, each under a principle drawn anew; the last revision is trained on."""
+    samples_per_prompt: int = 1
+    """Completions per prompt that are revised."""
+    max_new_tokens: int = 128
+    """Completions and revisions are cut after this many tokens."""
+    critique_tokens: int = 128
+    """Longest critique."""
+    temperature: float = 1.0
+    """Sampling temperature of completions, critiques and revisions."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "critique_revision", "revisions", "samples_per_prompt", "max_new_tokens", "critique_tokens")
+        _positive(self, "critique_revision", "temperature")
+
+    def _where(self) -> str:
+        return "critique_revision"
 
 
 @dataclass
@@ -583,6 +658,24 @@ class PMConfig(TrainerSettings):
     """Train on p_chosen; false trains on the hard choice."""
     center_coefficient: float = 0.01
     """Weight of (score_chosen + score_rejected)^2, which keeps scores near zero (Eisenstein et al. 2023)."""
+    margin: float = 0.0
+    """The score margin is asked to exceed ``margin * |2 p_chosen - 1|`` (Touvron et al. 2023, eq. 2): surer labels
+    push the scores further apart. 0 leaves the term out."""
+    ensemble: int = 1
+    """PMs that are trained, differing in their seed alone; the policy is trained on their combined score."""
+    ensemble_score: EnsembleScore = EnsembleScore.mean
+    """How standardised scores combine: ``mean``, ``min`` (worst case) or ``uncertainty`` (mean minus penalty x
+    standard deviation)."""
+    ensemble_penalty: float = 1.0
+    """Price of a standard deviation between members under ``uncertainty``."""
+    model: str | None = None
+    """Another base model for the PM than the policy, of any family: a hub name or folder. Null: the policy's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "pm", "ensemble")
+        for name in ("margin", "center_coefficient", "ensemble_penalty"):
+            _require(getattr(self, name) >= 0, f"pm.{name}={getattr(self, name)}: must be 0 or more")
 
 
 @dataclass
@@ -591,13 +684,78 @@ class DPOConfig(TrainerSettings):
 
     learning_rate: float = 5e-5
     beta: float = 0.1
-    """Strength of the implicit KL constraint."""
+    """Strength of the implicit KL constraint; for ipo it is the paper's tau."""
     soft_labels: bool = True
     """Weigh both directions of a pair by p_chosen; false trains on the hard choice."""
+    loss_type: DPOLoss = DPOLoss.sigmoid
+    """The loss on a pair; the names are TRL's. With soft labels every one becomes
+    p * loss(chosen, rejected) + (1 - p) * loss(rejected, chosen)."""
+    label_smoothing: float = 0.0
+    """``robust``: assumed share of flipped labels, below 0.5; ``exo_pair``: its epsilon, above 0. Others ignore it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _positive(self, "dpo", "beta")
+        value = self.label_smoothing
+        _require(0 <= value < 0.5, f"dpo.label_smoothing={value}: must be in [0, 0.5)")
+        _require(
+            value > 0 or self.loss_type is not DPOLoss.exo_pair,
+            "dpo.loss_type=exo_pair needs dpo.label_smoothing above 0; its paper takes 1e-3",
+        )
+
+
+@dataclass
+class OnlineConfig(TrainerSettings):
+    """What rloo and grpo share: groups of completions of a prompt are compared with each other."""
+
+    learning_rate: float = 1e-5
+    batch_size: int = 64
+    """Completions per optimiser step and device; a multiple of ``generations``."""
+    generations: int = 4
+    """Completions per prompt."""
+    max_new_tokens: int = 128
+    """Completions are cut after this many tokens. Prompts that do not fit ``max_length`` beside them are left out."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    kl_coef: float = 0.05
+    """Weight of the KL to the reference: in the reward (rloo, per completion) or in the loss (grpo, per token)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = self._where()
+        _positive(self, name, "max_new_tokens", "temperature")
+        _require(self.kl_coef >= 0, f"{name}.kl_coef={self.kl_coef}: must be 0 or more")
+        _require(self.generations >= 2, f"{name}.generations={self.generations}: comparing takes at least 2")
+        _require(
+            self.batch_size % self.generations == 0,
+            f"{name}.batch_size={self.batch_size} must be a multiple of {name}.generations={self.generations}",
+        )
+        _require(
+            self.max_new_tokens < self.max_length,
+            f"{name}.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in "
+            f"{name}.max_length={self.max_length}",
+        )
+
+
+@dataclass
+class RLOOConfig(OnlineConfig):
+    """REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024), by TRL."""
+
+
+@dataclass
+class GRPOConfig(OnlineConfig):
+    """Group relative policy optimisation (Shao et al. 2024), by TRL."""
+
+
+@dataclass
+class BestOfNConfig:
+    """Best of n samples: no training, the reference point for every method that uses the same reward."""
+
+    n: int = 16
+    """Completions per prompt, of which the best by the reward is kept."""
+
+    def __post_init__(self) -> None:
+        _require(self.n >= 2, f"best_of_n.n={self.n}: must be at least 2")
 
 
 @dataclass
@@ -818,21 +976,41 @@ class TrainConfig(CommandConfig):
     """``python -m rlaif.train``."""
 
     method: Method | None = None
-    """``sft``, ``pm``, ``ppo`` or ``dpo``."""
+    """``sft``, ``critique_revision``, ``pm``, ``ppo``, ``dpo``, ``rloo``, ``grpo`` or ``best_of_n``."""
     feedback: Feedback = Feedback.ai
     """Which labels. If ``preferences`` has a subfolder of this name, that one is used."""
     preferences: str | None = None
-    """Preference dataset: a folder with parquet or JSONL splits, or with one such folder per feedback."""
+    """Preference dataset: a folder with parquet or JSONL splits, or with one such folder per feedback; or a dataset
+    on the hub (``owner/name``)."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What another dataset calls the columns: ``{prompt: question, chosen: good, rejected: bad}``."""
+    demonstrations: str | None = None
+    """What sft trains on: a JSONL file of messages, prompt and completion, or text. Null: the chosen completions."""
+    sft_first: bool = False
+    """Fine-tune first (as method=sft would), then start everything else from the result, which is also the
+    reference: the three stages of Ouyang et al. (2022)."""
     preference_model: str | None = None
-    """PM for ppo. Null: a PM is trained on ``preferences`` first."""
+    """PM for ppo, rloo, grpo and best_of_n. Null: a PM is trained on ``preferences`` first."""
+    reward: Reward = Reward.pm
+    """What scores completions: ``pm``, or ``labeler`` (its pointwise verdicts, without a PM)."""
+    constitution: str | None = None
+    """Principles for critique_revision and for reward=labeler: a shipped name or a YAML file."""
+    labeler: LabelerConfig = field(default_factory=LabelerConfig)
+    """The model behind reward=labeler and critique_revision.critic=labeler."""
+    labeling: LabelingConfig = field(default_factory=LabelingConfig)
+    """How reward=labeler combines its verdicts; the mode is always pointwise."""
     prompts: str | None = None
-    """Prompts for ppo and for evaluation (JSONL). Null: the prompts of ``preferences``."""
+    """Prompts for rollouts, revisions and evaluation (JSONL). Null: the prompts of ``preferences``."""
     policy: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
+    critique_revision: CritiqueRevisionConfig = field(default_factory=CritiqueRevisionConfig)
     pm: PMConfig = field(default_factory=PMConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
+    rloo: RLOOConfig = field(default_factory=RLOOConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    best_of_n: BestOfNConfig = field(default_factory=BestOfNConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     experiment: Any = None
     """Chosen by ``experiment=NAME``: a file of ``conf/experiment`` that sets many keys at once."""
@@ -884,6 +1062,10 @@ class ArmConfig:
     """Null measures the starting policy."""
     feedback: Feedback = Feedback.ai
     """Which labels it trains on."""
+    sft_first: bool = False
+    """Fine-tune on ``demonstrations``, or else on the chosen completions, before anything else."""
+    reward: Reward = Reward.pm
+    """What scores completions: ``pm`` or ``labeler``."""
 
 
 @dataclass
@@ -908,10 +1090,18 @@ class RunConfig(CommandConfig):
     annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
     human_preferences: str | None = None
     """Preference dataset of human labels, for arms with feedback=human."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What ``human_preferences`` calls the columns."""
+    demonstrations: str | None = None
+    """What sft trains on: a JSONL file of messages, prompt and completion, or text. Null: the chosen completions."""
     sft: SFTConfig = field(default_factory=SFTConfig)
+    critique_revision: CritiqueRevisionConfig = field(default_factory=CritiqueRevisionConfig)
     pm: PMConfig = field(default_factory=PMConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
+    rloo: RLOOConfig = field(default_factory=RLOOConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    best_of_n: BestOfNConfig = field(default_factory=BestOfNConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     examples: int = 10
     """Sample completions shown side by side in the report."""

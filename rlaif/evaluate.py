@@ -6,12 +6,16 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlaif.artifacts import model_inputs, plain, run_stage
 from rlaif.cli import launch
 from rlaif.config import EvalConfig, EvaluateConfig, ModelConfig
 from rlaif.records import Prompt, UserError, existing_dir, existing_file, find_prompts
 from rlaif.splits import read_split
+
+if TYPE_CHECKING:
+    from rlaif.rewards import RewardSource
 
 log = logging.getLogger("rlaif")
 
@@ -43,8 +47,12 @@ def run_evaluation(
     seed: int,
     baseline_samples: Path | None = None,
     preference_model: Path | None = None,
+    best_of: tuple[int, RewardSource] | None = None,
 ) -> Path:
-    """Evaluate into ``output``; ``row`` (name, method, feedback, seed) identifies it in reports."""
+    """Evaluate into ``output``; ``row`` (name, method, feedback, seed) identifies it in reports.
+
+    With ``best_of`` each completion is the best of n by that reward.
+    """
     if config.gold is not None:
         from rlaif.gold import check_gold
 
@@ -52,15 +60,28 @@ def run_evaluation(
 
     def make(folder: Path) -> None:
         from rlaif.evaluation.policy import (
+            best_of_n,
+            best_of_n_kl,
             policy_metrics,
             read_samples,
             sample_policy,
             score_samples,
             write_evaluation,
         )
+        from rlaif.preference_model import pm_config, pm_identity
 
-        pm = replace(policy, name=str(preference_model), adapter=None) if preference_model else None
-        samples = sample_policy(policy, reference, prompts, config, seed)
+        pm = pm_config(policy, preference_model) if preference_model else None
+        extra: dict[str, float | int] = {}
+        if best_of is None:
+            samples = sample_policy(policy, reference, prompts, config, seed)
+        else:
+            n, source = best_of
+            many = replace(config, samples_per_prompt=n * config.samples_per_prompt)
+            samples = sample_policy(policy, None, prompts, many, seed)
+            with source.open(folder) as reward:
+                scores = reward.score([(sample.prompt, sample.completion) for sample in samples])
+            samples = best_of_n(samples, scores, n)
+            extra = {"best_of": n, "kl_bound": round(best_of_n_kl(n), 6)}
         score_samples(samples, config.gold, pm)
         if reference is None:
             baseline = samples
@@ -74,9 +95,14 @@ def run_evaluation(
         metrics = {
             **row,
             "gold": config.gold,
-            "preference_model": None if preference_model is None else preference_model.parent.name,
+            **(pm_identity(preference_model) if preference_model else {"preference_model": None}),
+            **extra,
             **policy_metrics(samples, baseline, config.resamples, seed),
         }
+        if best_of is not None:
+            # The log-ratio of the policy that was sampled from says nothing of the best of n.
+            for suffix in ("", "_n", "_low", "_high"):
+                metrics.pop(f"kl{suffix}", None)
         if reference is None:
             # Against itself there is nothing to estimate.
             for name in ("gold_gain", "pm_gain", "win_rate", "kl"):
@@ -92,7 +118,13 @@ def run_evaluation(
         "baseline_samples": baseline_samples,
     }
     settings = plain(eval=config, row=row, prompt_ids=[prompt.prompt_id for prompt in prompts])
-    return run_stage("evaluate", output, settings, inputs, make, seed)
+    carry_over: tuple[str, ...] = ()
+    if best_of is not None:
+        n, source = best_of
+        settings |= {"best_of": n, **source.settings}
+        inputs |= {f"reward_{role}": value for role, value in source.inputs.items()}
+        carry_over = source.carry_over
+    return run_stage("evaluate", output, settings, inputs, make, seed, carry_over=carry_over)
 
 
 def main(config: EvaluateConfig, output: Path) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from rlaif.chat import DEFAULT_TEMPLATE
-from rlaif.config import Dtype, LoraSettings, ModelConfig
+from rlaif.chat import DEFAULT_TEMPLATE, turn_end
+from rlaif.config import Dtype, LoraSettings, ModelConfig, Tuning
 from rlaif.records import UserError
 
 log = logging.getLogger("rlaif")
@@ -163,6 +163,23 @@ def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     }[dtype]
 
 
+def check_tuning(tuning: Tuning, config: ModelConfig, method: str) -> None:
+    """Fail early where QLoRA cannot work.
+
+    Raises:
+        UserError: without a CUDA GPU or bitsandbytes, and for a policy that starts from an adapter.
+    """
+    if tuning is not Tuning.qlora:
+        return
+    key = f"{method}.tuning=qlora"
+    if pick_device(config.device).type != "cuda":
+        raise UserError(f"{key} needs a CUDA GPU, and there is none here; use {method}.tuning=lora")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"{key} needs bitsandbytes: pip install bitsandbytes, or use {method}.tuning=lora")
+    if config.adapter or is_adapter(config.name or ""):
+        raise UserError(f"{key} starts from a whole model, not from an adapter; use {method}.tuning=lora")
+
+
 def load_tokenizer(config: ModelConfig, key: str = "policy") -> Any:
     """The tokenizer of a model, padding on the left, with a pad token and a chat template.
 
@@ -188,10 +205,11 @@ def load_tokenizer(config: ModelConfig, key: str = "policy") -> Any:
     return tokenizer
 
 
-def load_causal_lm(config: ModelConfig, key: str = "policy", trainable: bool = False) -> Any:
+def load_causal_lm(config: ModelConfig, key: str = "policy", trainable: bool = False, quantized: bool = False) -> Any:
     """A causal language model in evaluation mode on its device, with its adapter merged in if it has one.
 
-    ``trainable`` asks for float32 weights (unless a dtype is set), which all-weights training needs.
+    ``trainable`` asks for float32 weights (unless a dtype is set), which all-weights training needs; ``quantized`` for
+    4-bit weights, frozen, as QLoRA trains on them (Dettmers et al. 2023; see :func:`check_tuning`).
 
     Raises:
         UserError: if it cannot be found or loaded.
@@ -210,6 +228,8 @@ def load_causal_lm(config: ModelConfig, key: str = "policy", trainable: bool = F
     arguments = _load_arguments(config, device)
     if trainable and config.dtype is Dtype.auto:
         arguments["dtype"] = torch.float32
+    if quantized:
+        arguments |= _four_bit(config, device)
     _check_hub(path, config.revision, config.name, name_key(key))
     with _loading(config.name, name_key(key)):
         model = AutoModelForCausalLM.from_pretrained(path, **arguments)
@@ -217,7 +237,26 @@ def load_causal_lm(config: ModelConfig, key: str = "policy", trainable: bool = F
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    return model.to(device).eval()
+    return _frozen(model) if quantized else model.to(device).eval()
+
+
+def _four_bit(config: ModelConfig, device: torch.device) -> dict[str, Any]:
+    """NF4 with double quantisation, as in Dettmers et al. (2023)."""
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=pick_dtype(config.dtype, device),
+    )
+    return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+def _frozen(model: Any) -> Any:
+    from peft import prepare_model_for_kbit_training
+
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False).eval()
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -244,10 +283,13 @@ def _load_arguments(config: ModelConfig, device: torch.device) -> dict[str, Any]
     return arguments
 
 
-def load_sequence_scorer(config: ModelConfig, key: str = "policy", new_head: bool = False) -> Any:
+def load_sequence_scorer(
+    config: ModelConfig, key: str = "policy", new_head: bool = False, quantized: bool = False
+) -> Any:
     """A sequence-classification model with one output (a preference model), or a base given a new head.
 
-    A folder with a PEFT adapter is loaded onto the base that the adapter names.
+    A folder with a PEFT adapter is loaded onto the base that the adapter names; under a new head the adapters of a
+    policy are merged.
 
     Raises:
         UserError: if it cannot be found or loaded.
@@ -256,21 +298,39 @@ def load_sequence_scorer(config: ModelConfig, key: str = "policy", new_head: boo
 
     device = pick_device(config.device)
     path = resolve_model(config.name, name_key(key))
+    adapters = [path] if is_adapter(path) else []
+    if new_head and config.adapter:
+        adapters.append(config.adapter)
     arguments = _load_arguments(config, device) | {"num_labels": 1}
+    if quantized:
+        arguments |= _four_bit(config, device)
     _check_hub(path, config.revision, config.name, name_key(key))
     with _loading(config.name, name_key(key)):
-        if is_adapter(path):
+        base = adapter_base(path) if is_adapter(path) else path
+        model = AutoModelForSequenceClassification.from_pretrained(base, **arguments)
+        for adapter in adapters:
             from peft import PeftModel
 
-            model = AutoModelForSequenceClassification.from_pretrained(adapter_base(path), **arguments)
-            model = PeftModel.from_pretrained(model, path)
-        else:
-            model = AutoModelForSequenceClassification.from_pretrained(path, **arguments)
+            model = PeftModel.from_pretrained(model, adapter)
+            if new_head:
+                model = model.merge_and_unload()
+    if not hasattr(_inner(model), "score"):
+        raise UserError(
+            f"{name_key(key)}={config.name}: transformers has no sequence classifier with a `score` head for "
+            f"{type(_inner(model)).__name__}; give another base with pm.model=MODEL"
+        )
+    if quantized:
+        model = _frozen(model)
     if new_head:
         # A zero head starts every pair at p = 0.5 and makes the start independent of the seed.
         with torch.no_grad():
-            model.score.weight.zero_()
-    return model.to(device).eval()
+            for parameter in model.score.parameters():
+                parameter.zero_()
+    return model if quantized else model.to(device).eval()
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def _check_hub(path: str, revision: str | None, name: str | None, key: str) -> None:
@@ -344,8 +404,8 @@ def _linear_names(model: Any) -> list[str]:
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends a completion: the tokenizer's and those of the generation config."""
-    ids = {tokenizer.eos_token_id}
+    """Every token that ends a completion: eos, the template's end of a turn, and those of the generation config."""
+    ids = {tokenizer.eos_token_id, turn_end(tokenizer)}
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids |= set(configured) if isinstance(configured, (list, tuple)) else {configured}
     return sorted(token for token in ids if token is not None)

@@ -1,18 +1,96 @@
-"""Scoring completions with a preference model."""
+"""Scoring completions with a preference model, or with an ensemble of them."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from rlaif.artifacts import input_hash
 from rlaif.chat import encode_chat
-from rlaif.config import ModelConfig
+from rlaif.config import EnsembleScore, ModelConfig
 from rlaif.generation import left_pad
 from rlaif.models import load_sequence_scorer, load_tokenizer
-from rlaif.records import Message, UserError
+from rlaif.records import Message, UserError, read_json
+
+CALIBRATION = "calibration.json"
+"""Beside the weights: who labelled, and mean, deviation and temperature of the scores on reference completions."""
+ENSEMBLE = "ensemble.json"
+"""In the folder of an ensemble: the folders of its members."""
+
+Example = tuple[Sequence[Message], str]
+"""A prompt and a completion."""
+
+
+class Scorer(Protocol):
+    """What scores completions; higher is better."""
+
+    def score(self, examples: Sequence[Example]) -> list[float]:
+        """The score of each example."""
+
+
+def pm_config(policy: ModelConfig, folder: Path) -> ModelConfig:
+    """How a PM in ``folder`` is loaded: on the policy's device and with its precision."""
+    return replace(policy, name=str(folder), adapter=None, revision=None)
+
+
+def load_preference_model(
+    config: ModelConfig, combine: EnsembleScore = EnsembleScore.mean, penalty: float = 1.0
+) -> Scorer:
+    """The PM in a folder, or the ensemble whose members are in it."""
+    listed = Path(str(config.name)) / ENSEMBLE
+    if not listed.is_file():
+        return PreferenceModel(config)
+    members = [pm_config(config, listed.parent / name) for name in read_json(listed)["members"]]
+    return Ensemble(members, combine, penalty)
+
+
+def pm_identity(folder: Path) -> dict[str, str]:
+    """What reports call a PM: whose labels it learnt, under which seed, and a hash of its files."""
+    digest = str(input_hash(folder))[:8]
+    found = sorted(folder.rglob(CALIBRATION))
+    if not found:
+        return {"preference_model": f"{folder.name} ({digest})", "preference_model_id": digest}
+    about = read_json(found[0])
+    size = f", {len(found)} members" if len(found) > 1 else f", seed {about['seed']}"
+    name = f"{about['feedback']} labels by {about['labeler']}{size} ({digest})"
+    return {"preference_model": name, "preference_model_id": digest}
+
+
+class Ensemble:
+    """Several PMs whose standardised scores become one (Coste et al. 2023, section 3)."""
+
+    def __init__(self, members: Sequence[ModelConfig], combine: EnsembleScore, penalty: float) -> None:
+        self.members = [PreferenceModel(member) for member in members]
+        # Scores have no unit: two PMs are compared in deviations from what they give reference completions.
+        figures = [read_json(Path(str(member.name)) / CALIBRATION) for member in members]
+        self.scales = [(row["score_mean"], max(row["score_std"], 1e-6)) for row in figures]
+        self.combine, self.penalty = combine, penalty
+
+    def score(self, examples: Sequence[Example]) -> list[float]:
+        """The combined score of each (prompt, completion), in standard deviations."""
+        columns = [
+            [(score - mean) / std for score in member.score(examples)]
+            for member, (mean, std) in zip(self.members, self.scales, strict=True)
+        ]
+        return [combined(row, self.combine, self.penalty) for row in zip(*columns, strict=True)]
+
+
+def combined(scores: Sequence[float], combine: EnsembleScore, penalty: float) -> float:
+    """One score of the members' standardised scores.
+
+    ``mean``; ``min``, worst-case optimisation; or ``uncertainty``, mean minus ``penalty`` times the deviation between
+    members (Coste et al. 2023, eq. 3-5, with the deviation for their variance, so that the penalty has the unit of a
+    score).
+    """
+    if combine is EnsembleScore.min:
+        return min(scores)
+    mean = statistics.fmean(scores)
+    return mean - penalty * statistics.pstdev(scores) if combine is EnsembleScore.uncertainty else mean
 
 
 def encode_example(tokenizer: Any, prompt: Sequence[Message], completion: str) -> list[int]:
@@ -53,7 +131,7 @@ class PreferenceModel:
             self.model = self.model.merge_and_unload()
         self.batch_tokens = batch_tokens
 
-    def score(self, examples: Sequence[tuple[Sequence[Message], str]]) -> list[float]:
+    def score(self, examples: Sequence[Example]) -> list[float]:
         """The score of each (prompt, completion)."""
         encoded = [encode_example(self.tokenizer, prompt, completion) for prompt, completion in examples]
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
@@ -86,6 +164,30 @@ def last_hidden(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tens
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     backbone = _classifier(model).base_model
     return backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)[0][:, -1]
+
+
+def training_scores(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Scores of left-padded rows, (B, T) -> (B,), through the model's own forward pass.
+
+    Calling the model itself, and not its parts, keeps what a launcher has wrapped around it: autocast, and the
+    gradients that processes exchange. What its head says of the last position is caught on the way.
+    """
+    caught: list[torch.Tensor] = []
+    head = _classifier(getattr(model, "module", model)).score
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def widen(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        # The head is float32 also over bfloat16 weights.
+        return (arguments[0].to(next(module.parameters()).dtype), *arguments[1:])
+
+    before = head.register_forward_pre_hook(widen)
+    after = head.register_forward_hook(lambda module, arguments, output: caught.append(output))
+    try:
+        model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    finally:
+        before.remove()
+        after.remove()
+    return caught[0][:, -1, 0].float()
 
 
 def head_scores(model: Any, hidden: torch.Tensor) -> torch.Tensor:

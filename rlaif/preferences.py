@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import logging
+import re
 import tempfile
 from array import array
 from collections import Counter, defaultdict
@@ -19,12 +20,23 @@ from rlaif.config import AnnotatorConfig, Selection
 from rlaif.gold import gold_score
 from rlaif.labeling.aggregate import PairLabel, logit, sigmoid
 from rlaif.labeling.ranking import ranks, scores_of
-from rlaif.records import Candidates, Preference, Prompt, UserError, content_hash, parse_messages, read_jsonl
+from rlaif.records import (
+    Candidates,
+    Message,
+    Preference,
+    Prompt,
+    UserError,
+    content_hash,
+    parse_messages,
+    read_jsonl,
+)
 
 log = logging.getLogger("rlaif")
 
 SPLITS = ("train", "validation", "test")
 _ROW_GROUP = 1000
+ENDINGS = ("jsonl", "jsonl.gz", "parquet")
+"""Of the file of a split."""
 
 
 def select_preferences(
@@ -255,40 +267,90 @@ def _schema() -> Any:
     )
 
 
-def read_preferences(folder: Path, split: str) -> list[Preference]:
+def read_preferences(folder: Path, split: str, columns: Mapping[str, str] | None = None) -> list[Preference]:
     """Read one split: ``SPLIT.parquet``, ``SPLIT.jsonl`` or ``SPLIT.jsonl.gz``; no file means no rows.
 
-    Takes this project's own datasets and any in TRL's preference format: texts or messages, with ``prompt``
-    apart or as the part that ``chosen`` and ``rejected`` share.
+    Takes this project's own datasets and any in TRL's preference format (texts or messages, with ``prompt`` apart or
+    as the part that ``chosen`` and ``rejected`` share), transcripts as in Anthropic's HH data, and, with ``columns``
+    (our name -> theirs), datasets that call their columns otherwise.
 
     Raises:
         UserError: naming file and row.
     """
-    for name in (f"{split}.jsonl", f"{split}.jsonl.gz"):
-        if (folder / name).is_file():
-            return list(read_jsonl(folder / name, parse_preference))
-    file = folder / f"{split}.parquet"
-    if not file.is_file():
+    skipped: Counter[str] = Counter()
+
+    def parse(row: Mapping[str, Any]) -> Preference | None:
+        try:
+            return parse_preference(_renamed(row, columns or {}))
+        except UnusableTranscriptError as problem:
+            skipped[str(problem)] += 1
+            return None
+
+    found: list[Preference | None] = []
+    file = next((folder / f"{split}.{end}" for end in ENDINGS if (folder / f"{split}.{end}").is_file()), None)
+    if file is None:
         return []
-    import pyarrow.parquet
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            rows = pyarrow.parquet.read_table(file).to_pylist()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UserError(f"{file}: not a readable parquet file ({error})") from None
+        for number, row in enumerate(rows, 1):
+            try:
+                found.append(parse(row))
+            except ValueError as error:
+                raise UserError(f"{file}, row {number}: {error}") from None
+    else:
+        found = list(read_jsonl(file, parse))
+    if skipped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
+        log.warning("%s: %d of %d transcripts are left out: %s", file, sum(skipped.values()), len(found), reasons)
+    return [preference for preference in found if preference is not None]
+
+
+def hub_preferences(name: str) -> Path | None:
+    """A folder with the splits of a preference dataset on the hub, or None if ``name`` is none (``owner/name``).
+
+    Raises:
+        UserError: if the hub does not give it.
+    """
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return None
+    from datasets import load_dataset
+
+    from rlaif.models import cache_dir
 
     try:
-        rows = pyarrow.parquet.read_table(file).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{file}: not a readable parquet file ({error})") from None
-    preferences = []
-    for number, row in enumerate(rows, 1):
-        try:
-            preferences.append(parse_preference(row))
-        except ValueError as error:
-            raise UserError(f"{file}, row {number}: {error}") from None
-    return preferences
+        splits = load_dataset(name)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"preferences={name}: no such folder, and the hub did not give it ({reason})") from None
+    folder = cache_dir() / "datasets" / name.replace("/", "--")
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        rows.to_parquet(str(folder / f"{split}.parquet"))
+    return folder
+
+
+class UnusableTranscriptError(ValueError):
+    """A transcript that holds no pair: known to occur in HH data, left out and counted."""
+
+
+def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
+    missing = [theirs for theirs in columns.values() if theirs not in row]
+    if missing:
+        found = ", ".join(sorted(map(str, row)))
+        raise ValueError(f"has no column {', '.join(missing)} that columns names (found: {found})")
+    return {**row, **{ours: row[theirs] for ours, theirs in columns.items()}}
 
 
 def parse_preference(row: Mapping[str, Any]) -> Preference:
-    """One row in TRL's preference format as a :class:`Preference`.
+    """One row in TRL's preference format, or with transcripts as in HH data, as a :class:`Preference`.
 
     Raises:
+        UnusableTranscriptError: if the row's transcripts differ by more than their last reply.
         ValueError: naming the column that is wrong.
     """
     for column in ("chosen", "rejected"):
@@ -296,6 +358,9 @@ def parse_preference(row: Mapping[str, Any]) -> Preference:
             raise ValueError(f'has no "{column}" (found: {", ".join(sorted(map(str, row))) or "nothing"})')
     chosen, rejected = row["chosen"], row["rejected"]
     prompt = row.get("prompt")
+    transcripts = prompt is None and _is_transcript(chosen) and _is_transcript(rejected)
+    if transcripts:
+        chosen, rejected = parse_transcript(chosen), parse_transcript(rejected)
     if prompt is None:
         if not isinstance(chosen, list) or not isinstance(rejected, list):
             raise ValueError('has no "prompt", and "chosen" and "rejected" are not message lists that share one')
@@ -303,6 +368,12 @@ def parse_preference(row: Mapping[str, Any]) -> Preference:
         while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
             shared += 1
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        if transcripts:
+            _check_transcripts(prompt, chosen, rejected)
+    elif _is_transcript(prompt):
+        prompt = parse_transcript(prompt)
+        if prompt[-1] == {"role": "assistant", "content": ""}:
+            prompt = prompt[:-1]
     messages = parse_messages(prompt)
     texts = {"chosen": _reply(chosen, "chosen"), "rejected": _reply(rejected, "rejected")}
     p_chosen = row.get("p_chosen")
@@ -322,7 +393,41 @@ def parse_preference(row: Mapping[str, Any]) -> Preference:
         feedback=str(row.get("feedback") or "human"),
         chosen_ended=row.get("chosen_ended") is not False,
         rejected_ended=row.get("rejected_ended") is not False,
+        source=str(row.get("subset") or row.get("source") or ""),
     )
+
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def _is_transcript(value: Any) -> bool:
+    return isinstance(value, str) and _TURN.match(value) is not None
+
+
+def parse_transcript(text: str) -> list[Message]:
+    """The turns of ``\\n\\nHuman: ...\\n\\nAssistant: ...`` (Anthropic's HH data) as messages.
+
+    >>> parse_transcript("\\n\\nHuman: Hi\\n\\nAssistant: Yes?")
+    [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Yes?'}]
+    """
+    parts = _TURN.split(text)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[name], "content": turn.strip()} for name, turn in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def _check_transcripts(prompt: Sequence[Message], chosen: Sequence[Message], rejected: Sequence[Message]) -> None:
+    turns = [*prompt, *chosen, *rejected]
+    if not prompt or len(chosen) != 1 or len(rejected) != 1:
+        raise UnusableTranscriptError("that differ by more than the last reply")
+    if any(not turn["content"] for turn in turns):
+        raise UnusableTranscriptError("with an empty turn")
+    roles = [turn["role"] for turn in prompt]
+    if any(one == two for one, two in itertools.pairwise([*roles, "assistant"])) or roles[0] != "user":
+        raise UnusableTranscriptError("whose turns do not alternate")
+    if {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
+        raise UnusableTranscriptError("that do not end with the assistant")
+    if chosen == rejected:
+        raise UnusableTranscriptError("with two equal replies")
 
 
 def _reply(value: Any, what: str) -> str:

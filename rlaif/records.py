@@ -162,6 +162,8 @@ class Preference:
     """Place among the prompt's candidates by Bradley-Terry score, 1 for the best; None where it is not known."""
     inferred: bool = False
     """The labeler was not asked about this very pair; its label follows from those on others."""
+    source: str = ""
+    """Which part of its dataset it comes from (a ``subset`` or ``source`` column), for figures by part."""
 
     def to_row(self) -> dict[str, Any]:
         """The row in TRL's conversational preference format, with the soft label beside it."""

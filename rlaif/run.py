@@ -26,7 +26,8 @@ from rlaif.label import run_label
 from rlaif.records import UserError, find_prompts
 from rlaif.sample import run_sample
 from rlaif.splits import read_split
-from rlaif.train import fit, measure, preference_folder
+from rlaif.train import check as check_training
+from rlaif.train import fit, measure
 
 log = logging.getLogger("rlaif")
 
@@ -63,12 +64,11 @@ def main(config: RunConfig, output: Path) -> None:
         ),
         output / "candidates",
     )
-    used = {arm.feedback for arm in config.arms.values() if arm.method is not None}
-    for feedback in sorted(used - {Feedback.human}):
+    for feedback in sorted(used_labels(config) - {Feedback.human}):
         run_label(label_config(config, candidates, feedback), output / "labels" / feedback.value)
     arms = {name: train_config(config, arm, output) for name, arm in config.arms.items()}
     trained = {name: fit(arm, output / "arms" / name) for name, arm in arms.items() if arm.method is not None}
-    pm = report_pm(arms, {name: pm for name, (_, pm) in trained.items()})
+    pm = report_pm(arms, {name: arm.pm for name, arm in trained.items()})
     baseline: Path | None = None
     for name in (name for name, arm in arms.items() if arm.method is None):
         folder = run_evaluation(
@@ -83,9 +83,9 @@ def main(config: RunConfig, output: Path) -> None:
             preference_model=pm,
         )
         baseline = folder / "samples.jsonl"
-    for name, (policy, _) in trained.items():
-        if policy is not None:
-            measure(arms[name], output / "arms" / name, name, policy, pm, baseline)
+    for name, arm in trained.items():
+        if arm.policy is not None:
+            measure(arms[name], output / "arms" / name, name, arm, pm, baseline)
     from rlaif.reporting import write_report
 
     base = next((name for name, arm in config.arms.items() if arm.method is None), "base")
@@ -106,7 +106,10 @@ def check(config: RunConfig) -> Path:
         raise UserError(
             "arms is empty: nothing to train; choose experiment=demo or add '+arms.ppo={method: ppo, feedback: ai}'"
         )
-    feedbacks = {arm.feedback for arm in config.arms.values() if arm.method is not None}
+    for arm in config.arms.values():
+        if arm.method is not None:
+            check_training(train_config(config, arm, Path()))
+    feedbacks = used_labels(config)
     if Feedback.ai in feedbacks:
         check_mode(load_constitution(config.constitution), config.labeling.mode)
         if config.labeler.type is None:
@@ -119,10 +122,20 @@ def check(config: RunConfig) -> Path:
     if Feedback.human in feedbacks:
         if config.human_preferences is None:
             raise UserError("feedback=human needs human_preferences=DIR, a preference dataset labelled by people")
-        preference_folder(config.human_preferences, Feedback.human)
+        from rlaif.methods.stages import preference_folder
+
+        preference_folder(config.human_preferences, Feedback.human, config.columns)
     for gold in {config.gold, config.eval.gold} - {None}:
         check_gold(str(gold))
     return prompts_file
+
+
+def used_labels(config: RunConfig) -> set[Feedback]:
+    """The kinds of labels that some arm trains on."""
+    from rlaif.methods.stages import needs_preferences
+
+    arms = [arm for arm in config.arms.values() if arm.method is not None]
+    return {arm.feedback for arm in arms if needs_preferences(train_config(config, arm, Path()))}
 
 
 def label_config(config: RunConfig, candidates: Path, feedback: Feedback) -> LabelConfig:
@@ -142,21 +155,36 @@ def label_config(config: RunConfig, candidates: Path, feedback: Feedback) -> Lab
 
 def train_config(config: RunConfig, arm: ArmConfig, output: Path) -> TrainConfig:
     """One arm's training configuration."""
+    from rlaif.methods.stages import needs_preferences
+
     human = arm.feedback is Feedback.human
-    return TrainConfig(
+    result = TrainConfig(
         method=arm.method,
         feedback=arm.feedback,
-        preferences=config.human_preferences if human else str(output / "labels"),
+        columns=config.columns if human else {},
+        demonstrations=config.demonstrations,
+        sft_first=arm.sft_first,
+        reward=arm.reward,
+        constitution=config.constitution,
+        labeler=config.labeler,
+        labeling=config.labeling,
         prompts=config.prompts,
         policy=config.policy,
         data=config.data,
         sft=config.sft,
+        critique_revision=config.critique_revision,
         pm=config.pm,
         ppo=config.ppo,
         dpo=config.dpo,
+        rloo=config.rloo,
+        grpo=config.grpo,
+        best_of_n=config.best_of_n,
         eval=config.eval,
         seed=config.seed,
     )
+    if needs_preferences(result):
+        result.preferences = config.human_preferences if human else str(output / "labels")
+    return result
 
 
 def report_pm(arms: Mapping[str, TrainConfig], models: Mapping[str, Path | None]) -> Path | None:

@@ -145,10 +145,10 @@ def test_a_template_that_refuses(own):
 
 def test_the_default_template(own):
     own.chat_template = DEFAULT_TEMPLATE
-    rest = "Be brief.\n\nUser: Hi\n\nAssistant: Yes?\n\nUser: Bye\n\n"
-    assert own.decode(encode_chat(own, CHAT)) == rest + "Assistant:"
+    rest = "Be brief.\n\nUser:\nHi\n\nAssistant:\nYes?\n\nUser:\nBye\n\n"
+    assert own.decode(encode_chat(own, CHAT)) == rest + "Assistant:\n"
     assert own.decode(encode_chat(own, CHAT, generation_prompt=False)) == rest
-    assert own.decode(encode_chat(own, CHAT, " The tone")) == rest + "Assistant: The tone"
+    assert own.decode(encode_chat(own, CHAT, "The tone")) == rest + "Assistant:\nThe tone"
 
 
 def _trained(pattern: str | None) -> Any:

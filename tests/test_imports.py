@@ -15,7 +15,7 @@ LAYERS = [
     {"", "config", "records", "progress"},
     {"gold", "constitution", "losses", "chat", "splits", "evaluation.statistics"},
     {"models", "generation", "artifacts", "engines", "policy", "preference_model", "trunk"},
-    {"sampling", "labeling", "preferences", "methods", "evaluation", "reporting"},
+    {"sampling", "labeling", "preferences", "demonstrations", "rewards", "methods", "evaluation", "reporting"},
     {"cli"},
     {"sample", "label", "audit", "train", "evaluate", "report", "run"},
 ]

@@ -18,7 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from rlaif.cli import _normalise
-from rlaif.config import COMMANDS, DataConfig, LoraSettings, ModelConfig, TrainerSettings, register
+from rlaif.config import COMMANDS, CommandConfig, DataConfig, LoraSettings, ModelConfig, TrainerSettings, register
 from rlaif.constitution import load_constitution
 from rlaif.records import find_prompts, read_prompts, shipped
 from rlaif.splits import assign_splits
@@ -32,7 +32,10 @@ DEMO = ROOT / "docs" / "demo.md"
 WITH_LINKS = [*DOCUMENTS, ROOT / "CHANGELOG.md"]
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 PLACEHOLDER = re.compile(r"\b(?:FILE|DIR|NAME|MODEL|URL|FOLDER)\b")
-GROUPS = "policy|reference|data|sampling|labeler|labeling|annotator|sft|pm|ppo|dpo|eval|arms"
+GROUPS = (
+    "policy|reference|data|sampling|labeler|labeling|annotator|sft|critique_revision|pm|ppo|dpo|rloo|grpo|best_of_n|"
+    "eval|arms"
+)
 MENTION = re.compile(rf"(?<![\w./-])((?:{GROUPS})(?:\.\w+)+)(?!\.?\w|/)")
 NOT_KEYS = {".py", ".md", ".yaml", ".json", ".jsonl"}
 
@@ -59,14 +62,14 @@ def keys(schema: Any, prefix: str = "") -> Iterator[tuple[str, type, str]]:
     for field in dataclasses.fields(schema):
         kind = hints[field.name]
         arguments = typing.get_args(kind)
-        shared = issubclass(schema, TrainerSettings) and field.name in TrainerSettings.__annotations__
-        own = field.name in schema.__annotations__
         if dataclasses.is_dataclass(kind):
             yield from keys(kind, f"{prefix}{field.name}.")
         elif typing.get_origin(kind) is dict and dataclasses.is_dataclass(arguments[1]):
             yield from keys(arguments[1], f"{prefix}{field.name}.NAME.")
         else:
-            yield prefix + field.name, TrainerSettings if shared and not own else schema, field.name
+            # The class that sets the default: pm.epochs and dpo.epochs are one setting, their learning rates are not.
+            owner = next(base for base in schema.__mro__ if field.name in vars(base).get("__annotations__", {}))
+            yield prefix + field.name, schema if owner is CommandConfig else owner, field.name
 
 
 SETTINGS = {command: list(keys(schema)) for command, schema in COMMANDS.items()}
@@ -261,11 +264,13 @@ def test_defaults_are_right(page: Path) -> None:
 
 
 def test_shared_defaults_are_shared() -> None:
-    """docs/train.md gives one default for pm, dpo and sft."""
+    """docs/train.md gives one default for all methods on TRL's trainers."""
     train = COMMANDS["train"]()
     for field in dataclasses.fields(TrainerSettings):
         if field.name != "learning_rate":
-            values = {method: getattr(getattr(train, method), field.name) for method in ("pm", "dpo", "sft")}
+            methods = ["pm", "dpo", "sft", "critique_revision"]
+            methods += [] if field.name == "batch_size" else ["rloo", "grpo"]
+            values = {method: getattr(getattr(train, method), field.name) for method in methods}
             assert len({repr(value) for value in values.values()}) == 1, (field.name, values)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rlaif.generation import STREAM_EVALUATION, generate
 from rlaif.gold import gold_score
 from rlaif.models import eos_ids, load_causal_lm, load_tokenizer
 from rlaif.policy import completion_logps
-from rlaif.preference_model import PreferenceModel
+from rlaif.preference_model import load_preference_model
 from rlaif.progress import progress
 from rlaif.records import Message, Prompt, UserError, read_jsonl, write_json, write_jsonl
 
@@ -93,13 +94,34 @@ def sample_policy(
     return samples
 
 
+def best_of_n(samples: Sequence[Sample], scores: Sequence[float | None], n: int) -> list[Sample]:
+    """Of every n consecutive samples of a prompt the one with the highest score; one without a score is never best.
+
+    The samples have the numbers 0, 1, ...: n times as many as are kept. Ties go to the first.
+    """
+    best: dict[tuple[str, int], tuple[float, int, Sample]] = {}
+    for sample, score in zip(samples, scores, strict=True):
+        key = (sample.prompt_id, sample.sample // n)
+        rank = (float("-inf") if score is None else score, -sample.sample, sample)
+        if key not in best or rank[:2] > best[key][:2]:
+            best[key] = rank
+    return [replace(sample, sample=number) for (_, number), (_, _, sample) in best.items()]
+
+
+def best_of_n_kl(n: int) -> float:
+    """Upper bound of KL(best of n || policy): log n - (n - 1) / n nats (Stiennon et al. 2020, appendix G.3)."""
+    return math.log(n) - (n - 1) / n
+
+
 def score_samples(samples: Sequence[Sample], gold: str | None, preference_model: ModelConfig | None) -> None:
     """Fill in gold and PM scores."""
     if gold is not None:
         for sample in samples:
             sample.gold_score = gold_score(gold, sample.completion)
     if preference_model is not None:
-        scores = PreferenceModel(preference_model).score([(sample.prompt, sample.completion) for sample in samples])
+        scores = load_preference_model(preference_model).score(
+            [(sample.prompt, sample.completion) for sample in samples]
+        )
         for sample, score in zip(samples, scores, strict=True):
             sample.pm_score = score
 

@@ -11,14 +11,17 @@ from datasets import Dataset
 from trl import DPOConfig as TRLDPOConfig
 from trl import DPOTrainer
 
-from rlaif.chat import encode_chat, encode_text
+from rlaif.chat import encode_chat, encode_text, turn_end
 from rlaif.config import DPOConfig, ModelConfig, Tuning
-from rlaif.losses import dpo_margin, soft_bradley_terry, token_logps
+from rlaif.losses import dpo_margin, token_logps
+from rlaif.methods.dpo_losses import Ratios, soft_dpo_loss
 from rlaif.methods.supervised import (
     clear_checkpoints,
     collate_comparisons,
     drop_long,
     group_comparisons,
+    load_start,
+    on_one_device,
     peft_arguments,
     run_trainer,
     trainer_arguments,
@@ -29,13 +32,15 @@ from rlaif.records import Preference
 from rlaif.trunk import with_trunk
 
 
-def completion_ids(tokenizer: Any, completion: str, ended: bool) -> list[int]:
-    """Token ids of a completion, with its end token unless it was cut."""
-    return [*encode_text(tokenizer, completion), *([tokenizer.eos_token_id] if ended else [])]
+def completion_ids(tokenizer: Any, completion: str, end: int | None) -> list[int]:
+    """Token ids of a completion, with the end of its turn unless it was cut (None)."""
+    return [*encode_text(tokenizer, completion), *([] if end is None else [end])]
 
 
 class SoftDPOTrainer(DPOTrainer):
     """DPOTrainer on soft labels, with logits of completion tokens only."""
+
+    settings: DPOConfig
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
@@ -43,7 +48,7 @@ class SoftDPOTrainer(DPOTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Soft-label sigmoid loss over the pairs of the batch."""
+        """The soft-label loss over the pairs of the batch."""
         batch, chosen, rejected = inputs["batch"], inputs["chosen"], inputs["rejected"]
         everything = torch.arange(len(batch), device=batch.ids.device)
         batch = with_trunk(self.accelerator.unwrap_model(model), batch, [everything])
@@ -56,11 +61,15 @@ class SoftDPOTrainer(DPOTrainer):
                 ref_logps = self._summed(self.ref_model, batch)
         pairs = torch.stack([chosen, rejected], dim=1)
         margin = dpo_margin(logps[pairs], ref_logps[pairs], self.beta)
-        loss = (soft_bradley_terry(margin, inputs["p_chosen"]) * inputs["weight"]).sum()
+        log_ratios, lengths = logps - ref_logps, batch.completion_mask.sum(dim=1)
+        ratios = Ratios(log_ratios[chosen], log_ratios[rejected], lengths[chosen], lengths[rejected])
+        settings = self.settings
+        losses = soft_dpo_loss(settings.loss_type, ratios, inputs["p_chosen"], settings.beta, settings.label_smoothing)
+        loss = (losses * inputs["weight"]).sum()
         metrics = self._metrics["train" if model.training else "eval"]
         metrics["accuracy"].append((margin > 0).float().mean().item())
         metrics["margin"].append(margin.mean().item())
-        metrics["chosen_log_ratio"].append((logps - ref_logps)[chosen].mean().item())
+        metrics["chosen_log_ratio"].append(log_ratios[chosen].mean().item())
         return (loss, {"margin": margin}) if return_outputs else loss
 
     def _summed(self, model: Any, batch: Any) -> torch.Tensor:
@@ -77,14 +86,16 @@ def train_dpo(config: DPOConfig, start: ModelConfig, train: Sequence[Preference]
     """Train a policy; writes ``policy/`` and ``training.jsonl`` into ``folder``."""
     seed_everything(seed)
     tokenizer = load_tokenizer(start)
+    end = turn_end(tokenizer)
     rows = []
     for preference in train:
+        ends = [end if ended else None for ended in (preference.chosen_ended, preference.rejected_ended)]
         rows.append(
             {
                 "prompt_id": preference.prompt_id,
                 "prompt_ids": encode_chat(tokenizer, preference.prompt),
-                "chosen_ids": completion_ids(tokenizer, preference.chosen, preference.chosen_ended),
-                "rejected_ids": completion_ids(tokenizer, preference.rejected, preference.rejected_ended),
+                "chosen_ids": completion_ids(tokenizer, preference.chosen, ends[0]),
+                "rejected_ids": completion_ids(tokenizer, preference.rejected, ends[1]),
                 "p_chosen": preference.p_chosen if config.soft_labels else float(preference.p_chosen >= 0.5),
             }
         )
@@ -95,19 +106,21 @@ def train_dpo(config: DPOConfig, start: ModelConfig, train: Sequence[Preference]
         "dpo",
     )
     groups = group_comparisons(kept)
-    full = config.tuning is Tuning.full
-    model = load_causal_lm(start, trainable=full)
-    reference = load_causal_lm(start) if full else None
-
+    model = load_start(start, config.tuning)
+    reference = load_causal_lm(start) if config.tuning is Tuning.full else None
+    arguments = TRLDPOConfig(
+        **trainer_arguments(config, start, folder, seed, len(groups)), max_length=None, beta=config.beta
+    )
     trainer = SoftDPOTrainer(
         model=model,
         ref_model=reference,
-        args=TRLDPOConfig(**trainer_arguments(config, folder, seed, len(groups)), max_length=None, beta=config.beta),
+        args=on_one_device(arguments, start),
         train_dataset=Dataset.from_list(groups),
         processing_class=tokenizer,
         data_collator=collate_comparisons,
         **peft_arguments(config, model, "CAUSAL_LM"),
     )
+    trainer.settings = config
     run_trainer(trainer, folder, "dpo")
     Policy(trainer.model, tokenizer, config.tuning, start).save(folder / "policy")
     clear_checkpoints(folder)

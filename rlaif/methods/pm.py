@@ -13,7 +13,7 @@ from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
 from rlaif.config import ModelConfig, PMConfig, Tuning
-from rlaif.evaluation.preference_model import preference_metrics
+from rlaif.evaluation.preference_model import calibration, preference_metrics
 from rlaif.generation import left_pad
 from rlaif.losses import soft_bradley_terry
 from rlaif.methods.supervised import (
@@ -21,25 +21,35 @@ from rlaif.methods.supervised import (
     collate_comparisons,
     drop_long,
     group_comparisons,
+    on_one_device,
     peft_arguments,
     run_trainer,
     trainer_arguments,
 )
 from rlaif.models import load_sequence_scorer, load_tokenizer, seed_everything
+from rlaif.policy import is_adapter_name
 from rlaif.preference_model import (
+    CALIBRATION,
+    ENSEMBLE,
     PreferenceModel,
     encode_example,
-    head_scores,
-    last_hidden,
+    load_preference_model,
+    pm_config,
     separate_pad_token,
+    training_scores,
 )
-from rlaif.records import Preference, write_json
+from rlaif.records import Preference, content_hash, read_json, write_json
 
 log = logging.getLogger("rlaif")
+
+# Without a validation split, scores are normalised on this many training pairs.
+_REFERENCE_PAIRS = 256
 
 
 class SoftRewardTrainer(RewardTrainer):
     """RewardTrainer whose loss takes ``p_chosen``, and which reads scores by position instead of by padding."""
+
+    margin = 0.0
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
@@ -48,10 +58,10 @@ class SoftRewardTrainer(RewardTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Soft Bradley-Terry plus centring over the pairs of the batch."""
-        unwrapped = self.accelerator.unwrap_model(model)
-        scores = head_scores(unwrapped, last_hidden(unwrapped, inputs["input_ids"], inputs["attention_mask"]))
+        scores = training_scores(model, inputs["input_ids"], inputs["attention_mask"])
         chosen, rejected = scores[inputs["chosen"]], scores[inputs["rejected"]]
-        losses = soft_bradley_terry(chosen - rejected, inputs["p_chosen"])
+        strength = (2 * inputs["p_chosen"] - 1) * self.margin
+        losses = soft_bradley_terry(chosen - rejected - strength, inputs["p_chosen"])
         if self.args.center_rewards_coefficient:
             losses = losses + self.args.center_rewards_coefficient * (chosen + rejected) ** 2
         loss = (losses * inputs["weight"]).sum()
@@ -70,9 +80,53 @@ def train_pm(
     seed: int,
     gold: str | None = None,
 ) -> Path:
-    """Train a PM; writes ``preference_model/``, ``pm_metrics.json`` and ``training.jsonl`` into ``folder``."""
+    """Train a PM; writes ``preference_model/``, ``pm_metrics.json`` and ``training.jsonl`` into ``folder``.
+
+    An ensemble has its members, with their curves, in ``preference_model/member-N/``.
+    """
+    if config.model:
+        start = replace(start, name=config.model, adapter=None, revision=None)
+    target = folder / "preference_model"
+    seen = validation or train[:_REFERENCE_PAIRS]
+    if config.ensemble == 1:
+        counts = _train_member(config, start, train, seen, folder, target, seed)
+    else:
+        for number in range(config.ensemble):
+            member = target / f"member-{number}"
+            # Seeds of their own: those of neighbouring runs must not share members.
+            member_seed = int(content_hash("ensemble", seed, number)[:7], 16)
+            counts = _train_member(config, start, train, seen, member, member, member_seed)
+        write_json(target / ENSEMBLE, {"members": [f"member-{number}" for number in range(config.ensemble)]})
+    metrics: dict[str, Any] = {
+        "seed": seed,
+        "feedback": train[0].feedback,
+        "labeler": train[0].labeler,
+        "base": start.name,
+        "ensemble": config.ensemble,
+        **counts,
+    }
+    if validation:
+        metrics |= preference_metrics(load_preference_model(pm_config(start, target)), validation, gold)
+    else:
+        log.warning("pm: the preference dataset has no validation split; the PM is not measured")
+    write_json(folder / "pm_metrics.json", metrics)
+    return target
+
+
+def _train_member(
+    config: PMConfig,
+    start: ModelConfig,
+    train: Sequence[Preference],
+    seen: Sequence[Preference],
+    folder: Path,
+    target: Path,
+    seed: int,
+) -> dict[str, int]:
+    """Train one PM into ``target``, with its curve and checkpoints in ``folder``; returns what it was trained on."""
+    if (target / CALIBRATION).is_file():
+        return dict(read_json(target / CALIBRATION)["trained_on"])
     seed_everything(seed)
-    tokenizer = load_tokenizer(start)
+    tokenizer = load_tokenizer(start, "pm.model" if config.model else "policy")
     separate_pad_token(tokenizer)
     rows: list[dict[str, Any]] = [
         {
@@ -86,7 +140,7 @@ def train_pm(
     ]
     kept = drop_long(rows, lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])), config.max_length, "pm")
     groups = group_comparisons(kept)
-    model = load_sequence_scorer(start, new_head=True)
+    model = load_sequence_scorer(start, new_head=True, quantized=config.tuning is Tuning.qlora)
     model.config.pad_token_id = tokenizer.pad_token_id
     if config.tuning is Tuning.full:
         model = model.float()
@@ -97,38 +151,38 @@ def train_pm(
         ids, mask = left_pad(batch.pop("sequences"), tokenizer.pad_token_id, torch.device("cpu"))
         return {"input_ids": ids, "attention_mask": mask, **batch}
 
+    arguments = RewardConfig(
+        **trainer_arguments(config, start, folder, seed, len(groups)),
+        max_length=None,
+        center_rewards_coefficient=config.center_coefficient,
+    )
     trainer = SoftRewardTrainer(
         model=model,
-        args=RewardConfig(
-            **trainer_arguments(config, folder, seed, len(groups)),
-            max_length=None,
-            center_rewards_coefficient=config.center_coefficient,
-        ),
+        args=on_one_device(arguments, start),
         train_dataset=Dataset.from_list(groups),
         processing_class=tokenizer,
         data_collator=collate,
         **peft_arguments(config, model, "SEQ_CLS", ["score"]),
     )
+    trainer.margin = config.margin
     # PEFT raises only adapters to float32: a bfloat16 head would round small updates away.
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad and ".score." in f".{name}":
             parameter.data = parameter.data.float()
     run_trainer(trainer, folder, "pm")
-    target = folder / "preference_model"
-    trainer.model.save_pretrained(target)
+    trained = trainer.model
+    if config.tuning is not Tuning.full and (start.adapter or is_adapter_name(start.name)):
+        # The adapter alone would miss what was merged into the base before.
+        trained = trained.merge_and_unload()
+    trained.save_pretrained(target)
     tokenizer.save_pretrained(target)
     clear_checkpoints(folder)
-    metrics: dict[str, Any] = {
-        "seed": seed,
-        "feedback": train[0].feedback,
-        "labeler": train[0].labeler,
+    counts = {
         "train_pairs": len(kept),
         "train_prompts": len({row["prompt_id"] for row in kept}),
         "dropped_long": len(rows) - len(kept),
     }
-    if validation:
-        metrics |= preference_metrics(PreferenceModel(replace(start, name=str(target), adapter=None)), validation, gold)
-    else:
-        log.warning("pm: the preference dataset has no validation split; the PM is not measured")
-    write_json(folder / "pm_metrics.json", metrics)
-    return target
+    figures = calibration(PreferenceModel(pm_config(start, target)), seen)
+    about = {"feedback": train[0].feedback, "labeler": train[0].labeler, "base": start.name, "seed": seed}
+    write_json(target / CALIBRATION, {**about, **figures, "trained_on": counts})
+    return counts

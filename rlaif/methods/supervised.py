@@ -1,10 +1,11 @@
-"""What SFT, PM and DPO share around TRL's trainers: arguments, interrupted runs, the training curve."""
+"""What the methods on TRL's trainers share: arguments, devices, interrupted runs, the training curve."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from rlaif.config import LoraSettings, TrainerSettings, Tuning
-from rlaif.models import lora_config
+from rlaif.config import LoraSettings, ModelConfig, TrainerSettings, Tuning
+from rlaif.models import load_causal_lm, lora_config, pick_device
 from rlaif.progress import progress
 from rlaif.records import UserError
 
@@ -24,8 +25,16 @@ log = logging.getLogger("rlaif")
 _GROUP = 16
 
 
-def trainer_arguments(config: TrainerSettings, folder: Path, seed: int, examples: int) -> dict[str, Any]:
+def load_start(start: ModelConfig, tuning: Tuning) -> Any:
+    """The causal language model that training starts from, with the weights that the tuning needs."""
+    return load_causal_lm(start, trainable=tuning is Tuning.full, quantized=tuning is Tuning.qlora)
+
+
+def trainer_arguments(
+    config: TrainerSettings, start: ModelConfig, folder: Path, seed: int, examples: int
+) -> dict[str, Any]:
     """Arguments that every TRL configuration takes."""
+    device = pick_device(start.device)
     steps = math.ceil(examples / (config.batch_size * config.gradient_accumulation_steps)) * config.epochs
     total = config.max_steps if config.max_steps > 0 else math.ceil(steps)
     return {
@@ -39,7 +48,7 @@ def trainer_arguments(config: TrainerSettings, folder: Path, seed: int, examples
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "gradient_checkpointing": config.gradient_checkpointing,
-        "bf16": torch.cuda.is_available() and config.tuning is Tuning.full,
+        "bf16": device.type == "cuda" and config.tuning is Tuning.full,
         "report_to": list(config.report_to) or "none",
         "seed": seed,
         "data_seed": seed,
@@ -50,8 +59,26 @@ def trainer_arguments(config: TrainerSettings, folder: Path, seed: int, examples
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "remove_unused_columns": False,
-        "use_cpu": not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+        "use_cpu": device.type == "cpu",
     }
+
+
+def on_one_device(arguments: Any, start: ModelConfig) -> Any:
+    """Training arguments for the device of ``policy.device``, unless a launcher gave each process its own.
+
+    A single process that sees several GPUs would otherwise get ``nn.DataParallel``, which splits tensors that belong
+    together and runs no loss but the model's own.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return arguments
+    device = pick_device(start.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if arguments.n_gpu > 1 or device.index is not None:
+        # Both are read once and kept; transformers has no setting for either.
+        arguments._n_gpu = 1
+        vars(arguments)["_setup_devices"] = device
+    return arguments
 
 
 def peft_arguments(config: TrainerSettings, model: Any, task: str, keep: list[str] | None = None) -> dict[str, Any]:
@@ -140,6 +167,15 @@ def collate_comparisons(groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+# What TRL's online trainers call what PPO's curve has as well.
+_NAMES = {
+    "reward": "score",
+    "kl": "kl_per_token",
+    "completions/mean_length": "length",
+    "completions/clipped_ratio": "cut_rate",
+}
+
+
 class Curve(TrainerCallback):
     """Progress with time left, and one line of ``training.jsonl`` per logged step."""
 
@@ -158,7 +194,7 @@ class Curve(TrainerCallback):
         if "loss" not in logs:
             return
         line = {"method": self.method, "step": state.global_step}
-        line |= {key: value for key, value in logs.items() if isinstance(value, (int, float))}
+        line |= {_NAMES.get(key, key): value for key, value in logs.items() if isinstance(value, (int, float))}
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

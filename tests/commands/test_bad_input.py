@@ -63,7 +63,7 @@ CASES = {
     "unknown_experiment": ("run", ["experiment=smok"], ["experiment/smok", "smoke"]),
     "unknown_labeler": ("label", [*LABEL[:2], "labeler=gpt"], ["labeler/gpt", "scripted"]),
     "wrong_type": ("train", [*TRAIN, "ppo.iterations=many"], ["ppo.iterations", "many", "Integer"]),
-    "wrong_choice": ("train", [*TRAIN, "method=grpo"], ["method", "grpo", "sft", "dpo"]),
+    "wrong_choice": ("train", [*TRAIN, "method=raft"], ["method", "raft", "sft", "dpo"]),
     "wrong_boolean": ("train", [*TRAIN, "ppo.linear_decay=perhaps"], ["ppo.linear_decay", "perhaps"]),
     "fraction_above_one": ("sample", [*SAMPLE, "data.test_fraction=2"], ["data.test_fraction=2", "between 0 and 1"]),
     "nothing_to_train_on": (
@@ -165,7 +165,7 @@ CASES = {
     "feedback_human_label": ("label", [*LABEL, "feedback=human"], ["feedback=human", "rlaif.train", "preferences=DIR"]),
     "annotator_without_gold": ("label", [*LABEL, "feedback=simulated_human"], ["gold=vader"]),
     # Training
-    "method_unset": ("train", TRAIN[:-1], ["method is not set", "method=sft|pm|ppo|dpo"]),
+    "method_unset": ("train", TRAIN[:-1], ["method is not set", "method=sft|critique_revision|pm|ppo|dpo"]),
     "policy_unset": ("train", [*TRAIN[:2], *TRAIN[3:]], ["policy.name is not set", "embedded"]),
     "preferences_unset": ("train", TRAIN[1:], ["preferences is not set", "preferences=DIR"]),
     "preferences_missing": ("train", [*TRAIN, "preferences=no"], ["preferences=no", "no such folder"]),

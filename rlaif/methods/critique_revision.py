@@ -1,0 +1,176 @@
+"""Sample, critique, revise: completions for the supervised stage of Constitutional AI (Bai et al. 2022, section 3).
+
+Critique and revision are turns of the same conversation, so whatever a completion says stays a turn of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlaif.config import CritiqueRevisionConfig
+from rlaif.constitution import Constitution, Principle
+from rlaif.demonstrations import Demonstration
+from rlaif.engines.base import Engine, Failure, Sampled, SampleRequest
+from rlaif.labeling.store import VerdictStore
+from rlaif.progress import progress
+from rlaif.records import Message, Prompt, UserError, content_hash
+
+log = logging.getLogger("rlaif")
+
+_REPLY_ALONE = "Answer with the rewritten reply alone."
+
+
+@dataclass
+class Revised:
+    """A completion on its way through the rounds; a line of ``revisions.jsonl``."""
+
+    prompt_id: str
+    prompt: list[Message]
+    completion: str
+    ended: bool
+    rounds: list[dict[str, Any]]
+    """Of each round: principle, critique, revision and whether the revision ended by itself."""
+    dropped: str | None = None
+    """Why it cannot be trained on."""
+
+    @property
+    def current(self) -> str:
+        """The newest version."""
+        return str(self.rounds[-1]["revision"]) if self.rounds else self.completion
+
+    def demonstration(self) -> Demonstration:
+        """The last revision, to imitate."""
+        return Demonstration(tuple(self.prompt), self.current, bool(self.rounds[-1]["ended"]))
+
+
+def revising_principles(constitution: Constitution) -> list[Principle]:
+    """The principles that have a critique and a revision request.
+
+    Raises:
+        UserError: if there is none.
+    """
+    found = [principle for principle in constitution.principles if principle.critique and principle.revision]
+    if not found:
+        raise UserError(
+            f"constitution {constitution.name}: no principle has both critique and revision, which "
+            "method=critique_revision needs"
+        )
+    return found
+
+
+def revise(
+    prompts: Sequence[Prompt],
+    writer: Engine,
+    critic: Engine,
+    constitution: Constitution,
+    config: CritiqueRevisionConfig,
+    store: VerdictStore,
+    seed: int,
+) -> list[Revised]:
+    """Sample completions, then critique and revise each ``config.revisions`` times.
+
+    Every text is stored as it arrives, so an interrupted run goes on from there. A completion of which a step failed
+    or came out empty is dropped, with the reason.
+    """
+    principles = revising_principles(constitution)
+    weights = np.array([principle.weight for principle in principles])
+    jobs = [(prompt, number) for prompt in prompts for number in range(config.samples_per_prompt)]
+    requests = [
+        SampleRequest(
+            prompt.messages, config.max_new_tokens, config.temperature, seed=_seed(seed, prompt.prompt_id, number)
+        )
+        for prompt, number in jobs
+    ]
+    sampled = _ask(writer, requests, store, "completions")
+    items = [
+        Revised(prompt.prompt_id, list(prompt.messages), text.text, text.finish_reason == "stop", [])
+        if isinstance(text, Sampled)
+        else Revised(prompt.prompt_id, list(prompt.messages), "", False, [], dropped=text)
+        for (prompt, _), text in zip(jobs, sampled, strict=True)
+    ]
+    for round_number in range(config.revisions):
+        going = [(place, item) for place, item in enumerate(items) if item.dropped is None]
+        drawn = []
+        for place, item in going:
+            key = _seed(seed, item.prompt_id, jobs[place][1], round_number)
+            drawn.append(principles[int(np.random.default_rng(key).choice(len(weights), p=weights / weights.sum()))])
+        asked = [
+            _critique_request(item, principle, config, _seed(seed, item.prompt_id, jobs[place][1], round_number, 1))
+            for (place, item), principle in zip(going, drawn, strict=True)
+        ]
+        critiques = _ask(critic, asked, store, f"critiques {round_number + 1}")
+        rewrites = [
+            _revision_request(request, critique.text, principle, config) if isinstance(critique, Sampled) else None
+            for request, critique, principle in zip(asked, critiques, drawn, strict=True)
+        ]
+        texts = iter(_ask(critic, [r for r in rewrites if r is not None], store, f"revisions {round_number + 1}"))
+        for (_, item), critique, rewrite, principle in zip(going, critiques, rewrites, drawn, strict=True):
+            revision = critique if rewrite is None else next(texts)
+            if isinstance(critique, Sampled) and isinstance(revision, Sampled):
+                item.rounds.append(
+                    {
+                        "principle": principle.id,
+                        "critique": critique.text,
+                        "revision": revision.text,
+                        "ended": revision.finish_reason == "stop",
+                    }
+                )
+            else:
+                item.dropped = str(revision)
+    lost = [item.dropped for item in items if item.dropped is not None]
+    if lost:
+        log.warning("critique_revision: %d of %d completions are dropped (first: %s)", len(lost), len(items), lost[0])
+    if len(lost) == len(items):
+        raise UserError(f"critique_revision: none of {len(items)} completions was revised; first reason: {lost[0]}")
+    return items
+
+
+def _seed(*parts: Any) -> int:
+    return int(content_hash("critique_revision", *parts)[:12], 16)
+
+
+def _critique_request(item: Revised, principle: Principle, config: CritiqueRevisionConfig, seed: int) -> SampleRequest:
+    messages = (
+        *item.prompt,
+        {"role": "assistant", "content": item.current},
+        {"role": "user", "content": str(principle.critique)},
+    )
+    return SampleRequest(messages, config.critique_tokens, config.temperature, seed=seed)
+
+
+def _revision_request(
+    asked: SampleRequest, critique: str, principle: Principle, config: CritiqueRevisionConfig
+) -> SampleRequest:
+    messages = (
+        *asked.messages,
+        {"role": "assistant", "content": critique},
+        {"role": "user", "content": f"{principle.revision} {_REPLY_ALONE}"},
+    )
+    return SampleRequest(messages, config.max_new_tokens, config.temperature, seed=asked.seed + 1)
+
+
+def _ask(engine: Engine, requests: Sequence[SampleRequest], store: VerdictStore, what: str) -> list[Sampled | str]:
+    """The text of each request, or the reason why there is none; asks only what is not in the store."""
+    keys = [
+        content_hash(engine.identity, r.messages, r.max_new_tokens, r.temperature, r.top_p, r.seed) for r in requests
+    ]
+    known: dict[str, Any] = store.get(keys)
+    pending = [place for place, key in enumerate(keys) if key not in known]
+    failed: dict[str, str] = {}
+    with progress(len(requests), what, "text", initial=len(requests) - len(pending)) as bar:
+        for index, result in engine.sample(requests[place] for place in pending):
+            key = keys[pending[index]]
+            if isinstance(result, Failure):
+                failed[key] = result.reason
+            elif not result.text.strip():
+                failed[key] = "empty"
+            else:
+                known[key] = [result.text, result.finish_reason, result.tokens]
+                store.put(key, known[key])
+            bar.update()
+    return [Sampled(*known[key]) if key in known else failed[key] for key in keys]

@@ -1,0 +1,140 @@
+"""RLOO (Ahmadian et al. 2024) and GRPO (Shao et al. 2024) on TRL's trainers, with a reward of ours."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from rlaif.chat import encode_chat
+from rlaif.config import Method, ModelConfig, OnlineConfig
+from rlaif.methods.supervised import (
+    clear_checkpoints,
+    load_start,
+    on_one_device,
+    peft_arguments,
+    run_trainer,
+    trainer_arguments,
+)
+from rlaif.models import eos_ids, load_causal_lm, load_tokenizer, seed_everything
+from rlaif.policy import Policy
+from rlaif.records import Prompt, UserError
+from rlaif.rewards import RewardModel
+
+with warnings.catch_warnings():
+    # TRL looks for vLLM, which is not used here, and comments on its version.
+    warnings.simplefilter("ignore")
+    from trl import GRPOConfig as TRLGRPOConfig
+    from trl import GRPOTrainer, RLOOTrainer
+    from trl import RLOOConfig as TRLRLOOConfig
+
+log = logging.getLogger("rlaif")
+
+
+class _SafePrompts:
+    """Prompts become tokens as everywhere in this project: control tokens inside them stay text."""
+
+    processing_class: Any
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return [encode_chat(self.processing_class, prompt) for prompt in prompts], None, {}
+
+
+class SafeRLOOTrainer(_SafePrompts, RLOOTrainer):
+    """RLOOTrainer on prompts from outside."""
+
+
+class SafeGRPOTrainer(_SafePrompts, GRPOTrainer):
+    """GRPOTrainer on prompts from outside."""
+
+
+TRAINERS: dict[Method, tuple[Any, Any]] = {
+    Method.rloo: (SafeRLOOTrainer, TRLRLOOConfig),
+    Method.grpo: (SafeGRPOTrainer, TRLGRPOConfig),
+}
+
+
+def train_online(
+    method: Method,
+    config: OnlineConfig,
+    start: ModelConfig,
+    prompts: Sequence[Prompt],
+    reward: RewardModel,
+    folder: Path,
+    seed: int,
+) -> Path:
+    """Train a policy by RLOO or GRPO; writes ``policy/`` and ``training.jsonl``.
+
+    A completion without a score takes no part in its group.
+
+    Raises:
+        UserError: if there are too few prompts for one step.
+    """
+    seed_everything(seed)
+    tokenizer = load_tokenizer(start)
+    kept = _fitting(tokenizer, prompts, config, method.value)
+    model = load_start(start, config.tuning)
+    # TRL stops where the generation config says.
+    model.generation_config.eos_token_id = eos_ids(model, tokenizer)
+    trainer_class, arguments_class = TRAINERS[method]
+    arguments = arguments_class(
+        **trainer_arguments(config, start, folder, seed, len(kept) * config.generations),
+        num_generations=config.generations,
+        max_completion_length=config.max_new_tokens,
+        temperature=config.temperature,
+        beta=config.kl_coef,
+        disable_dropout=True,
+        trust_remote_code=start.trust_remote_code,
+    )
+    trainer = trainer_class(
+        model=model,
+        reward_funcs=reward_function(reward),
+        args=on_one_device(arguments, start),
+        train_dataset=Dataset.from_list([{"prompt": list(prompt.messages)} for prompt in kept]),
+        processing_class=tokenizer,
+        **peft_arguments(config, model, "CAUSAL_LM"),
+    )
+    if trainer.ref_model is not None:
+        # TRL loads it anew by the model's name, which knows of no revision and no merged adapter.
+        trainer.ref_model.load_state_dict(load_causal_lm(start).state_dict())
+    run_trainer(trainer, folder, method.value)
+    Policy(trainer.model, tokenizer, config.tuning, start).save(folder / "policy")
+    clear_checkpoints(folder)
+    return folder / "policy"
+
+
+def reward_function(reward: RewardModel) -> Any:
+    """A reward in the form that TRL calls."""
+
+    def score(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
+        texts = [completion[0]["content"].strip() for completion in completions]
+        return list(reward.score(list(zip(prompts, texts, strict=True))))
+
+    return score
+
+
+def _fitting(tokenizer: Any, prompts: Sequence[Prompt], config: OnlineConfig, name: str) -> list[Prompt]:
+    room = config.max_length - config.max_new_tokens
+    kept = [prompt for prompt in prompts if len(encode_chat(tokenizer, prompt.messages)) <= room]
+    if len(kept) < len(prompts):
+        log.warning(
+            "%s: %d of %d prompts leave no room for %s.max_new_tokens=%d within %s.max_length=%d and are left out",
+            name,
+            len(prompts) - len(kept),
+            len(prompts),
+            name,
+            config.max_new_tokens,
+            name,
+            config.max_length,
+        )
+    needed = config.batch_size * config.gradient_accumulation_steps // config.generations
+    if len(kept) < needed:
+        raise UserError(
+            f"{name}: a step takes {needed} prompts ({name}.batch_size={config.batch_size} completions, "
+            f"{name}.generations={config.generations} a prompt), but there are {len(kept)}; lower {name}.batch_size"
+        )
+    return kept

@@ -1,0 +1,298 @@
+"""What each method needs and makes: the stages behind ``rlaif.train``, each in an output folder of its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rlaif.artifacts import labeler_inputs, labeler_settings, model_inputs, plain, run_stage
+from rlaif.config import Critic, Feedback, Method, ModelConfig, Reward, Split, TrainConfig
+from rlaif.constitution import find_constitution, load_constitution
+from rlaif.demonstrations import Demonstration, chosen_completions, read_demonstrations
+from rlaif.preferences import ENDINGS, hub_preferences, prompts_of, read_preferences
+from rlaif.records import (
+    Preference,
+    Prompt,
+    UserError,
+    existing_dir,
+    existing_file,
+    find_prompts,
+    write_jsonl,
+)
+from rlaif.rewards import LabelerReward, PMReward, RewardSource, known_scores
+from rlaif.splits import read_split
+
+log = logging.getLogger("rlaif")
+
+Inputs = dict[str, Path | str | None]
+
+REWARDED = (Method.ppo, Method.rloo, Method.grpo, Method.best_of_n)
+"""Methods that score completions."""
+
+
+def preference_folder(preferences: str | None, feedback: Feedback, columns: Mapping[str, str] | None = None) -> Path:
+    """The dataset for a feedback: a subfolder of that name, else the folder itself, else one from the hub.
+
+    Raises:
+        UserError: if it holds no training split; says what was looked for.
+    """
+    root = hub_preferences(preferences) if preferences else None
+    root = root or existing_dir(preferences, "preferences")
+    for folder in (root / feedback.value / "preferences", root / feedback.value, root):
+        if any((folder / f"train.{ending}").is_file() for ending in ENDINGS):
+            if folder == root:
+                _check_feedback(folder, feedback, columns)
+            return folder
+    raise UserError(
+        f"preferences={root}: no train.parquet, train.jsonl or train.jsonl.gz in it or in its subfolder "
+        f"{feedback.value} (feedback={feedback.value})"
+    )
+
+
+def _check_feedback(folder: Path, feedback: Feedback, columns: Mapping[str, str] | None) -> None:
+    """Labels of one kind must not be trained on, and reported, as another."""
+    rows = read_preferences(folder, "train", columns)
+    found = rows[0].feedback if rows else feedback.value
+    if found != feedback.value:
+        raise UserError(
+            f"preferences={folder} holds {found} labels, but feedback={feedback.value}: give feedback={found}"
+        )
+
+
+def needs_preferences(config: TrainConfig) -> bool:
+    """Whether a method has to have preferences."""
+    if config.sft_first and config.demonstrations is None:
+        return True
+    if config.method is Method.sft:
+        return config.demonstrations is None
+    if config.method in REWARDED:
+        return config.reward is Reward.pm and config.preference_model is None
+    return config.method in (Method.pm, Method.dpo)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of training: what it reads, and the policy it starts from."""
+
+    config: TrainConfig
+    output: Path
+    start: ModelConfig
+
+    @cached_property
+    def source(self) -> Path | None:
+        """The folder of the preferences; None where there is none and none is needed."""
+        config = self.config
+        if config.preferences is None and not needs_preferences(config):
+            return None
+        return preference_folder(config.preferences, config.feedback, config.columns)
+
+    def preferences(self, split: str) -> list[Preference]:
+        """One split of the preferences; no rows without a dataset.
+
+        Raises:
+            UserError: if the training split is empty.
+        """
+        if self.source is None:
+            return []
+        rows = read_preferences(self.source, split, self.config.columns)
+        if not rows and split == "train":
+            raise UserError(f"{self.source}: the training split is empty")
+        return rows
+
+    @property
+    def preference_inputs(self) -> Inputs:
+        """The files of the preference dataset that training reads."""
+        folder = self.source
+        if folder is None:
+            return {}
+        names = [f"{split}.{ending}" for split in ("train", "validation") for ending in ENDINGS]
+        return {f"preferences/{name}": folder / name for name in names if (folder / name).is_file()}
+
+    def prompts(self) -> tuple[list[Prompt], Inputs]:
+        """Training prompts: those of ``prompts``, else those of the preferences; and where they come from.
+
+        Raises:
+            UserError: if there are neither.
+        """
+        if self.config.prompts:
+            file = find_prompts(self.config.prompts)
+            return read_split(file, self.config.data, Split.train), {"prompts": file}
+        if self.source is None:
+            raise UserError("prompts is not set: give prompts=FILE (or preferences=DIR, whose prompts are then used)")
+        return prompts_of(self.preferences("train")), self.preference_inputs
+
+    def run(
+        self,
+        stage: str,
+        settings: Mapping[str, Any],
+        inputs: Inputs,
+        make: Callable[[Path], None],
+        carry_over: Sequence[str] = (),
+    ) -> Path:
+        """Run a stage into its folder, unless it is up to date."""
+        settings = {**settings, **plain(policy=self.start, columns=self.config.columns)}
+        inputs = {**inputs, **model_inputs("start", self.start)}
+        return run_stage(stage, self.output / stage, settings, inputs, make, self.config.seed, carry_over)
+
+
+def train_sft_stage(arm: Arm) -> Path:
+    """Fine-tune on demonstrations, or on chosen completions; returns the policy."""
+    config = arm.config
+    file = existing_file(config.demonstrations, "demonstrations") if config.demonstrations else None
+    data: list[Demonstration] = read_demonstrations(file) if file else chosen_completions(arm.preferences("train"))
+
+    def make(folder: Path) -> None:
+        from rlaif.methods.sft import train_sft
+
+        train_sft(config.sft, arm.start, data, folder, config.seed)
+
+    inputs: Inputs = {"demonstrations": file} if file else arm.preference_inputs
+    return arm.run("sft", plain(settings=config.sft), inputs, make) / "policy"
+
+
+def train_critique_revision_stage(arm: Arm) -> Path:
+    """Sample, critique, revise, fine-tune on the revisions; returns the policy."""
+    config = arm.config
+    settings = config.critique_revision
+    constitution = load_constitution(config.constitution)
+    prompts, inputs = arm.prompts()
+    by_labeler = settings.critic is Critic.labeler
+
+    def make(folder: Path) -> None:
+        from rlaif.engines import build_labeler
+        from rlaif.engines.hf import HFEngine
+        from rlaif.labeling.store import STORE, VerdictStore
+        from rlaif.methods.critique_revision import revise
+        from rlaif.methods.sft import train_sft
+
+        with VerdictStore(folder / STORE) as store, HFEngine(arm.start) as writer:
+            if by_labeler:
+                with build_labeler(config.labeler, config.seed) as critic:
+                    items = revise(prompts, writer, critic, constitution, settings, store, config.seed)
+            else:
+                items = revise(prompts, writer, writer, constitution, settings, store, config.seed)
+        write_jsonl(folder / "revisions.jsonl", (vars(item) for item in items))
+        data = [item.demonstration() for item in items if item.dropped is None]
+        train_sft(settings, arm.start, data, folder, config.seed, "critique_revision")
+
+    from rlaif.labeling.store import STORE_FILES
+
+    described = plain(settings=settings, data=config.data)
+    inputs |= {"constitution": find_constitution(config.constitution)}
+    if by_labeler:
+        described |= {"labeler": labeler_settings(config.labeler)}
+        inputs |= labeler_inputs(config.labeler)
+    return arm.run("critique_revision", described, inputs, make, STORE_FILES) / "policy"
+
+
+def train_pm_stage(arm: Arm) -> Path:
+    """Train a preference model; returns its folder."""
+    config = arm.config
+    train, validation = arm.preferences("train"), arm.preferences("validation")
+
+    def make(folder: Path) -> None:
+        from rlaif.methods.pm import train_pm
+
+        train_pm(config.pm, arm.start, train, validation, folder, config.seed, config.eval.gold)
+
+    settings = plain(pm=config.pm, gold=config.eval.gold)
+    for name in ("ensemble_score", "ensemble_penalty"):
+        # How scores are combined later is no reason to train again.
+        del settings["pm"][name]
+    inputs = arm.preference_inputs
+    if config.pm.model:
+        inputs |= model_inputs("pm_model", ModelConfig(name=config.pm.model))
+    return arm.run("pm", settings, inputs, make) / "preference_model"
+
+
+def train_dpo_stage(arm: Arm) -> Path:
+    """Train by DPO; returns the policy."""
+    config = arm.config
+    train = arm.preferences("train")
+
+    def make(folder: Path) -> None:
+        from rlaif.methods.dpo import train_dpo
+
+        train_dpo(config.dpo, arm.start, train, folder, config.seed)
+
+    return arm.run("dpo", plain(settings=config.dpo), arm.preference_inputs, make) / "policy"
+
+
+def train_ppo_stage(arm: Arm, reward: RewardSource) -> Path:
+    """Train by PPO; returns the policy."""
+    config = arm.config
+    prompts, inputs = arm.prompts()
+
+    def make(folder: Path) -> None:
+        from rlaif.methods.ppo import train_ppo
+
+        with reward.open(folder) as model:
+
+            def score(asked: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+                return known_scores(
+                    model.score([(prompt.messages, text) for prompt, text in zip(asked, texts, strict=True)])
+                )
+
+            train_ppo(config.ppo, arm.start, prompts, score, folder, config.seed)
+
+    settings = {**plain(ppo=config.ppo, data=config.data), **reward.settings}
+    return arm.run("ppo", settings, {**reward.inputs, **inputs}, make, reward.carry_over) / "policy"
+
+
+def train_online_stage(arm: Arm, reward: RewardSource) -> Path:
+    """Train by RLOO or GRPO; returns the policy."""
+    config = arm.config
+    method = config.method
+    assert method is not None
+    options = config.rloo if method is Method.rloo else config.grpo
+    prompts, inputs = arm.prompts()
+
+    def make(folder: Path) -> None:
+        from rlaif.methods.online import train_online
+
+        with reward.open(folder) as model:
+            train_online(method, options, arm.start, prompts, model, folder, config.seed)
+
+    settings = {**plain(settings=options, data=config.data), **reward.settings}
+    return arm.run(method.value, settings, {**reward.inputs, **inputs}, make, reward.carry_over) / "policy"
+
+
+def reward_source(arm: Arm) -> tuple[RewardSource, Path | None]:
+    """What scores completions, and the PM behind it; a PM is trained first where none is given."""
+    config = arm.config
+    if config.reward is Reward.labeler:
+        return labeler_reward(config), None
+    if config.preference_model:
+        folder = existing_dir(config.preference_model, "preference_model")
+    else:
+        folder = train_pm_stage(arm)
+    return PMReward(folder, arm.start, config.pm), folder
+
+
+def labeler_reward(config: TrainConfig) -> LabelerReward:
+    """The labeler as the reward."""
+    return LabelerReward(config.labeler, config.labeling, config.constitution, config.seed)
+
+
+SUPERVISED: dict[Method, Callable[[Arm], Path]] = {
+    Method.sft: train_sft_stage,
+    Method.critique_revision: train_critique_revision_stage,
+    Method.dpo: train_dpo_stage,
+}
+ONLINE: dict[Method, Callable[[Arm, RewardSource], Path]] = {
+    Method.ppo: train_ppo_stage,
+    Method.rloo: train_online_stage,
+    Method.grpo: train_online_stage,
+}
+
+
+def started_from(arm: Arm) -> Arm:
+    """The arm after ``sft_first``: it starts from the fine-tuned policy."""
+    if not arm.config.sft_first:
+        return arm
+    policy = train_sft_stage(arm)
+    return replace(arm, start=replace(arm.start, name=str(policy), adapter=None, revision=None))

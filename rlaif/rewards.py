@@ -1,0 +1,160 @@
+"""What scores completions during training and in best-of-n: a preference model, or the labeler itself."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlaif.artifacts import labeler_inputs, labeler_settings, plain
+from rlaif.config import LabelerConfig, LabelingConfig, LabelMode, ModelConfig, PMConfig
+from rlaif.constitution import Constitution, check_mode, find_constitution, load_constitution
+from rlaif.engines import build_labeler
+from rlaif.engines.base import Engine
+from rlaif.labeling.aggregate import logit
+from rlaif.labeling.label import label_candidates
+from rlaif.labeling.store import STORE, STORE_FILES, VerdictStore
+from rlaif.records import Candidates, Completion, Message, Prompt, UserError
+
+log = logging.getLogger("rlaif")
+
+
+class RewardModel(Protocol):
+    """Scores of (prompt, completion); None where there is no verdict."""
+
+    def score(self, examples: Sequence[tuple[Sequence[Message], str]]) -> Sequence[float | None]:
+        """One score an example; higher is better."""
+
+
+class RewardSource(Protocol):
+    """A reward that a stage opens while it runs; ``settings`` and ``inputs`` are its part of the fingerprint."""
+
+    @property
+    def carry_over(self) -> tuple[str, ...]:
+        """Files of an outdated folder that stay useful."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the scores besides the inputs."""
+
+    @property
+    def inputs(self) -> dict[str, Path | str | None]:
+        """What is read, by role."""
+
+    def open(self, folder: Path) -> contextlib.AbstractContextManager[RewardModel]:
+        """The reward, for the length of the block; ``folder`` is where the stage works."""
+
+
+@dataclass(frozen=True)
+class PMReward:
+    """The score of a preference model, or of an ensemble."""
+
+    folder: Path
+    policy: ModelConfig
+    pm: PMConfig
+    carry_over: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return plain(ensemble_score=self.pm.ensemble_score, ensemble_penalty=self.pm.ensemble_penalty)
+
+    @property
+    def inputs(self) -> dict[str, Path | str | None]:
+        return {"preference_model": self.folder}
+
+    @contextlib.contextmanager
+    def open(self, folder: Path) -> Iterator[RewardModel]:
+        from rlaif.preference_model import load_preference_model, pm_config
+
+        yield load_preference_model(
+            pm_config(self.policy, self.folder), self.pm.ensemble_score, self.pm.ensemble_penalty
+        )
+
+
+@dataclass(frozen=True)
+class LabelerReward:
+    """The labeler's own verdict on each completion, without a PM (Lee et al. 2023, section 2.3: direct RLAIF)."""
+
+    labeler: LabelerConfig
+    labeling: LabelingConfig
+    constitution: str | None
+    seed: int
+    carry_over: tuple[str, ...] = STORE_FILES
+
+    def check(self) -> None:
+        """Fail early on what is missing.
+
+        Raises:
+            UserError: naming the setting.
+        """
+        if self.labeler.type is None:
+            raise UserError("reward=labeler needs a labeler: labeler=hf, labeler=vllm, labeler=openai or scripted")
+        check_mode(load_constitution(self.constitution), LabelMode.pointwise)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return plain(labeler=labeler_settings(self.labeler), labeling=self.labeling)
+
+    @property
+    def inputs(self) -> dict[str, Path | str | None]:
+        return {"constitution": find_constitution(self.constitution), **labeler_inputs(self.labeler)}
+
+    @contextlib.contextmanager
+    def open(self, folder: Path) -> Iterator[RewardModel]:
+        constitution = load_constitution(self.constitution)
+        # Rationales and exemplars are for pairs; one completion gets its verdict at once.
+        labeling = replace(self.labeling, mode=LabelMode.pointwise, rationales=0, exemplars=False)
+        with build_labeler(self.labeler, self.seed) as engine, VerdictStore(folder / STORE) as store:
+            yield LabelerScores(engine, constitution, labeling, store, self.seed)
+
+
+@dataclass(frozen=True)
+class LabelerScores:
+    """Pointwise verdicts as scores; each is in the store, and asked once."""
+
+    engine: Engine
+    constitution: Constitution
+    labeling: LabelingConfig
+    store: VerdictStore
+    seed: int
+
+    def score(self, examples: Sequence[tuple[Sequence[Message], str]]) -> list[float | None]:
+        """The weighted mean over principles of the verdicts' logits, divided by ``labeling.temperature``.
+
+        Raises:
+            UserError: if the labeler gave no verdict at all.
+        """
+        lines = [
+            Candidates(Prompt(str(index), tuple(prompt)), (Completion("0", text),))
+            for index, (prompt, text) in enumerate(examples)
+        ]
+        weights = {principle.id: principle.weight for principle in self.constitution.principles}
+        totals = [0.0] * len(lines)
+        missing: set[int] = set()
+        reasons: list[str | None] = []
+        labels = label_candidates(lines, self.constitution, self.engine, self.labeling, self.store, self.seed)
+        for label in labels:
+            index = int(label.prompt_id)
+            if label.p is None:
+                missing.add(index)
+                reasons.append(label.reason)
+            else:
+                totals[index] += weights[label.principle] * logit(label.p)
+        if missing and len(missing) == len(lines):
+            raise UserError(f"the labeler gave no usable verdict on {len(lines)} completions; first: {reasons[0]}")
+        if missing:
+            log.warning(
+                "reward: %d of %d completions have no verdict (first: %s)", len(missing), len(lines), reasons[0]
+            )
+        scale = sum(weights.values()) * self.labeling.temperature
+        return [None if index in missing else total / scale for index, total in enumerate(totals)]
+
+
+def known_scores(scores: Sequence[float | None]) -> list[float]:
+    """Scores with the mean of the known ones where there is none: neither a prize nor a punishment."""
+    known = [score for score in scores if score is not None]
+    mean = sum(known) / len(known)
+    return [mean if score is None else score for score in scores]
