@@ -298,9 +298,6 @@ def load_sequence_scorer(
 
     device = pick_device(config.device)
     path = resolve_model(config.name, name_key(key))
-    adapters = [path] if is_adapter(path) else []
-    if new_head and config.adapter:
-        adapters.append(config.adapter)
     arguments = _load_arguments(config, device) | {"num_labels": 1}
     if quantized:
         arguments |= _four_bit(config, device)
@@ -308,12 +305,13 @@ def load_sequence_scorer(
     with _loading(config.name, name_key(key)):
         base = adapter_base(path) if is_adapter(path) else path
         model = AutoModelForSequenceClassification.from_pretrained(base, **arguments)
-        for adapter in adapters:
+        if is_adapter(path) and not new_head:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, adapter)
-            if new_head:
-                model = model.merge_and_unload()
+            model = PeftModel.from_pretrained(model, path)
+    if new_head and (is_adapter(path) or config.adapter):
+        # The adapters of a policy fit a language model only; what they make of its body is taken over.
+        model.base_model.load_state_dict(load_causal_lm(config, key).base_model.state_dict())
     if not hasattr(_inner(model), "score"):
         raise UserError(
             f"{name_key(key)}={config.name}: transformers has no sequence classifier with a `score` head for "

@@ -421,11 +421,11 @@ def _check_transcripts(prompt: Sequence[Message], chosen: Sequence[Message], rej
         raise UnusableTranscriptError("that differ by more than the last reply")
     if any(not turn["content"] for turn in turns):
         raise UnusableTranscriptError("with an empty turn")
+    if {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
+        raise UnusableTranscriptError("that do not end with the assistant")
     roles = [turn["role"] for turn in prompt]
     if any(one == two for one, two in itertools.pairwise([*roles, "assistant"])) or roles[0] != "user":
         raise UnusableTranscriptError("whose turns do not alternate")
-    if {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
-        raise UnusableTranscriptError("that do not end with the assistant")
     if chosen == rejected:
         raise UnusableTranscriptError("with two equal replies")
 

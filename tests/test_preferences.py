@@ -330,3 +330,82 @@ def test_gzip_and_missing_splits(tmp_path):
 def test_prompts_of():
     rows = [preference("p"), preference("q"), preference("p", chosen="other")]
     assert [prompt.prompt_id for prompt in prompts_of(rows)] == ["p", "q"]
+
+
+def hh(*turns):
+    return "".join(
+        f"\n\n{name}: {text}" for name, text in zip(["Human", "Assistant"] * len(turns), turns, strict=False)
+    )
+
+
+def test_transcripts_of_the_hh_data():
+    row = parse_preference(
+        {"chosen": hh("Hi", "Yes?", "A: b\n\nc", "Sure."), "rejected": hh("Hi", "Yes?", "A: b\n\nc", "No.")}
+    )
+    assert [message["role"] for message in row.prompt] == ["user", "assistant", "user"]
+    assert row.prompt[-1]["content"] == "A: b\n\nc"
+    assert (row.chosen, row.rejected, row.p_chosen, row.feedback) == ("Sure.", "No.", 1.0, "human")
+
+
+def test_a_transcript_as_prompt():
+    row = parse_preference(
+        {"prompt": hh("Hi", "Yes?", "Bye") + "\n\nAssistant:", "chosen": " Sure.", "rejected": "No."}
+    )
+    assert [message["content"] for message in row.prompt] == ["Hi", "Yes?", "Bye"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "reason"),
+    [
+        (hh("Hi", "Yes?", "Bye", "Sure."), hh("Hi", "Well?", "Bye", "No."), "differ by more than the last reply"),
+        (hh("Hi", ""), hh("Hi", "No."), "empty turn"),
+        (hh("Hi", "Yes"), hh("Hi", "Yes"), "two equal replies"),
+        ("\n\nHuman: a\n\nHuman: b\n\nAssistant: c", "\n\nHuman: a\n\nHuman: b\n\nAssistant: d", "do not alternate"),
+        (hh("Hi", "a", "b"), hh("Hi", "a", "c"), "do not end with the assistant"),
+    ],
+)
+def test_transcripts_without_a_pair_are_left_out_and_counted(tmp_path, caplog, chosen, rejected, reason):
+    rows = [{"chosen": hh("Hi", "Yes"), "rejected": hh("Hi", "No")}, {"chosen": chosen, "rejected": rejected}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with caplog.at_level("WARNING", "rlaif"):
+        found = read_preferences(tmp_path, "train")
+    assert [row.chosen for row in found] == ["Yes"]
+    assert "1 of 2 transcripts are left out" in caplog.text
+    assert reason in caplog.text
+
+
+def test_columns_of_another_dataset(tmp_path):
+    row = {"question": "q", "good": "yes", "bad": "no", "share": 0.8, "subset": "maths"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    columns = {"prompt": "question", "chosen": "good", "rejected": "bad", "p_chosen": "share"}
+    (found,) = read_preferences(tmp_path, "train", columns)
+    assert (found.prompt, found.chosen, found.rejected, found.p_chosen) == (USER, "yes", "no", 0.8)
+    assert found.source == "maths"
+    with pytest.raises(UserError, match=r"line 1: has no column answer that columns names \(found: bad, good"):
+        read_preferences(tmp_path, "train", {**columns, "chosen": "answer"})
+
+
+def test_datasets_of_the_hub_become_a_folder(tmp_path, monkeypatch):
+    import datasets
+    from datasets import Dataset, DatasetDict
+
+    from rlaif.preferences import hub_preferences
+
+    rows = DatasetDict(train=Dataset.from_list([{"chosen": hh("Hi", "Yes"), "rejected": hh("Hi", "No")}]))
+    asked = []
+    monkeypatch.setenv("RLAIF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or rows)
+    folder = hub_preferences("somebody/pairs")
+    assert asked == ["somebody/pairs"]
+    assert [row.chosen for row in read_preferences(folder, "train")] == ["Yes"]
+    # A path that is there is never asked for, and neither is what cannot be a name.
+    assert hub_preferences(str(tmp_path)) is None
+    assert hub_preferences("pairs") is None
+    assert len(asked) == 1
+
+    def refuse(name):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError, match=r"preferences=somebody/pairs: no such folder, and the hub .*no route to host"):
+        hub_preferences("somebody/pairs")

@@ -1,8 +1,17 @@
 """Metrics of a policy from samples made by hand."""
 
+import math
+
 import pytest
 
-from rlaif.evaluation.policy import Sample, policy_metrics, read_samples, write_evaluation
+from rlaif.evaluation.policy import (
+    Sample,
+    best_of_n,
+    best_of_n_kl,
+    policy_metrics,
+    read_samples,
+    write_evaluation,
+)
 from rlaif.records import UserError, read_json
 
 USER = [{"role": "user", "content": "q"}]
@@ -83,3 +92,18 @@ def test_samples_roundtrip_in_a_fixed_order(tmp_path):
     (tmp_path / "samples.jsonl").write_text('{"prompt": "q"}\n')
     with pytest.raises(UserError, match=r"line 1: is not a line of samples.jsonl"):
         read_samples(tmp_path / "samples.jsonl")
+
+
+def test_best_of_n_keeps_the_best_of_each_group():
+    samples = [sample(name, number) for name in "pq" for number in range(4)]
+    scores = [0.1, 0.7, None, 0.3, 2.0, 2.0, None, None]
+    best = best_of_n(samples, scores, 2)
+    # p: 1 of (0, 1), 3 of (2, 3); q: the first of two equals, and the first where nothing has a score.
+    assert [row.completion for row in best] == ["text p 1", "text p 3", "text q 0", "text q 2"]
+    assert [row.sample for row in best] == [0, 1, 0, 1]
+    assert best_of_n(samples, scores, 4)[0].completion == "text p 1"
+
+
+def test_the_kl_bound_of_best_of_n():
+    assert best_of_n_kl(1) == 0
+    assert best_of_n_kl(4) == pytest.approx(math.log(4) - 0.75)

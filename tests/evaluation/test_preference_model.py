@@ -1,4 +1,4 @@
-"""The fitted temperature is the one that made the labels."""
+"""Figures about a PM on pairs made by hand, and the fitted temperature."""
 
 import math
 
@@ -6,7 +6,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from rlaif.evaluation.preference_model import calibration, preference_metrics
 from rlaif.evaluation.statistics import fit_temperature
+from rlaif.records import Preference
 
 
 @settings(max_examples=30, deadline=None)
@@ -26,3 +28,57 @@ def test_the_ends_of_the_range():
     # Always right: as cold as it goes, e^-4. Always wrong: as hot as it goes, e^4.
     assert fit_temperature([1.0, 2.0], [1, 1]) < 0.1
     assert fit_temperature([1.0, 2.0], [0, 0]) == pytest.approx(math.exp(4), rel=1e-3)
+
+
+class Vowels:
+    """A PM that counts the letter a."""
+
+    def score(self, examples):
+        return [float(text.count("a")) for _, text in examples]
+
+
+def preference(prompt_id, chosen, rejected, p_chosen=0.9, source=""):
+    user = ({"role": "user", "content": "q"},)
+    return Preference(prompt_id, user, chosen, rejected, "0", "1", p_chosen, "me", "ai", source=source)
+
+
+def test_accuracy_by_source_and_by_length():
+    rows = [
+        preference("p", "aaaa", "b", source="x"),  # right, chosen longer
+        preference("q", "aaaaaaaaaaaa", "bbbbbbbbbbbb", source="x"),  # right, similar
+        preference("r", "b", "aaaa", source="y"),  # wrong, chosen shorter
+    ]
+    found = preference_metrics(Vowels(), rows)
+    assert {name: row["accuracy"] for name, row in found["accuracy_by_source"].items()} == {
+        "ai / me / x": 1.0,
+        "ai / me / y": 0.0,
+    }
+    assert {name: (row["accuracy"], row["accuracy_n"]) for name, row in found["accuracy_by_length"].items()} == {
+        "chosen longer": (1.0, 1),
+        "similar": (1.0, 1),
+        "chosen shorter": (0.0, 1),
+    }
+
+
+def test_best_of_n_agreement_with_the_labels_and_with_the_gold_judge():
+    # By the labels a > b > c everywhere; the PM's best is "aaa" on p and "b" is never.
+    rows = [
+        preference("p", "aaa", "aa"),
+        preference("p", "aaa", "a"),
+        preference("p", "aa", "a"),
+        preference("q", "bbb", "aa"),
+        preference("q", "bbb", "a"),
+    ]
+    found = preference_metrics(Vowels(), rows)
+    assert (found["best_of_n_agreement"], found["best_of_n_agreement_n"]) == (0.5, 2)
+    assert found["best_of_n_chance"] == pytest.approx(1 / 3)
+    # The gold judge likes vowels: on p all completions tie, on q "aa" and "a" are the best.
+    found = preference_metrics(Vowels(), rows, gold="letters")
+    assert (found["best_of_n_agreement"], found["best_of_n_agreement_n"]) == (1.0, 1)
+    assert found["best_of_n_chance"] == pytest.approx(2 / 3)
+
+
+def test_calibration_counts_each_completion_once():
+    rows = [preference("p", "aaa", "a"), preference("p", "aaa", "b")]
+    found = calibration(Vowels(), rows)
+    assert (found["n_completions"], found["score_mean"]) == (3, pytest.approx(4 / 3))

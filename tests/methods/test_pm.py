@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
 
-from rlaif.config import LoraSettings, ModelConfig, PMConfig, Tuning
+from rlaif.config import EnsembleScore, LoraSettings, ModelConfig, PMConfig, SFTConfig, Tuning
+from rlaif.generation import left_pad
 from rlaif.methods.pm import train_pm
-from rlaif.preference_model import PreferenceModel, separate_pad_token
+from rlaif.preference_model import (
+    PreferenceModel,
+    encode_example,
+    head_scores,
+    last_hidden,
+    load_preference_model,
+    pm_config,
+    pm_identity,
+    separate_pad_token,
+    training_scores,
+)
 from rlaif.records import Preference, UserError
+from tests.methods.families import family
 
 TINY = ModelConfig(name="tiny", device="cpu")
 
@@ -91,3 +105,115 @@ def test_a_new_head_scores_everything_zero() -> None:
 
     model = load_sequence_scorer(TINY, new_head=True)
     assert torch.count_nonzero(model.score.weight) == 0
+
+
+def test_an_ensemble_has_members_that_differ_and_one_score(tmp_path: Path) -> None:
+    data = preferences(32)
+    target = train_pm(settings(ensemble=3, epochs=1), TINY, data, preferences(10), tmp_path, seed=0)
+    config = ModelConfig(name=str(target), device="cpu")
+    examples = [(data[0].prompt, text) for text in ("aaaa", "zzzz", "azaz")]
+    members = [PreferenceModel(ModelConfig(name=str(target / f"member-{i}"), device="cpu")) for i in range(3)]
+    scales = [json.loads((target / f"member-{i}" / "calibration.json").read_text()) for i in range(3)]
+    table = [
+        [(score - scale["score_mean"]) / scale["score_std"] for score in member.score(examples)]
+        for member, scale in zip(members, scales, strict=True)
+    ]
+    assert table[0] != pytest.approx(table[1], abs=1e-6)
+    columns = list(zip(*table, strict=True))
+    for combine, penalty, reduce in (
+        (EnsembleScore.mean, 1.0, statistics.fmean),
+        (EnsembleScore.min, 1.0, min),
+        (EnsembleScore.uncertainty, 2.0, lambda row: statistics.fmean(row) - 2 * statistics.pstdev(row)),
+    ):
+        found = load_preference_model(config, combine, penalty).score(examples)
+        assert found == pytest.approx([reduce(column) for column in columns], abs=1e-5)
+    metrics = json.loads((tmp_path / "pm_metrics.json").read_text())
+    assert metrics["ensemble"] == 3
+    assert metrics["accuracy"] > 0.9
+
+
+def test_an_interrupted_ensemble_keeps_its_finished_members(tmp_path: Path) -> None:
+    train_pm(settings(ensemble=2), TINY, preferences(16), preferences(8), tmp_path, seed=0)
+    weights = tmp_path / "preference_model" / "member-0" / "adapter_model.safetensors"
+    before = weights.stat().st_mtime_ns
+    (tmp_path / "preference_model" / "member-1" / "calibration.json").unlink()
+    train_pm(settings(ensemble=2), TINY, preferences(16), preferences(8), tmp_path, seed=0)
+    assert weights.stat().st_mtime_ns == before
+    assert (tmp_path / "preference_model" / "member-1" / "calibration.json").is_file()
+
+
+@pytest.mark.parametrize("margin", [0.0, 2.0])
+def test_a_margin_asks_for_more(tmp_path: Path, margin: float) -> None:
+    config = settings(margin=margin, center_coefficient=0.0, max_steps=1, warmup_ratio=0.0)
+    train_pm(config, TINY, preferences(8, 0.9), preferences(4), tmp_path, seed=0)
+    first = json.loads((tmp_path / "training.jsonl").read_text().splitlines()[0])
+    # Scores start at 0, so the loss is that of a margin of -margin * |2 * 0.9 - 1|.
+    m = margin * 0.8
+    expected = 0.9 * math.log(1 + math.exp(m)) + 0.1 * math.log(1 + math.exp(-m))
+    assert first["loss"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_accumulated_steps_are_those_of_a_whole_batch(tmp_path: Path) -> None:
+    losses = []
+    for batch_size, accumulation in ((8, 1), (4, 2)):
+        config = settings(batch_size=batch_size, gradient_accumulation_steps=accumulation, max_steps=4)
+        train_pm(config, TINY, preferences(32), preferences(4), tmp_path / str(batch_size), seed=0)
+        lines = (tmp_path / str(batch_size) / "training.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_a_pm_may_have_another_tokenizer_than_the_policy(tmp_path: Path) -> None:
+    """pm.model: another base with another vocabulary, given the same texts."""
+    other = tmp_path / "other"
+    family("gpt_neox", other)
+    target = train_pm(settings(model=str(other)), TINY, preferences(32), preferences(10), tmp_path / "pm", seed=0)
+    metrics = json.loads((tmp_path / "pm" / "pm_metrics.json").read_text())
+    assert (metrics["base"], metrics["accuracy"] > 0.9) == (str(other), True)
+    scorer = load_preference_model(pm_config(TINY, target))
+    high, low = scorer.score([(preferences(1)[0].prompt, "aaaa"), (preferences(1)[0].prompt, "zzzz")])
+    assert high > low
+
+
+def test_training_reads_the_scores_that_are_used_later() -> None:
+    """Through the model's forward pass, and from its parts: the same scores, whatever the padding."""
+    from rlaif.models import load_sequence_scorer, load_tokenizer
+
+    model = load_sequence_scorer(TINY)
+    tokenizer = load_tokenizer(TINY)
+    rows = [encode_example(tokenizer, preferences(1)[0].prompt, text) for text in ("a", "zz" * 9, "aaaa")]
+    ids, mask = left_pad(rows, tokenizer.pad_token_id, torch.device("cpu"))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    with torch.no_grad():
+        alone = [
+            head_scores(model, last_hidden(model, torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long)))
+            for row in rows
+        ]
+        together = training_scores(model, ids, mask)
+    assert together.tolist() == pytest.approx(torch.cat(alone).tolist(), abs=1e-5)
+
+
+def test_a_pm_is_named_by_its_labels_and_its_files(tmp_path: Path) -> None:
+    names = []
+    for seed in (0, 1):
+        target = train_pm(settings(max_steps=1), TINY, preferences(16), preferences(4), tmp_path / str(seed), seed)
+        names.append(pm_identity(target))
+    assert names[0]["preference_model"].startswith("ai labels by test, seed 0 (")
+    assert names[0]["preference_model_id"] != names[1]["preference_model_id"]
+    assert pm_identity(tmp_path / "0" / "preference_model") == names[0]
+
+
+def test_a_pm_that_starts_from_an_adapter_is_saved_whole(tmp_path: Path) -> None:
+    """Its own adapter alone would miss what the first one had learnt."""
+    from rlaif.demonstrations import Demonstration
+    from rlaif.methods.sft import train_sft
+
+    demonstrations = [Demonstration(row.prompt, row.chosen) for row in preferences(8)]
+    tuned = SFTConfig(learning_rate=1e-2, max_steps=2, lora=LoraSettings(r=4, alpha=8))
+    sft = train_sft(tuned, TINY, demonstrations, tmp_path / "sft", seed=0)
+    start = ModelConfig(name=str(sft), device="cpu")
+    target = train_pm(settings(), start, preferences(32), preferences(10), tmp_path / "pm", seed=0)
+    assert not (target / "adapter_config.json").exists()
+    metrics = json.loads((tmp_path / "pm" / "pm_metrics.json").read_text())
+    assert metrics["accuracy"] > 0.9
