@@ -1,0 +1,97 @@
+"""Every model family goes through SFT, PM, DPO and PPO, and ends its turns with its own token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlaif.chat import encode_chat, turn_end
+from rlaif.config import DPOConfig, LoraSettings, ModelConfig, PMConfig, PPOConfig, SFTConfig, Tuning
+from rlaif.demonstrations import Demonstration
+from rlaif.methods.dpo import train_dpo
+from rlaif.methods.pm import train_pm
+from rlaif.methods.ppo import train_ppo
+from rlaif.methods.sft import _rows, train_sft
+from rlaif.models import eos_ids, load_causal_lm, load_tokenizer
+from rlaif.preference_model import load_preference_model, pm_config
+from rlaif.records import Preference, Prompt, UserError
+from tests.methods.families import FAMILIES, family
+
+USER = ({"role": "user", "content": "question"},)
+PAIRS = [Preference(f"p{i}", USER, "a" * (3 + i % 3), "z" * (3 + i % 2), "0", "1", 0.9, "test", "ai") for i in range(8)]
+LORA = LoraSettings(r=2, alpha=4)
+
+
+# One of each kind in every run of the tests: its own end of a turn, alibi instead of positions, no end of a turn.
+_ALWAYS = ("gemma", "bloom", "glm")
+
+
+def _marked(name: str) -> object:
+    return name if name in _ALWAYS else pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[_marked(name) for name in FAMILIES])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ModelConfig]:
+    folder = family(request.param, tmp_path_factory.mktemp("families") / request.param)
+    return request.param, ModelConfig(name=str(folder), device="cpu")
+
+
+def test_completions_end_with_the_turn(model: tuple[str, ModelConfig]) -> None:
+    name, config = model
+    tokenizer = load_tokenizer(config)
+    end = tokenizer.convert_tokens_to_ids(FAMILIES[name][2])
+    assert turn_end(tokenizer) == end
+    assert end in eos_ids(load_causal_lm(config), tokenizer)
+    (row,) = _rows(tokenizer, [Demonstration(USER, "reply")], 100)
+    assert row["input_ids"][-1] == end
+    # What SFT trains on is how a conversation with that reply starts, up to the end of the turn.
+    whole = encode_chat(tokenizer, [*USER, {"role": "assistant", "content": "reply"}], generation_prompt=False)
+    if end in whole:
+        assert row["input_ids"] == whole[: len(row["input_ids"])]
+    else:
+        assert row["input_ids"][:-1] == whole[: len(row["input_ids"]) - 1]
+
+
+@pytest.mark.parametrize("tuning", [Tuning.lora, pytest.param(Tuning.full, marks=pytest.mark.slow)])
+def test_every_method_trains(model: tuple[str, ModelConfig], tuning: Tuning, tmp_path: Path) -> None:
+    _, start = model
+    common = {"tuning": tuning, "lora": LORA, "max_steps": 2, "batch_size": 4, "learning_rate": 1e-3}
+    demonstrations = [Demonstration(pair.prompt, pair.chosen) for pair in PAIRS]
+    policies = [
+        train_sft(SFTConfig(**common), start, demonstrations, tmp_path / "sft", seed=0),
+        train_dpo(DPOConfig(**common), start, PAIRS, tmp_path / "dpo", seed=0),
+    ]
+    pm = train_pm(PMConfig(**common), start, PAIRS, PAIRS, tmp_path / "pm", seed=0)
+    scorer = load_preference_model(pm_config(start, pm))
+    alone = [scorer.score([(USER, text)])[0] for text in ("a", "zzzzzzz")]
+    assert scorer.score([(USER, "a"), (USER, "zzzzzzz")]) == pytest.approx(alone, abs=1e-4)
+
+    def score(prompts: object, texts: list[str]) -> list[float]:
+        return scorer.score([(USER, text) for text in texts])
+
+    settings = PPOConfig(
+        tuning=tuning,
+        lora=LORA,
+        iterations=2,
+        rollouts=4,
+        minibatch_size=4,
+        micro_batch_size=4,
+        max_new_tokens=6,
+        learning_rate=1e-3,
+    )
+    (tmp_path / "ppo").mkdir()
+    # Its start checks fail where padding or positions change what the model says.
+    policies.append(train_ppo(settings, start, [Prompt("p", USER)], score, tmp_path / "ppo", seed=0))
+    for policy in policies:
+        load_causal_lm(ModelConfig(name=str(policy), device="cpu"))
+
+
+def test_code_that_comes_with_a_model_is_not_run_unasked(tmp_path: Path) -> None:
+    """Baichuan is not part of transformers: one line says how to allow its own code."""
+    folder = family("llama", tmp_path / "baichuan")
+    config = (folder / "config.json").read_text().replace('"model_type": "llama"', '"model_type": "baichuan"')
+    auto = '"auto_map": {"AutoConfig": "configuration_baichuan.BaichuanConfig"},\n  "model_type"'
+    (folder / "config.json").write_text(config.replace('"model_type"', auto))
+    with pytest.raises(UserError, match="trust_remote_code=true"):
+        load_causal_lm(ModelConfig(name=str(folder), device="cpu"))
