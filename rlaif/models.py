@@ -237,6 +237,9 @@ def load_causal_lm(config: ModelConfig, key: str = "policy", trainable: bool = F
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    if trainable:
+        # PEFT freezes what it adapts, and merging leaves it so.
+        model.requires_grad_(True)
     return _frozen(model) if quantized else model.to(device).eval()
 
 

@@ -1,0 +1,227 @@
+"""Every method through ``python -m rlaif.train`` on the tiny model, and arms of a run that use them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlaif.config import (
+    Critic,
+    CritiqueRevisionConfig,
+    DPOConfig,
+    EvalConfig,
+    Method,
+    ModelConfig,
+    PMConfig,
+    Reward,
+    TrainConfig,
+    Tuning,
+)
+from rlaif.records import UserError
+from rlaif.train import check
+
+Command = Callable[..., Any]
+
+QUICK = [
+    "policy.name=tiny",
+    "eval.gold=letters",
+    "eval.max_new_tokens=6",
+    "eval.max_prompts=4",
+    "eval.resamples=100",
+    "data.test_fraction=0.3",
+    "pm.max_steps=2",
+    "pm.batch_size=4",
+    "sft.max_steps=2",
+    "critique_revision.max_steps=1",
+    "critique_revision.max_new_tokens=6",
+    "critique_revision.critique_tokens=6",
+    "dpo.max_steps=2",
+    "rloo.max_steps=1",
+    "rloo.batch_size=8",
+    "rloo.max_new_tokens=6",
+    "grpo.max_steps=1",
+    "grpo.batch_size=8",
+    "grpo.max_new_tokens=6",
+    "best_of_n.n=3",
+    "ppo.iterations=1",
+    "ppo.rollouts=4",
+    "ppo.minibatch_size=4",
+    "ppo.max_new_tokens=6",
+]
+LABELER = ["reward=labeler", "constitution=warm", "labeler=scripted", "labeler.scripted.utility=letters"]
+
+
+@pytest.fixture
+def train(run_command: Command, inputs: Path, tmp_path: Path) -> Callable[..., Any]:
+    def run(*overrides: str, preferences: bool = True, expect: int = 0) -> Any:
+        data = [f"prompts={inputs}/prompts.jsonl"]
+        if preferences:
+            data += [f"preferences={inputs}/preferences", "feedback=human"]
+        return run_command("train", *QUICK, *data, f"output_dir={tmp_path / 'out'}", *overrides, expect=expect)
+
+    return run
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rloo", "best_of_n"])
+def test_methods_that_need_a_pm_train_one(train: Command, tmp_path: Path, method: str) -> None:
+    train(f"method={method}", "pm.ensemble=2", "pm.ensemble_score=min")
+    out = tmp_path / "out"
+    assert (out / "pm" / "preference_model" / "member-1" / "calibration.json").is_file()
+    found = metrics(out)
+    assert found["method"] == method
+    assert found["preference_model"].startswith("human labels by unknown, 2 members (")
+    assert "pm_gain" in found
+    if method == "best_of_n":
+        assert not (out / "best_of_n").exists()
+        assert found["kl_bound"] == pytest.approx(math.log(3) - 2 / 3, abs=1e-5)
+        assert "kl" not in found
+        # The PM chose by its score, so the score cannot be lower than that of a single sample.
+        assert found["pm_gain"] > 0
+    else:
+        assert (out / method / "policy" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "method", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("ppo", "grpo")), "best_of_n"]
+)
+def test_the_labeler_is_a_reward_of_its_own(train: Command, tmp_path: Path, method: str) -> None:
+    result = train(f"method={method}", *LABELER, preferences=False)
+    out = tmp_path / "out"
+    assert not (out / "pm").exists()
+    place = out / ("evaluation" if method == "best_of_n" else method)
+    assert (place / "store.sqlite").is_file()
+    assert metrics(out)["preference_model"] is None
+    assert "Traceback" not in result.stderr
+    again = train(f"method={method}", *LABELER, preferences=False)
+    assert again.stderr.count("up to date, skipped") == (1 if method == "best_of_n" else 2)
+
+
+def test_critique_and_revision(train: Command, tmp_path: Path) -> None:
+    train("method=critique_revision", "constitution=harmless", preferences=False)
+    folder = tmp_path / "out" / "critique_revision"
+    lines = [json.loads(line) for line in (folder / "revisions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(lines) > 5
+    kept = [line for line in lines if line["dropped"] is None]
+    assert all(len(line["rounds"]) == 2 for line in kept)
+    assert (folder / "policy" / "adapter_config.json").is_file()
+    assert metrics(tmp_path / "out")["method"] == "critique_revision"
+
+
+@pytest.mark.slow
+def test_a_labeler_may_be_the_critic(train: Command, tmp_path: Path) -> None:
+    train(
+        "method=critique_revision",
+        "constitution=harmless",
+        "critique_revision.critic=labeler",
+        "labeler=scripted",
+        "eval.enabled=false",
+        preferences=False,
+    )
+    line = json.loads((tmp_path / "out/critique_revision/revisions.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    # The scripted labeler writes pseudo-text of known words; the tiny policy cannot.
+    assert line["rounds"][0]["revision"].split()[0] in ("The", "This", "Your", "That")
+
+
+@pytest.mark.slow
+def test_three_stages_in_one_command(train: Command, inputs: Path, tmp_path: Path) -> None:
+    """SFT, PM and PPO: PPO's reference is the fine-tuned policy, or its start checks would fail."""
+    demonstrations = tmp_path / "demonstrations.jsonl"
+    demonstrations.write_text('{"prompt": "Hi", "completion": "area"}\n{"text": "once upon a time"}\n' * 8)
+    train("method=ppo", "sft_first=true", f"demonstrations={demonstrations}", "sft.learning_rate=1e-2")
+    out = tmp_path / "out"
+    for stage in ("sft", "pm", "ppo"):
+        provenance = json.loads((out / stage / "provenance.json").read_text(encoding="utf-8"))
+        start = provenance["inputs"]["start"]
+        assert start == ("tiny@None" if stage == "sft" else str(out / "sft" / "policy")), stage
+    assert metrics(out)["method"] == "ppo"
+
+
+def test_hh_transcripts_from_other_columns(train: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "hh"
+    folder.mkdir()
+    rows = [
+        {"better": f"\n\nHuman: question {i}\n\nAssistant: area", "worse": f"\n\nHuman: question {i}\n\nAssistant: zzz"}
+        for i in range(8)
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = "columns={chosen: better, rejected: worse}"
+    overrides = ["method=dpo", "dpo.loss_type=ipo", f"preferences={folder}", "feedback=human", "eval.enabled=false"]
+    result = train(*overrides, "columns={chosen: nothing}", preferences=False, expect=2)
+    assert "has no column nothing" in result.stderr.splitlines()[-1]
+    train(*overrides, columns, preferences=False)
+    assert (tmp_path / "out" / "dpo" / "policy" / "adapter_config.json").is_file()
+
+
+def config(**changes: Any) -> TrainConfig:
+    return TrainConfig(policy=ModelConfig(name="tiny", device="cpu"), **changes)
+
+
+REVISE = Method.critique_revision
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": Method.dpo, "dpo": DPOConfig(tuning=Tuning.qlora)}, "dpo.tuning=qlora needs a CUDA GPU"),
+        ({"method": Method.ppo, "pm": PMConfig(tuning=Tuning.qlora)}, "pm.tuning=qlora needs a CUDA GPU"),
+        ({"method": Method.dpo, "reward": Reward.labeler}, "method=dpo scores nothing"),
+        ({"method": Method.ppo, "reward": Reward.labeler}, "reward=labeler needs a labeler"),
+        ({"method": Method.best_of_n, "eval": EvalConfig(enabled=False)}, "best_of_n trains nothing"),
+        ({"method": Method.sft, "sft_first": True}, "same training twice"),
+        ({"method": REVISE}, "constitution is not set"),
+        ({"method": REVISE, "constitution": "none"}, "no such constitution"),
+        (
+            {
+                "method": REVISE,
+                "constitution": "helpful",
+                "critique_revision": CritiqueRevisionConfig(critic=Critic.labeler),
+            },
+            "critic=labeler needs a labeler",
+        ),
+    ],
+)
+def test_what_cannot_work_is_said_before_any_work(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check(config(**changes))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pm_that_is_not_trained_needs_no_gpu() -> None:
+    check(config(method=Method.ppo, preference_model="somewhere", pm=PMConfig(tuning=Tuning.qlora)))
+
+
+@pytest.mark.slow
+def test_arms_of_a_run(run_command: Command, tmp_path: Path) -> None:
+    """Arms that need no labels get none made; all rows are in the report."""
+    result = run_command(
+        "run",
+        "experiment=smoke",
+        f"output_dir={tmp_path / 'run'}",
+        "~arms.rlhf_ppo",
+        "~arms.rlaif_ppo",
+        "~arms.dpo",
+        "constitution=warm",
+        "labeler=scripted",
+        "+arms.bon={method: best_of_n, reward: labeler}",
+        "+arms.revised={method: critique_revision}",
+        "+arms.direct={method: rloo, reward: labeler}",
+        *[override for override in QUICK if override.startswith(("rloo", "critique", "best"))],
+        "constitution=harmless",
+        expect=0,
+    )
+    out = tmp_path / "run"
+    assert not (out / "labels").exists()
+    report = (out / "report.md").read_text(encoding="utf-8")
+    assert all(name in report for name in ("bon", "revised", "direct", "base"))
+    assert "Traceback" not in result.stderr
