@@ -167,10 +167,10 @@ def is_adapter_name(name: str | None) -> bool:
 def load_policy(config: ModelConfig, tuning: Tuning, lora: LoraSettings, with_reference: bool = True) -> Policy:
     """Load the starting policy and make it trainable. Dropout stays off: the model is in evaluation mode."""
     tokenizer = load_tokenizer(config)
-    if tuning is Tuning.lora:
+    if tuning is not Tuning.full:
         from peft import get_peft_model
 
-        base = load_causal_lm(config)
+        base = load_causal_lm(config, quantized=tuning is Tuning.qlora)
         model = get_peft_model(base, lora_config(lora, base, "CAUSAL_LM")).eval()
         return Policy(model, tokenizer, tuning, config)
     model = load_causal_lm(config, trainable=True)
@@ -189,7 +189,8 @@ def merged(model: Any) -> Iterator[Any]:
     from peft.tuners.lora import LoraLayer
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if not layers:
+    if not layers or getattr(model, "is_loaded_in_4bit", False):
+        # An update is finer than 4 bits can hold: such a model samples with its adapter beside the weights.
         yield model
         return
     kept: list[tuple[Any, Tensor]] = []

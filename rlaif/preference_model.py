@@ -38,9 +38,7 @@ def pm_config(policy: ModelConfig, folder: Path) -> ModelConfig:
     return replace(policy, name=str(folder), adapter=None, revision=None)
 
 
-def load_preference_model(
-    config: ModelConfig, combine: EnsembleScore = EnsembleScore.mean, penalty: float = 1.0
-) -> Scorer:
+def load_scorer(config: ModelConfig, combine: EnsembleScore = EnsembleScore.mean, penalty: float = 1.0) -> Scorer:
     """The PM in a folder, or the ensemble whose members are in it."""
     listed = Path(str(config.name)) / ENSEMBLE
     if not listed.is_file():

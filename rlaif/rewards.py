@@ -67,11 +67,9 @@ class PMReward:
 
     @contextlib.contextmanager
     def open(self, folder: Path) -> Iterator[RewardModel]:
-        from rlaif.preference_model import load_preference_model, pm_config
+        from rlaif.preference_model import load_scorer, pm_config
 
-        yield load_preference_model(
-            pm_config(self.policy, self.folder), self.pm.ensemble_score, self.pm.ensemble_penalty
-        )
+        yield load_scorer(pm_config(self.policy, self.folder), self.pm.ensemble_score, self.pm.ensemble_penalty)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from rlaif.generation import STREAM_EVALUATION, generate
 from rlaif.gold import gold_score
 from rlaif.models import eos_ids, load_causal_lm, load_tokenizer
 from rlaif.policy import completion_logps
-from rlaif.preference_model import load_preference_model
+from rlaif.preference_model import load_scorer
 from rlaif.progress import progress
 from rlaif.records import Message, Prompt, UserError, read_jsonl, write_json, write_jsonl
 
@@ -119,9 +119,7 @@ def score_samples(samples: Sequence[Sample], gold: str | None, preference_model:
         for sample in samples:
             sample.gold_score = gold_score(gold, sample.completion)
     if preference_model is not None:
-        scores = load_preference_model(preference_model).score(
-            [(sample.prompt, sample.completion) for sample in samples]
-        )
+        scores = load_scorer(preference_model).score([(sample.prompt, sample.completion) for sample in samples])
         for sample, score in zip(samples, scores, strict=True):
             sample.pm_score = score
 

@@ -33,7 +33,7 @@ from rlaif.preference_model import (
     ENSEMBLE,
     PreferenceModel,
     encode_example,
-    load_preference_model,
+    load_scorer,
     pm_config,
     separate_pad_token,
     training_scores,
@@ -106,7 +106,7 @@ def train_pm(
         **counts,
     }
     if validation:
-        metrics |= preference_metrics(load_preference_model(pm_config(start, target)), validation, gold)
+        metrics |= preference_metrics(load_scorer(pm_config(start, target)), validation, gold)
     else:
         log.warning("pm: the preference dataset has no validation split; the PM is not measured")
     write_json(folder / "pm_metrics.json", metrics)

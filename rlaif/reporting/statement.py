@@ -38,6 +38,16 @@ def distinct_seeds(group: Sequence[Evaluation]) -> bool:
     return len(group) > 1 and len(seeds) == len(group) and None not in seeds
 
 
+def judging_models(group: Sequence[Evaluation]) -> set[str]:
+    """The PMs that scored some evaluations, by the hash of their files."""
+    return {model for e in group if (model := e.text("preference_model_id")) is not None}
+
+
+def averaged(group: Sequence[Evaluation], key: str) -> bool:
+    """Whether a figure has a mean over seeds: scores have the unit of their PM, so those of several PMs have none."""
+    return distinct_seeds(group) and not (key.startswith("pm_") and len(judging_models(group)) > 1)
+
+
 def values(group: Sequence[Evaluation], key: str) -> list[float]:
     """The figure ``key`` of every evaluation that has it."""
     return [x.value for e in group if (x := e.estimate(key)) is not None]
@@ -75,8 +85,8 @@ def _claim(group: Sequence[Evaluation], baseline: str, result: list[Line], detai
         if len(measured) == 1:
             text = f"{estimate_text(measured[0][1])}: {verdicts[0]}."
         else:
-            mean = f"{seeds_text(values(group, key))} in the mean: " if distinct_seeds(group) else ""
-            text = f"{mean}{_count(verdicts, 'seeds' if mean else 'runs')}."
+            mean = f"{seeds_text(values(group, key))} in the mean: " if averaged(group, key) else ""
+            text = f"{mean}{_count(verdicts, 'seeds' if distinct_seeds(group) else 'runs')}."
             each = (
                 f"seed {seed_text(s)} {estimate_text(x)}: {v}" for (s, x), v in zip(measured, verdicts, strict=True)
             )
@@ -102,6 +112,9 @@ def warnings(found: Collection, baseline: str) -> list[Line]:
     judges = sorted({judge for e in found.evaluations if (judge := e.text("gold"))})
     if len(judges) > 1:
         lines.append((Safe("Rows measured by different gold judges cannot be compared: "), ", ".join(judges)))
+    for seed in sorted({e.seed for e in found.evaluations if e.seed is not None}):
+        if len(judging_models([e for e in found.evaluations if e.seed == seed])) > 1:
+            lines.append((Safe(f"Seed {seed}: rows were scored by different PMs, so their PM scores do not compare."),))
     for name in names:
         group = found.group(name)
         if len(group) > 1 and not distinct_seeds(group):

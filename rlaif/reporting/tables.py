@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rlaif.artifacts import duration
 from rlaif.reporting.collect import Collection, Evaluation, Record, Sample, finite
-from rlaif.reporting.statement import Line, distinct_seeds, seed_text, values
+from rlaif.reporting.statement import Line, averaged, distinct_seeds, judging_models, seed_text, values
 from rlaif.reporting.terms import COMPARISON, PREFERENCE_MODEL, QUALITY, Terms
 from rlaif.reporting.text import MISSING, Safe, estimate_text, feedback_text, number, seeds_text
 
@@ -65,13 +65,24 @@ def comparison(found: Collection, baseline: str) -> Table:
             first: Line = (name, feedback_text(e.text("feedback")), seed_text(e.seed))
             if unclear:
                 first = (f"{name} ({e.label})", *first[1:])
-            cells = (estimate_text(e.estimate(key)) for key, *_ in terms)
+            cells = (_cell(e, key, plain) for key, _, _, plain in terms)
             rows.append(Row((*first, *cells), starts=index == 0))
         if distinct_seeds(group):
-            means = (seeds_text(values(group, key)) for key, *_ in terms)
+            means = (_over_seeds(group, key, plain) for key, _, _, plain in terms)
             rows.append(Row((name, Safe(""), Safe(f"mean of {len(group)} seeds"), *means), summary=True))
     heads = (Safe("row"), Safe("feedback"), Safe("seed"), *(Safe(head) for _, head, _, _ in terms))
     return Table(heads, tuple(rows), _meanings(terms))
+
+
+def _cell(record: Record, key: str, plain: bool | None) -> str:
+    return (record.text(key) or MISSING) if plain is None else _figure(record, key, plain)
+
+
+def _over_seeds(group: Sequence[Evaluation], key: str, plain: bool | None) -> str:
+    """Mean and range over seeds, where there is one."""
+    if plain is None:
+        return Safe("")
+    return seeds_text(values(group, key)) if averaged(group, key) else Safe(f"{len(judging_models(group))} PMs")
 
 
 def _meanings(terms: Terms) -> tuple[tuple[str, str], ...]:
@@ -85,10 +96,7 @@ def _records(records: Sequence[Record], terms: Terms) -> Table | None:
     rows = []
     for record in records:
         feedback, seed = feedback_text(record.text("feedback")), seed_text(record.seed)
-        figures = (
-            (record.text(key) or MISSING) if plain is None else _figure(record, key, plain)
-            for key, _, _, plain in shown
-        )
+        figures = (_cell(record, key, plain) for key, _, _, plain in shown)
         rows.append(Row((record.label, feedback, seed, *figures), starts=True))
     heads = (Safe("folder"), Safe("feedback"), Safe("seed"), *(Safe(head) for _, head, _, _ in shown))
     return Table(heads, tuple(rows), _meanings(shown))

@@ -33,10 +33,22 @@ COMPARISON: Terms = (
     ),
     ("pm_gain", "PM gain", "Paired difference in PM score to the baseline.", False),
     (
+        "preference_model",
+        "PM",
+        "The preference model behind the PM score: whose labels it learnt, its seed, and a hash of its files.",
+        None,
+    ),
+    (
         "kl",
         "KL",
         "Distance from the reference policy, in nats per completion.",
         False,
+    ),
+    (
+        "kl_bound",
+        "KL bound",
+        "Best of n: its KL to the policy it samples from is at most log n - (n - 1) / n nats.",
+        True,
     ),
     ("length", "length", "Mean completion length in tokens. Check that a gain is not just length.", False),
     (

@@ -14,7 +14,7 @@ from rlaif.methods.pm import train_pm
 from rlaif.methods.ppo import train_ppo
 from rlaif.methods.sft import _rows, train_sft
 from rlaif.models import eos_ids, load_causal_lm, load_tokenizer
-from rlaif.preference_model import load_preference_model, pm_config
+from rlaif.preference_model import load_scorer, pm_config
 from rlaif.records import Preference, Prompt, UserError
 from tests.methods.families import FAMILIES, family
 
@@ -63,7 +63,7 @@ def test_every_method_trains(model: tuple[str, ModelConfig], tuning: Tuning, tmp
         train_dpo(DPOConfig(**common), start, PAIRS, tmp_path / "dpo", seed=0),
     ]
     pm = train_pm(PMConfig(**common), start, PAIRS, PAIRS, tmp_path / "pm", seed=0)
-    scorer = load_preference_model(pm_config(start, pm))
+    scorer = load_scorer(pm_config(start, pm))
     alone = [scorer.score([(USER, text)])[0] for text in ("a", "zzzzzzz")]
     assert scorer.score([(USER, "a"), (USER, "zzzzzzz")]) == pytest.approx(alone, abs=1e-4)
 

@@ -18,7 +18,7 @@ from rlaif.preference_model import (
     encode_example,
     head_scores,
     last_hidden,
-    load_preference_model,
+    load_scorer,
     pm_config,
     pm_identity,
     separate_pad_token,
@@ -125,7 +125,7 @@ def test_an_ensemble_has_members_that_differ_and_one_score(tmp_path: Path) -> No
         (EnsembleScore.min, 1.0, min),
         (EnsembleScore.uncertainty, 2.0, lambda row: statistics.fmean(row) - 2 * statistics.pstdev(row)),
     ):
-        found = load_preference_model(config, combine, penalty).score(examples)
+        found = load_scorer(config, combine, penalty).score(examples)
         assert found == pytest.approx([reduce(column) for column in columns], abs=1e-5)
     metrics = json.loads((tmp_path / "pm_metrics.json").read_text())
     assert metrics["ensemble"] == 3
@@ -171,7 +171,7 @@ def test_a_pm_may_have_another_tokenizer_than_the_policy(tmp_path: Path) -> None
     target = train_pm(settings(model=str(other)), TINY, preferences(32), preferences(10), tmp_path / "pm", seed=0)
     metrics = json.loads((tmp_path / "pm" / "pm_metrics.json").read_text())
     assert (metrics["base"], metrics["accuracy"] > 0.9) == (str(other), True)
-    scorer = load_preference_model(pm_config(TINY, target))
+    scorer = load_scorer(pm_config(TINY, target))
     high, low = scorer.score([(preferences(1)[0].prompt, "aaaa"), (preferences(1)[0].prompt, "zzzz")])
     assert high > low
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import shutil
@@ -13,7 +14,7 @@ from report_runs import build, change, metrics, samples, write
 from rlaif.records import UserError
 from rlaif.reporting import write_report
 from rlaif.reporting.collect import Estimate, collect
-from rlaif.reporting.statement import verdict
+from rlaif.reporting.statement import verdict, warnings
 from rlaif.reporting.tables import comparison, examples
 from rlaif.reporting.text import estimate_text
 
@@ -224,3 +225,37 @@ def test_no_evaluation_is_the_users_error(tmp_path: Path) -> None:
 def test_only_the_baseline(tmp_path: Path) -> None:
     write(tmp_path / "run" / "evaluation" / "metrics.json", metrics("base", 1))
     assert "there is nothing to compare it with" in report(tmp_path / "run")[1]
+
+
+def with_pms(folder: Path, names: dict[int, str]) -> None:
+    """Give every row a PM score, by the PM of its seed."""
+    for file in folder.rglob("metrics.json"):
+        values = json.loads(file.read_text())
+        values |= {"pm_score": 1.0, "pm_score_n": 128, "pm_score_low": 0.9, "pm_score_high": 1.1}
+        values |= {
+            "preference_model": f"labels ({names[values['seed']]})",
+            "preference_model_id": names[values["seed"]],
+        }
+        file.write_text(json.dumps(values))
+
+
+def test_scores_of_different_pms_have_no_mean(run: Path) -> None:
+    with_pms(run, {1: "aaaa", 2: "bbbb"})
+    table = comparison(collect([run]), "base")
+    place, judge = table.columns.index("PM score"), table.columns.index("PM")
+    assert {row.cells[place] for row in table.rows if row.summary} == {"2 PMs"}
+    assert {row.cells[judge] for row in table.rows if not row.summary} == {"labels (aaaa)", "labels (bbbb)"}
+    gold = table.columns.index("gold score")
+    assert all("PMs" not in row.cells[gold] for row in table.rows if row.summary)
+    with_pms(run, {1: "aaaa", 2: "aaaa"})
+    table = comparison(collect([run]), "base")
+    assert all(row.cells[place].startswith("1.0") for row in table.rows if row.summary)
+
+
+def test_rows_of_a_seed_under_different_pms_are_called_out(run: Path) -> None:
+    with_pms(run, {1: "aaaa", 2: "bbbb"})
+    file = next(file for file in run.rglob("metrics.json") if json.loads(file.read_text())["seed"] == 1)
+    file.write_text(file.read_text().replace("aaaa", "cccc"))
+    text = "\n".join("".join(line) for line in warnings(collect([run]), "base"))
+    assert "Seed 1: rows were scored by different PMs" in text
+    assert "Seed 2" not in text
