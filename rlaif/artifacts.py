@@ -27,6 +27,7 @@ from typing import Any
 
 import rlaif
 from rlaif.config import LabelerConfig, LabelerType, ModelConfig
+from rlaif.processes import from_main, is_main, wait_for_all
 from rlaif.records import UserError, bounded_examples, content_hash, read_json, write_json
 
 log = logging.getLogger("rlaif")
@@ -49,6 +50,7 @@ def run_stage(
     seed: int,
     carry_over: Sequence[str] = (),
     unfinished: Callable[[Path], bool] = lambda folder: False,
+    together: bool = False,
 ) -> Path:
     """Make ``output`` with ``make(partial_folder)`` unless it is up to date.
 
@@ -61,6 +63,7 @@ def run_stage(
         carry_over: files of an outdated output or partial folder that stay useful (a store of paid calls).
         unfinished: whether a complete output still has something to catch up on (calls that failed); it is then
             made again.
+        together: several processes make it at once; one of them keeps the folders.
 
     Raises:
         UserError: if ``output`` cannot be written, or holds files that no stage made.
@@ -69,14 +72,24 @@ def run_stage(
     output = output.absolute()
     partial = output.with_name(f".{output.name}.partial")
     outdated = output.with_name(f".{output.name}.outdated")
-    _finish_renames(partial, output, outdated, fingerprint)
-    recorded = _recorded(output)
-    if recorded and recorded.get("fingerprint") == fingerprint and not unfinished(output):
-        log.info("%s: up to date, skipped (%s)", stage, output)
+
+    def prepare() -> bool:
+        _finish_renames(partial, output, outdated, fingerprint)
+        recorded = _recorded(output)
+        if recorded and recorded.get("fingerprint") == fingerprint and not unfinished(output):
+            log.info("%s: up to date, skipped (%s)", stage, output)
+            return False
+        _check_replaceable(output, recorded, stage)
+        check_writable(output.parent)
+        _prepare_partial(partial, output, fingerprint, carry_over, remake=bool(recorded), stage=stage)
+        return True
+
+    if not (from_main(prepare) if together else prepare()):
         return output
-    _check_replaceable(output, recorded, stage)
-    check_writable(output.parent)
-    _prepare_partial(partial, output, fingerprint, carry_over, remake=bool(recorded), stage=stage)
+    if together and not is_main():
+        make(partial)
+        wait_for_all()
+        return output
     started = time.time()
     spent = float(read_json(partial / MARKER).get("wall_s", 0.0))
     try:
@@ -107,6 +120,8 @@ def run_stage(
         },
     )
     _finish_renames(partial, output, outdated, fingerprint)
+    if together:
+        wait_for_all()
     log.info("%s: done in %s (%s)", stage, duration(time.time() - started), output)
     return output
 

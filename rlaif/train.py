@@ -20,6 +20,7 @@ from rlaif.config import (
     TrainerSettings,
     Tuning,
 )
+from rlaif.processes import is_main, world_size
 from rlaif.records import Preference, Prompt, UserError, existing_dir, find_prompts
 from rlaif.splits import read_split
 
@@ -68,8 +69,10 @@ class Trained:
 def main(config: TrainConfig, output: Path) -> None:
     """Entry of the command."""
     check(config)
+    if not is_main():
+        log.setLevel(logging.ERROR)
     trained = fit(config, output)
-    if trained.policy is not None and config.eval.enabled:
+    if trained.policy is not None and config.eval.enabled and is_main():
         assert config.method is not None
         measure(config, output, f"{config.method.value}_{config.feedback.value}", trained, trained.pm)
 
@@ -82,7 +85,7 @@ def check(config: TrainConfig) -> None:
     """
     from rlaif.constitution import load_constitution
     from rlaif.methods.critique_revision import revising_principles
-    from rlaif.methods.stages import REWARDED, labeler_reward
+    from rlaif.methods.stages import REWARDED, TOGETHER, labeler_reward
 
     method = config.method
     if method is None:
@@ -93,6 +96,9 @@ def check(config: TrainConfig) -> None:
         from rlaif.gold import check_gold
 
         check_gold(config.eval.gold)
+    if world_size() > 1 and method not in TOGETHER:
+        names = ", ".join(together.value for together in TOGETHER)
+        raise UserError(f"method={method.value} runs in one process; several can train {names}")
     if config.sft_first and method is Method.sft:
         raise UserError("sft_first=true with method=sft: that is the same training twice; leave sft_first out")
     if config.reward is Reward.labeler and method not in REWARDED:

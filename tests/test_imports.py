@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "rlaif"
 
 # Lowest first. A module may import from its own layer and from those before it, never from a later one.
 LAYERS = [
-    {"", "config", "records", "progress"},
+    {"", "config", "records", "processes", "progress"},
     {"gold", "constitution", "losses", "chat", "splits", "evaluation.statistics"},
     {"models", "generation", "artifacts", "engines", "policy", "preference_model", "trunk"},
     {"sampling", "labeling", "preferences", "demonstrations", "rewards", "methods", "evaluation", "reporting"},
@@ -23,6 +23,7 @@ LAYERS = [
 NARROW = {
     "config": set(),
     "records": set(),
+    "processes": set(),
     "progress": set(),
     "losses": set(),
     "gold": {"records"},

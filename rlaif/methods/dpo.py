@@ -16,7 +16,6 @@ from rlaif.config import DPOConfig, ModelConfig, Tuning
 from rlaif.losses import dpo_margin, token_logps
 from rlaif.methods.dpo_losses import Ratios, soft_dpo_loss
 from rlaif.methods.supervised import (
-    clear_checkpoints,
     collate_comparisons,
     drop_long,
     group_comparisons,
@@ -24,6 +23,7 @@ from rlaif.methods.supervised import (
     on_one_device,
     peft_arguments,
     run_trainer,
+    save_result,
     trainer_arguments,
 )
 from rlaif.models import load_causal_lm, load_tokenizer, seed_everything
@@ -122,6 +122,6 @@ def train_dpo(config: DPOConfig, start: ModelConfig, train: Sequence[Preference]
     )
     trainer.settings = config
     run_trainer(trainer, folder, "dpo")
-    Policy(trainer.model, tokenizer, config.tuning, start).save(folder / "policy")
-    clear_checkpoints(folder)
+    policy = Policy(trainer.model, tokenizer, config.tuning, start)
+    save_result(folder, lambda: policy.save(folder / "policy"))
     return folder / "policy"

@@ -13,11 +13,11 @@ from datasets import Dataset
 from rlaif.chat import encode_chat
 from rlaif.config import Method, ModelConfig, OnlineConfig
 from rlaif.methods.supervised import (
-    clear_checkpoints,
     load_start,
     on_one_device,
     peft_arguments,
     run_trainer,
+    save_result,
     trainer_arguments,
 )
 from rlaif.models import eos_ids, load_causal_lm, load_tokenizer, seed_everything
@@ -102,8 +102,8 @@ def train_online(
         # TRL loads it anew by the model's name, which knows of no revision and no merged adapter.
         trainer.ref_model.load_state_dict(load_causal_lm(start).state_dict())
     run_trainer(trainer, folder, method.value)
-    Policy(trainer.model, tokenizer, config.tuning, start).save(folder / "policy")
-    clear_checkpoints(folder)
+    policy = Policy(trainer.model, tokenizer, config.tuning, start)
+    save_result(folder, lambda: policy.save(folder / "policy"))
     return folder / "policy"
 
 

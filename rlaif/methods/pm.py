@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from rlaif.evaluation.preference_model import calibration, preference_metrics
 from rlaif.generation import left_pad
 from rlaif.losses import soft_bradley_terry
 from rlaif.methods.supervised import (
-    clear_checkpoints,
     collate_comparisons,
     drop_long,
     group_comparisons,
     on_one_device,
     peft_arguments,
     run_trainer,
+    save_result,
     trainer_arguments,
 )
 from rlaif.models import load_sequence_scorer, load_tokenizer, seed_everything
@@ -38,6 +38,7 @@ from rlaif.preference_model import (
     separate_pad_token,
     training_scores,
 )
+from rlaif.processes import is_main
 from rlaif.records import Preference, content_hash, read_json, write_json
 
 log = logging.getLogger("rlaif")
@@ -96,6 +97,23 @@ def train_pm(
             # Seeds of their own: those of neighbouring runs must not share members.
             member_seed = int(content_hash("ensemble", seed, number)[:7], 16)
             counts = _train_member(config, start, train, seen, member, member, member_seed)
+    if is_main():
+        _write_metrics(config, start, train, validation, folder, seed, gold, counts)
+    return target
+
+
+def _write_metrics(
+    config: PMConfig,
+    start: ModelConfig,
+    train: Sequence[Preference],
+    validation: Sequence[Preference],
+    folder: Path,
+    seed: int,
+    gold: str | None,
+    counts: Mapping[str, int],
+) -> None:
+    target = folder / "preference_model"
+    if config.ensemble > 1:
         write_json(target / ENSEMBLE, {"members": [f"member-{number}" for number in range(config.ensemble)]})
     metrics: dict[str, Any] = {
         "seed": seed,
@@ -110,7 +128,6 @@ def train_pm(
     else:
         log.warning("pm: the preference dataset has no validation split; the PM is not measured")
     write_json(folder / "pm_metrics.json", metrics)
-    return target
 
 
 def _train_member(
@@ -170,19 +187,22 @@ def _train_member(
         if parameter.requires_grad and ".score." in f".{name}":
             parameter.data = parameter.data.float()
     run_trainer(trainer, folder, "pm")
-    trained = trainer.model
-    if config.tuning is not Tuning.full and (start.adapter or is_adapter_name(start.name)):
-        # The adapter alone would miss what was merged into the base before.
-        trained = trained.merge_and_unload()
-    trained.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    clear_checkpoints(folder)
     counts = {
         "train_pairs": len(kept),
         "train_prompts": len({row["prompt_id"] for row in kept}),
         "dropped_long": len(rows) - len(kept),
     }
-    figures = calibration(PreferenceModel(pm_config(start, target)), seen)
-    about = {"feedback": train[0].feedback, "labeler": train[0].labeler, "base": start.name, "seed": seed}
-    write_json(target / CALIBRATION, {**about, **figures, "trained_on": counts})
+
+    def save() -> None:
+        trained = trainer.model
+        if config.tuning is not Tuning.full and (start.adapter or is_adapter_name(start.name)):
+            # The adapter alone would miss what was merged into the base before.
+            trained = trained.merge_and_unload()
+        trained.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        figures = calibration(PreferenceModel(pm_config(start, target)), seen)
+        about = {"feedback": train[0].feedback, "labeler": train[0].labeler, "base": start.name, "seed": seed}
+        write_json(target / CALIBRATION, {**about, **figures, "trained_on": counts})
+
+    save_result(folder, save)
     return counts

@@ -15,12 +15,12 @@ from rlaif.config import ModelConfig, TrainerSettings
 from rlaif.demonstrations import Demonstration
 from rlaif.methods.dpo import completion_ids
 from rlaif.methods.supervised import (
-    clear_checkpoints,
     drop_long,
     load_start,
     on_one_device,
     peft_arguments,
     run_trainer,
+    save_result,
     trainer_arguments,
 )
 from rlaif.models import load_tokenizer, seed_everything
@@ -57,8 +57,8 @@ def train_sft(
         **peft_arguments(config, model, "CAUSAL_LM"),
     )
     run_trainer(trainer, folder, method)
-    Policy(trainer.model, tokenizer, config.tuning, start).save(folder / "policy")
-    clear_checkpoints(folder)
+    policy = Policy(trainer.model, tokenizer, config.tuning, start)
+    save_result(folder, lambda: policy.save(folder / "policy"))
     return folder / "policy"
 
 

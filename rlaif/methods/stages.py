@@ -14,6 +14,7 @@ from rlaif.config import Critic, Feedback, Method, ModelConfig, Reward, Split, T
 from rlaif.constitution import find_constitution, load_constitution
 from rlaif.demonstrations import Demonstration, chosen_completions, read_demonstrations
 from rlaif.preferences import ENDINGS, hub_preferences, prompts_of, read_preferences
+from rlaif.processes import world_size
 from rlaif.records import (
     Preference,
     Prompt,
@@ -32,6 +33,10 @@ Inputs = dict[str, Path | str | None]
 
 REWARDED = (Method.ppo, Method.rloo, Method.grpo, Method.best_of_n)
 """Methods that score completions."""
+
+
+TOGETHER = (Method.sft, Method.pm, Method.dpo, Method.rloo, Method.grpo)
+"""Methods that several processes can train together."""
 
 
 def preference_folder(preferences: str | None, feedback: Feedback, columns: Mapping[str, str] | None = None) -> Path:
@@ -135,8 +140,13 @@ class Arm:
     ) -> Path:
         """Run a stage into its folder, unless it is up to date."""
         settings = {**settings, **plain(policy=self.start, columns=self.config.columns)}
+        if world_size() > 1:
+            # A batch is per process: more of them take larger steps.
+            settings["processes"] = world_size()
         inputs = {**inputs, **model_inputs("start", self.start)}
-        return run_stage(stage, self.output / stage, settings, inputs, make, self.config.seed, carry_over)
+        return run_stage(
+            stage, self.output / stage, settings, inputs, make, self.config.seed, carry_over, together=True
+        )
 
 
 def train_sft_stage(arm: Arm) -> Path:

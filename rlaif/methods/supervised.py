@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import TrainerCallback
 
 from rlaif.config import LoraSettings, ModelConfig, TrainerSettings, Tuning
 from rlaif.models import load_causal_lm, lora_config, pick_device
+from rlaif.processes import is_main, wait_for_all, world_size
 from rlaif.progress import progress
 from rlaif.records import UserError
 
@@ -35,7 +35,8 @@ def trainer_arguments(
 ) -> dict[str, Any]:
     """Arguments that every TRL configuration takes."""
     device = pick_device(start.device)
-    steps = math.ceil(examples / (config.batch_size * config.gradient_accumulation_steps)) * config.epochs
+    per_step = config.batch_size * config.gradient_accumulation_steps * world_size()
+    steps = math.ceil(examples / per_step) * config.epochs
     total = config.max_steps if config.max_steps > 0 else math.ceil(steps)
     return {
         "output_dir": str(folder / "checkpoints"),
@@ -69,7 +70,7 @@ def on_one_device(arguments: Any, start: ModelConfig) -> Any:
     A single process that sees several GPUs would otherwise get ``nn.DataParallel``, which splits tensors that belong
     together and runs no loss but the model's own.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         return arguments
     device = pick_device(start.device)
     if device.type == "cuda":
@@ -213,7 +214,8 @@ def run_trainer(trainer: Any, folder: Path, method: str) -> None:
 
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Curve(folder / "training.jsonl", method))
+    if is_main():
+        trainer.add_callback(Curve(folder / "training.jsonl", method))
     # A checkpoint without its trainer_state.json was cut while it was written.
     checkpoints = [
         path for path in (folder / "checkpoints").glob("checkpoint-*") if (path / "trainer_state.json").is_file()
@@ -224,6 +226,10 @@ def run_trainer(trainer: Any, folder: Path, method: str) -> None:
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
 
 
-def clear_checkpoints(folder: Path) -> None:
-    """Remove what only an interrupted run needs."""
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+def save_result(folder: Path, save: Callable[[], None]) -> None:
+    """Save what was trained, in one process, and remove what only an interrupted run needs."""
+    wait_for_all()
+    if is_main():
+        save()
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    wait_for_all()

@@ -1,4 +1,4 @@
-"""Comparisons as training examples: every pair once, every completion once, every prompt with the same weight."""
+"""What methods on TRL's trainers share: comparisons as training examples, and arguments that fit the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlaif.methods.supervised import collate_comparisons, group_comparisons
+from rlaif.config import ModelConfig, SFTConfig
+from rlaif.methods.supervised import collate_comparisons, group_comparisons, on_one_device, trainer_arguments
 
 
 def row(prompt: str, chosen: list[int], rejected: list[int], p_chosen: float = 1.0) -> dict[str, object]:
@@ -72,3 +73,31 @@ def test_grouping_keeps_every_pair(pairs: list[tuple[str, list[int], list[int], 
     for group in groups:
         assert len(group["sequences"]) <= 16
         assert len({tuple(sequence) for sequence in group["sequences"]}) == len(group["sequences"])
+
+
+def test_one_process_uses_one_device(tmp_path, monkeypatch):
+    """Where several GPUs are visible, transformers would wrap the model in nn.DataParallel."""
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    arguments._n_gpu = 4
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert on_one_device(arguments, ModelConfig(device="cpu")).n_gpu == 1
+    assert arguments.device.type == "cpu"
+    assert arguments.train_batch_size == arguments.per_device_train_batch_size
+    # A launcher gives each process a device of its own.
+    arguments._n_gpu = 4
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert on_one_device(arguments, ModelConfig(device="cpu")).n_gpu == 4
+
+
+def test_the_device_is_the_configured_one(tmp_path):
+    found = trainer_arguments(SFTConfig(), ModelConfig(device="cpu"), tmp_path, 0, 32)
+    assert (found["use_cpu"], found["bf16"]) == (True, False)
+
+
+def test_steps_count_all_processes(tmp_path, monkeypatch):
+    settings = SFTConfig(batch_size=4, warmup_ratio=0.5)
+    assert trainer_arguments(settings, ModelConfig(device="cpu"), tmp_path, 0, 32)["warmup_steps"] == 4
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert trainer_arguments(settings, ModelConfig(device="cpu"), tmp_path, 0, 32)["warmup_steps"] == 2
