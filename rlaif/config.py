@@ -138,6 +138,28 @@ class KLControl(StrEnum):
     adaptive = "adaptive"
 
 
+class KLEstimator(StrEnum):
+    """Estimators of the KL from samples (Schulman 2020, "Approximating KL divergence")."""
+
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+class ValueInit(StrEnum):
+    """Where PPO's value head starts: at zero, or as the PM's head."""
+
+    zero = "zero"
+    pm = "pm"
+
+
+class Keep(StrEnum):
+    """Which policy a run leaves: that of the last iteration, or the best on the validation prompts."""
+
+    last = "last"
+    best = "best"
+
+
 class Dtype(StrEnum):
     """Weight precision. ``auto`` is bfloat16 on a GPU that supports it and float32 elsewhere."""
 
@@ -800,12 +822,21 @@ class PPOConfig:
     """Clip range of the value update."""
     value_coef: float = 0.1
     """Weight of the value loss."""
+    value_init: ValueInit = ValueInit.zero
+    """``zero``: no opinion at first. ``pm``: the PM's head, in units of the reward."""
+    value_backprop: bool = False
+    """The value loss also trains the policy's features; false: only the value head learns from it."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     max_grad_norm: float = 1.0
-    """Gradient clipping."""
+    """Gradient clipping, of the policy and of the value head apart."""
+    stop_kl: float | None = None
+    """End an iteration's updates at the first minibatch whose policy is further than this (nats per token, k3) from
+    the one that sampled it; that minibatch makes no step. Null: never."""
     kl_coef: float = 0.05
     """Weight of the per-token KL penalty in the reward."""
+    kl_estimator: KLEstimator = KLEstimator.k1
+    """Estimator of that penalty. Only with k1 is the reward's optimum the one of docs/optimum.md."""
     kl_control: KLControl = KLControl.fixed
     """``fixed`` or ``adaptive``."""
     kl_target: float = 6.0
@@ -818,23 +849,50 @@ class PPOConfig:
     """Clip (normalised) scores to [-score_clip, score_clip]."""
     missing_eos_penalty: float = 0.0
     """Subtracted from the score of completions that were cut instead of ended."""
+    length_penalty: float = 0.0
+    """Subtracted from the score for every token, the end token included."""
+    relative_reward: bool = False
+    """Score relative to the reference: minus the score of one completion by the reference on the same prompt, sampled
+    once per prompt."""
+    whiten_rewards: bool = False
+    """Scale the shaped rewards to unit variance over the batch's completion tokens, keeping their mean."""
     whiten_advantages: bool = True
     """Whiten advantages over the completion tokens of the whole batch."""
     max_prompt_length: int = 512
     """Longer prompts (in tokens) are dropped, counted and reported."""
     save_every: int = 10
     """Checkpoint every N iterations; an interrupted run goes on from the newest one."""
+    eval_every: int = 0
+    """Measure the policy on validation prompts every N iterations and after the last; 0: never."""
+    eval_prompts: int = 64
+    """Validation prompts used, from the first on."""
+    keep: Keep = Keep.last
+    """Which policy is saved: the ``last``, or the ``best`` of those measured on validation prompts."""
+    log_samples: int = 4
+    """Completions of each iteration that are written to samples.jsonl."""
     gradient_checkpointing: bool = False
-    """Trade compute for memory."""
+    """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, more compute."""
 
     def __post_init__(self) -> None:
         _positive(self, "ppo", "iterations", "rollouts", "epochs", "minibatch_size", "micro_batch_size")
         _positive(self, "ppo", "rollout_batch_size", "max_new_tokens", "temperature", "learning_rate")
         _positive(self, "ppo", "clip_range", "value_clip_range", "max_grad_norm", "kl_target", "kl_horizon")
-        _positive(self, "ppo", "score_clip", "max_prompt_length", "save_every", "value_learning_rate")
+        _positive(self, "ppo", "score_clip", "max_prompt_length", "save_every", "value_learning_rate", "eval_prompts")
         _fraction(self, "ppo", "gamma", "gae_lambda")
-        for name in ("kl_coef", "value_coef", "entropy_coef", "missing_eos_penalty", "warmup_iterations"):
+        _positive_or_null(self, "ppo", "stop_kl")
+        for name in ("kl_coef", "value_coef", "entropy_coef", "missing_eos_penalty", "length_penalty"):
             _require(getattr(self, name) >= 0, f"ppo.{name}={getattr(self, name)}: must be 0 or more")
+        for name in ("warmup_iterations", "eval_every", "log_samples"):
+            _require(getattr(self, name) >= 0, f"ppo.{name}={getattr(self, name)}: must be 0 or more")
+        _require(
+            self.keep is Keep.last or self.eval_every > 0,
+            "ppo.keep=best needs measurements on validation prompts: give ppo.eval_every=N",
+        )
+        _require(
+            self.value_init is ValueInit.zero or not self.relative_reward,
+            "ppo.value_init=pm starts from the PM's own scores, but ppo.relative_reward=true trains on differences of "
+            "scores: give ppo.value_init=zero",
+        )
         _require(
             self.rollouts % self.minibatch_size == 0,
             f"ppo.rollouts={self.rollouts} must be a multiple of ppo.minibatch_size={self.minibatch_size}",

@@ -5,9 +5,12 @@ Shapes: B examples, T completion tokens. Masks are 1.0 on completion tokens and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def soft_bradley_terry(margin: Tensor, p_chosen: Tensor) -> Tensor:
@@ -46,6 +49,48 @@ def entropy(logits: Tensor) -> Tensor:
     return -(logps.exp() * logps).sum(dim=-1)
 
 
+def state_logps(
+    states: Tensor,
+    head: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    max_logits: int = 2**23,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token, and entropy, from the states that the output head reads.
+
+    The same numbers as ``token_logps(head(states) / temperature, tokens)``, but logits are made for a few positions
+    at a time and made again in the backward pass, so that N x V of them are never held.
+
+    Args:
+        states: (N, H).
+        head: (n, H) -> (n, V) logits.
+        tokens: (N,).
+        temperature: divides the logits.
+        with_entropy: also return entropies; zeros otherwise.
+        max_logits: logits held at once.
+
+    Returns:
+        log-probabilities and entropies, each (N,), in float32.
+    """
+
+    def piece(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(states).float() / temperature
+        logps = token_logps(logits, tokens)
+        return logps, entropy(logits) if with_entropy else torch.zeros_like(logps)
+
+    with torch.no_grad():
+        vocabulary = head(states[:1]).shape[-1]
+    size = max(max_logits // vocabulary, 1)
+    pairs = zip(states.split(size), tokens.split(size), strict=True)
+    if torch.is_grad_enabled():
+        pieces = [checkpoint(piece, *pair, use_reentrant=False) for pair in pairs]
+    else:
+        pieces = [piece(*pair) for pair in pairs]
+    logps, entropies = zip(*pieces, strict=True)
+    return torch.cat(logps), torch.cat(entropies)
+
+
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over all positions where the mask is 1: (B, T), (B, T) -> scalar."""
     return (values * mask).sum() / mask.sum().clamp(min=1)
@@ -71,6 +116,14 @@ def kl_k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
     Schulman (2020), "Approximating KL divergence". Single values may be negative; do not clamp them.
     """
     return logps - ref_logps
+
+
+def kl_k2(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """Non-negative, biased, low-variance estimate: (log p - log q)^2 / 2 (Schulman 2020).
+
+    It agrees with the KL to second order in log p - log q, so only where policy and reference are close.
+    """
+    return 0.5 * (logps - ref_logps) ** 2
 
 
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -147,6 +200,20 @@ def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_ran
     """Clipped value loss, half the larger squared error (Huang et al. 2024, detail 13): (B, T) -> (B, T)."""
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """Share of the returns' variance that the values account for: 1 - Var(returns - values) / Var(returns).
+
+    1 is a perfect value function, 0 as good as a constant, below 0 worse; 0 where the returns do not vary.
+    (B, T) each -> scalar.
+    """
+
+    def variance(x: Tensor) -> Tensor:
+        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+    total = variance(returns)
+    return torch.where(total > 1e-12, 1 - variance(returns - values) / total.clamp(min=1e-12), 0.0)
 
 
 def dpo_margin(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:

@@ -98,6 +98,34 @@ def completion_logits(model: Any, batch: Packed, temperature: float = 1.0) -> Te
     return logits if temperature == 1 else logits / temperature
 
 
+def completion_states(model: Any, batch: Packed) -> Tensor:
+    """Hidden states that the output head turns into those logits: (B, T, H). No logits are made."""
+    keep = batch.tokens.shape[1] + 1
+    with starting_at(model, batch.trunk):
+        output = _backbone(model)(
+            input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
+        )
+    return output[0][:, -keep:-1]
+
+
+@torch.no_grad()
+def has_plain_head(model: Any) -> bool:
+    """Whether logits are the output head of the backbone's states and nothing else (Gemma 2 caps them, for one)."""
+    head, backbone = model.get_output_embeddings(), _backbone(model)
+    if head is None or backbone is model:
+        return False
+    ids = torch.arange(4, device=next(model.parameters()).device).unsqueeze(0)
+    states = backbone(input_ids=ids, use_cache=False)[0]
+    if states.shape[-1] != head.weight.shape[-1]:
+        return False
+    return torch.allclose(head(states), model(input_ids=ids, use_cache=False).logits, rtol=1e-2, atol=1e-2)
+
+
+def _backbone(model: Any) -> Any:
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    return inner.base_model
+
+
 @torch.inference_mode()
 def completion_logps(
     model: Any,
@@ -155,7 +183,11 @@ class Policy:
         model = self.model
         if self.tuning is Tuning.lora and (self.start.adapter or is_adapter_name(self.start.name)):
             model = model.merge_and_unload()
-        model.save_pretrained(folder)
+        if hasattr(model, "peft_config"):
+            # A preference model may be another adapter on the same base.
+            model.save_pretrained(folder, selected_adapters=["default"])
+        else:
+            model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,10 +14,13 @@ import torch
 
 from rlaif.artifacts import input_hash
 from rlaif.chat import encode_chat
-from rlaif.config import EnsembleScore, ModelConfig
+from rlaif.config import EnsembleScore, ModelConfig, Tuning
 from rlaif.generation import left_pad
-from rlaif.models import load_sequence_scorer, load_tokenizer
+from rlaif.models import adapter_base, is_adapter, load_sequence_scorer, load_tokenizer, resolve_model
+from rlaif.policy import Policy
 from rlaif.records import Message, UserError, read_json
+
+log = logging.getLogger("rlaif")
 
 CALIBRATION = "calibration.json"
 """Beside the weights: who labelled, and mean, deviation and temperature of the scores on reference completions."""
@@ -123,11 +128,13 @@ class PreferenceModel:
         ):
             raise UserError(f"preference_model={path}: not a model folder (no config.json or adapter_config.json)")
         self.tokenizer = load_tokenizer(config, "preference_model")
-        self.model = load_sequence_scorer(config, "preference_model")
-        if hasattr(self.model, "merge_and_unload"):
-            # Only scored with, never trained further: without the adapter's extra products it is faster.
-            self.model = self.model.merge_and_unload()
         self.batch_tokens = batch_tokens
+        self.model = self._load(config)
+
+    def _load(self, config: ModelConfig) -> Any:
+        model = load_sequence_scorer(config, "preference_model")
+        # Only scored with, never trained further: without the adapter's extra products it is faster.
+        return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
     def score(self, examples: Sequence[Example]) -> list[float]:
         """The score of each (prompt, completion)."""
@@ -148,9 +155,88 @@ class PreferenceModel:
     def _score_batch(self, batch: list[int], encoded: list[list[int]], scores: list[float]) -> None:
         device = next(self.model.parameters()).device
         ids, mask = left_pad([encoded[index] for index in batch], self.tokenizer.pad_token_id, device)
-        hidden = last_hidden(self.model, ids, mask)
-        for index, score in zip(batch, head_scores(self.model, hidden).tolist(), strict=True):
+        for index, score in zip(batch, self._head_scores(ids, mask).tolist(), strict=True):
             scores[index] = score
+
+    def _head_scores(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return head_scores(self.model, last_hidden(self.model, ids, mask))
+
+
+class AdapterPreferenceModel(PreferenceModel):
+    """A PM that is an adapter and a head on the base model of a policy: the base is in memory once."""
+
+    ADAPTER = "preference_model"
+
+    def __init__(self, config: ModelConfig, policy: Policy) -> None:
+        self.policy = policy
+        super().__init__(config)
+
+    def _load(self, config: ModelConfig) -> Any:
+        from peft import PeftConfig, set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        folder, model = Path(str(config.name)), self.policy.model
+        trained = [name for name, _ in self.policy.trainable()]
+        settings = PeftConfig.from_pretrained(folder)
+        # The head is kept beside the model: a language model has no place for it.
+        settings.modules_to_save, settings.task_type, settings.inference_mode = None, "CAUSAL_LM", True
+        model.add_adapter(self.ADAPTER, settings)
+        weights = load_file(folder / "adapter_model.safetensors")
+        result = set_peft_model_state_dict(
+            model, {name: value for name, value in weights.items() if ".score." not in name}, self.ADAPTER
+        )
+        missing = [name for name in result.missing_keys if f".{self.ADAPTER}." in name]
+        if missing or result.unexpected_keys:
+            raise UserError(f"preference_model={folder}: its adapter does not fit the policy's model")
+        assert [name for name, _ in self.policy.trainable()] == trained
+        device = next(model.parameters()).device
+        self.weight, self.bias = (tensor.to(device) for tensor in read_head(folder))
+        return model.eval()
+
+    def _head_scores(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        with self._active():
+            hidden = last_hidden(self.model, ids, mask)
+        return (hidden.float() @ self.weight.T + self.bias).squeeze(-1)
+
+    @contextlib.contextmanager
+    def _active(self) -> Iterator[None]:
+        """The PM's adapter in place of the policy's."""
+        policy = self.model.active_adapter
+        self.model.set_adapter(self.ADAPTER, inference_mode=True)
+        try:
+            yield
+        finally:
+            self.model.set_adapter(policy)
+
+
+def load_preference_model(config: ModelConfig, policy: Policy) -> PreferenceModel:
+    """A PM; as an adapter on the policy's base model if it was trained as one."""
+    path = str(config.name)
+    if not is_adapter(path) or policy.tuning is not Tuning.lora or policy.start.adapter:
+        return PreferenceModel(config)
+    if adapter_base(path) != resolve_model(policy.start.name):
+        return PreferenceModel(config)
+    log.info("the preference model is an adapter on the policy's base model: loaded once for both")
+    return AdapterPreferenceModel(config, policy)
+
+
+def read_head(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight (1, H) and bias (1,) of a PM's head, in float32, from its folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    from safetensors import safe_open
+
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if f".{name}".endswith((".score.weight", ".score.bias")):
+                    found[name.rsplit(".", 1)[-1]] = tensors.get_tensor(name).float()
+    if "weight" not in found:
+        raise UserError(f"preference_model={folder}: its files hold no head named score")
+    return found["weight"], found.get("bias", torch.zeros(1))
 
 
 def last_hidden(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from rlaif.config import (
     TrainConfig,
     TrainerSettings,
     Tuning,
+    ValueInit,
 )
 from rlaif.processes import is_main, world_size
 from rlaif.records import Preference, Prompt, UserError, existing_dir, find_prompts
@@ -103,6 +104,12 @@ def check(config: TrainConfig) -> None:
         raise UserError("sft_first=true with method=sft: that is the same training twice; leave sft_first out")
     if config.reward is Reward.labeler and method not in REWARDED:
         raise UserError(f"reward=labeler: method={method.value} scores nothing; it is for ppo, rloo, grpo, best_of_n")
+    if method is Method.ppo and config.ppo.value_init is ValueInit.pm:
+        several = config.preference_model is None and config.pm.ensemble > 1
+        if config.preference_model is not None:
+            several = (Path(config.preference_model) / "ensemble.json").is_file()
+        if several or config.reward is Reward.labeler:
+            raise UserError("ppo.value_init=pm needs the head of one PM; with an ensemble or reward=labeler give zero")
     if method is Method.best_of_n and not config.eval.enabled:
         raise UserError("method=best_of_n trains nothing, so with eval.enabled=false there is nothing to do")
     asks_labeler = config.reward is Reward.labeler

@@ -1,4 +1,4 @@
-"""The layers below the lowest adapter: policy and reference share them, so a batch passes through them once.
+"""Decoder layers: those below the lowest adapter, which policy and reference share, and recomputation of the others.
 
 With ``lora.top_layers`` below 1 nothing that trains comes before the adapted layers. Their input is computed once
 per batch and kept; every later pass over the batch, of the policy or of the reference, starts from there.
@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from rlaif.policy import Packed
@@ -90,15 +92,39 @@ def starting_at(model: Any, trunk: Tensor | None) -> Iterator[None]:
     def known(*arguments: Any, **settings: Any) -> Tensor:
         return trunk
 
-    frozen = frozen_layers(model)
-    before = [vars(layer).get("forward") for layer in frozen]
-    for layer in frozen:
-        layer.forward = known
+    with _forwards([(layer, known) for layer in frozen_layers(model)]):
+        yield
+
+
+@contextlib.contextmanager
+def recomputing(model: Any) -> Iterator[None]:
+    """Within the block, forward passes keep only the input of each trained layer; backward runs the layer again.
+
+    transformers' own gradient checkpointing works in training mode only. A policy whose rollouts and updates must
+    agree stays in evaluation mode, without dropout.
+
+    Raises:
+        ValueError: if the model is not built of a list of decoder layers.
+    """
+    layers = _decoder_layers(getattr(model, "module", model))
+    if layers is None:
+        raise ValueError(f"{type(model).__name__} has no list of decoder layers to recompute")
+    frozen = len(frozen_layers(model))
+    with _forwards([(layer, partial(checkpoint, layer.forward, use_reentrant=False)) for layer in layers[frozen:]]):
+        yield
+
+
+@contextlib.contextmanager
+def _forwards(replacements: Sequence[tuple[Any, Any]]) -> Iterator[None]:
+    """Other ``forward`` functions for some modules, for the length of the block."""
+    before = [vars(module).get("forward") for module, _ in replacements]
+    for module, forward in replacements:
+        module.forward = forward
     try:
         yield
     finally:
-        for layer, forward in zip(frozen, before, strict=True):
+        for (module, _), forward in zip(replacements, before, strict=True):
             if forward is None:
-                del layer.forward
+                del module.forward
             else:
-                layer.forward = forward
+                module.forward = forward

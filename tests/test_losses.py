@@ -12,14 +12,17 @@ from rlaif.losses import (
     adaptive_kl_coef,
     dpo_margin,
     entropy,
+    explained_variance,
     gae,
     kl_k1,
+    kl_k2,
     kl_k3,
     masked_mean,
     ppo_policy_loss,
     ppo_value_loss,
     shaped_rewards,
     soft_bradley_terry,
+    state_logps,
     token_logps,
     whiten,
 )
@@ -98,6 +101,49 @@ def test_entropy():
     close(entropy(tensor([[[0.0, 200.0]]])), [[0.0]])
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("max_logits", [1, 30, 10**6])
+def test_logps_in_pieces_have_the_same_values_and_gradients(trained, temperature, max_logits):
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(5, 11).requires_grad_(trained)
+    tokens, weights = torch.randint(11, (7,), generator=generator), torch.randn(2, 7, generator=generator)
+    states = torch.randn(7, 5, generator=generator)
+
+    def run(function):
+        leaf = states.clone().requires_grad_()
+        head.zero_grad()
+        pair = function(leaf)
+        sum((one * weight).sum() for one, weight in zip(pair, weights, strict=True)).backward()
+        return [*(one.detach() for one in pair), leaf.grad, *(value.grad for value in head.parameters())]
+
+    def whole(leaf):
+        logits = head(leaf) / temperature
+        return token_logps(logits, tokens), entropy(logits)
+
+    pieces = run(lambda leaf: state_logps(leaf, head, tokens, temperature, True, max_logits))
+    for one, other in zip(run(whole), pieces, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_logps_in_pieces_never_hold_all_logits():
+    seen = []
+
+    def head(states):
+        seen.append(len(states))
+        return states.repeat(1, 10)
+
+    state_logps(torch.randn(100, 3, requires_grad=True), head, torch.zeros(100, dtype=torch.long), max_logits=240)
+    assert max(seen) == 8
+    assert sum(seen) == 1 + 100
+
+
+def test_logps_in_pieces_ask_for_entropy_only_where_it_is_wanted():
+    logps, entropies = state_logps(torch.randn(3, 4), torch.nn.Identity(), torch.tensor([0, 1, 2]))
+    assert (logps < 0).all()
+    assert (entropies == 0).all()
+
+
 # Masked statistics
 
 
@@ -136,10 +182,11 @@ def test_whiten_properties(numbers, data):
 
 
 def test_kl_estimators_by_hand():
-    # p = 0.5, q = 0.25: k1 = log 2 = 0.693147; k3 = 0.5 - 1 + log 2 = 0.193147.
-    # p = 0.25, q = 0.5: k1 = -log 2; k3 = 2 - 1 - log 2 = 0.306853.
+    # p = 0.5, q = 0.25: k1 = log 2 = 0.693147; k2 = (log 2)^2 / 2 = 0.240227; k3 = 0.5 - 1 + log 2 = 0.193147.
+    # p = 0.25, q = 0.5: k1 = -log 2; k2 is the same; k3 = 2 - 1 - log 2 = 0.306853.
     p, q = tensor([[0.5, 0.25]]).log(), tensor([[0.25, 0.5]]).log()
     close(kl_k1(p, q), [[0.693147, -0.693147]])
+    close(kl_k2(p, q), [[0.240227, 0.240227]])
     close(kl_k3(p, q), [[0.193147, 0.306853]])
 
 
@@ -155,6 +202,16 @@ def test_kl_estimators_are_unbiased(weights):
     kl = float(sum(p * (p / q).log()))
     assert float((p * kl_k1(p.log(), q.log())).sum()) == pytest.approx(kl, abs=1e-9)
     assert float((p * kl_k3(p.log(), q.log())).sum()) == pytest.approx(kl, abs=1e-9)
+
+
+def test_k2_is_the_kl_to_second_order():
+    # Expectations over (p, 1 - p) against (q, 1 - q): the error falls with the third power of the distance.
+    def error(distance):
+        p, q = (tensor([x, 1 - x], dtype=torch.float64) for x in (0.4, 0.4 + distance))
+        return float((p * (kl_k2(p.log(), q.log()) - kl_k1(p.log(), q.log()))).sum())
+
+    assert abs(error(0.001)) == pytest.approx(abs(error(0.01)) / 1000, rel=0.1)
+    assert abs(error(0.01)) > 1e-7
 
 
 # Rewards and advantages
@@ -277,6 +334,19 @@ def test_ppo_value_loss():
     close(loss.detach(), [[0.405, 0.32, 1.125, 0.405]])
     loss.sum().backward()
     close(values.grad, [[-0.9, 0.0, -1.5, 0.9]])
+
+
+def test_explained_variance():
+    # Returns 1, 3, 5, 7: variance 5. Values 1, 3, 5, 3: the error 0, 0, 0, 4 has variance 3; 1 - 3/5.
+    mask = tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+    returns = tensor([[1.0, 3.0, 5.0], [7.0, 99.0, 99.0]])
+    values = tensor([[1.0, 3.0, 5.0], [3.0, -50.0, 0.0]])
+    assert float(explained_variance(values, returns, mask)) == pytest.approx(0.4)
+    # Perfect up to a constant: 1. A constant: 0. The wrong way round: below 0. Nothing to explain: 0.
+    assert float(explained_variance(returns - 2, returns, mask)) == pytest.approx(1)
+    assert float(explained_variance(torch.ones(2, 3), returns, mask)) == pytest.approx(0)
+    assert float(explained_variance(-returns, returns, mask)) == pytest.approx(-3)
+    assert float(explained_variance(values, torch.ones(2, 3), mask)) == 0
 
 
 def test_dpo_margin():

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rlaif.config import LoraSettings, ModelConfig, Tuning
+from rlaif import models
+from rlaif.config import Dtype, LoraSettings, ModelConfig, Tuning
 from rlaif.generation import head_inputs
 from rlaif.losses import token_logps
 from rlaif.models import load_causal_lm
@@ -126,6 +127,17 @@ def test_the_reference_of_full_tuning_is_a_frozen_copy(base):
         torch.testing.assert_close(logits_of(reference), logits_of(base), atol=0, rtol=0)
         assert not any(value.requires_grad for value in reference.parameters())
     assert not torch.equal(logits_of(full.model), logits_of(base))
+
+
+def test_the_frozen_copy_is_as_small_as_the_device_allows(monkeypatch):
+    """Where ``auto`` means bfloat16 (a GPU), only the weights that train are float32."""
+    plain = models.pick_dtype
+    monkeypatch.setattr(
+        models, "pick_dtype", lambda dtype, device: torch.bfloat16 if dtype is Dtype.auto else plain(dtype, device)
+    )
+    full = load_policy(TINY, Tuning.full, LoraSettings())
+    assert {value.dtype for value in full.model.parameters()} == {torch.float32}
+    assert {value.dtype for value in full.frozen.parameters()} == {torch.bfloat16}
 
 
 def test_merged_gives_the_adapters_logits_and_puts_every_bit_back(policy):

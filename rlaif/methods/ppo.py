@@ -8,14 +8,14 @@ that goes on from a checkpoint makes the same numbers as one that was never inte
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
-import os
-import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,93 +25,66 @@ from torch import Tensor, nn
 
 from rlaif import losses
 from rlaif.chat import encode_chat
-from rlaif.config import KLControl, ModelConfig, PPOConfig, Tuning
-from rlaif.generation import (
-    STREAM_MINIBATCHES,
-    STREAM_PROMPTS,
-    STREAM_ROLLOUT,
-    generate,
-    head_inputs,
-)
+from rlaif.config import Keep, KLControl, KLEstimator, ModelConfig, PPOConfig, ValueInit
+from rlaif.generation import STREAM_BASELINE, STREAM_EVALUATION, STREAM_MINIBATCHES, STREAM_ROLLOUT
+from rlaif.methods.ppo_checkpoint import Checkpoints, Progress, keep_lines
 from rlaif.methods.ppo_checks import check_start
-from rlaif.models import eos_ids, seed_everything
-from rlaif.policy import Packed, Policy, completion_logits, load_policy, merged, pack
+from rlaif.methods.ppo_rollout import Actor, PromptStream, Rollouts, ScoreFunction
+from rlaif.models import seed_everything
+from rlaif.policy import Policy, load_policy
+from rlaif.preference_model import load_preference_model, read_head
 from rlaif.progress import progress
-from rlaif.records import Prompt, UserError, read_json, write_json
-from rlaif.trunk import with_trunk
+from rlaif.records import Prompt, UserError
+from rlaif.trunk import recomputing
 
 log = logging.getLogger("rlaif")
 
-ScoreFunction = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
-
-
-@dataclass
-class Rollouts:
-    """A batch of episodes. Tensors are (B, T) over completion tokens; ``scores`` is (B,)."""
-
-    batch: Packed
-    texts: list[str]
-    ended: Tensor
-    scores: Tensor
-    logps: Tensor
-    ref_logps: Tensor
-    values: Tensor
-
-
-@dataclass
-class Progress:
-    """What a checkpoint holds besides tensors."""
-
-    iteration: int = 0
-    kl_coef: float = 0.0
-    score_mean: float | None = None
-    score_std: float | None = None
-
-
-class ValueHead(nn.Module):
-    """A linear value on the policy's last hidden state, zero at the start."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(hidden_size, 1)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(B, T, H) -> (B, T)."""
-        return self.linear(hidden.float()).squeeze(-1)
+KL = {KLEstimator.k1: losses.kl_k1, KLEstimator.k2: losses.kl_k2, KLEstimator.k3: losses.kl_k3}
 
 
 def train_ppo(
     config: PPOConfig,
     start: ModelConfig,
     prompts: Sequence[Prompt],
-    score: ScoreFunction,
+    score: ScoreFunction | None,
     folder: Path,
     seed: int,
+    validation: Sequence[Prompt] = (),
+    preference_model: Path | None = None,
 ) -> Path:
-    """Train a policy; writes ``policy/`` and ``training.jsonl`` into ``folder``.
+    """Train a policy; writes ``policy/``, ``training.jsonl`` and ``samples.jsonl`` into ``folder``.
 
     Args:
         config: hyperparameters.
         start: the starting policy, which is also the reference.
         prompts: training prompts.
-        score: scores of completions, one per prompt; higher is better.
+        score: scores of completions, one per prompt; higher is better. None: the PM's, which then shares the
+            policy's base model where both are adapters on the same one.
         folder: where to write; a ``checkpoints`` folder found there is gone on from.
         seed: of everything random.
+        validation: prompts to measure the policy on; needed with ``eval_every``.
+        preference_model: folder of the PM; needed without ``score``, and with ``value_init=pm``.
 
     Raises:
-        UserError: if no prompt fits ``max_prompt_length``.
+        UserError: if no prompt fits ``max_prompt_length``, or the PM's head does not fit the policy.
     """
     seed_everything(seed)
     policy = load_policy(start, config.tuning, config.lora)
-    if config.gradient_checkpointing:
-        policy.model.gradient_checkpointing_enable()
-        policy.model.enable_input_require_grads()
-    trainer = PPOTrainer(config, policy, prompts, score, folder, seed)
+    head = None
+    if config.value_init is ValueInit.pm:
+        assert preference_model is not None
+        head = read_head(preference_model)
+    if score is None:
+        assert preference_model is not None
+        pm = load_preference_model(replace(start, name=str(preference_model), adapter=None), policy)
+
+        def score(asked: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+            return pm.score([(prompt.messages, text) for prompt, text in zip(asked, texts, strict=True)])
+
+    trainer = PPOTrainer(config, policy, prompts, score, folder, seed, validation, head)
     trainer.train()
     policy.save(folder / "policy")
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    trainer.checkpoints.remove()
     return folder / "policy"
 
 
@@ -126,28 +99,27 @@ class PPOTrainer:
         score: ScoreFunction,
         folder: Path,
         seed: int,
+        validation: Sequence[Prompt] = (),
+        head: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.config, self.policy, self.score, self.folder, self.seed = config, policy, score, folder, seed
-        self.model, self.tokenizer = policy.model, policy.tokenizer
-        self.device = next(self.model.parameters()).device
-        self.pad, self.eos = self.tokenizer.pad_token_id, eos_ids(self.model, self.tokenizer)
-        encoded = [(prompt, encode_chat(self.tokenizer, prompt.messages)) for prompt in prompts]
-        self.prompts = [(prompt, ids) for prompt, ids in encoded if len(ids) <= config.max_prompt_length]
-        if len(self.prompts) < len(encoded):
-            log.warning(
-                "ppo: %d of %d prompts are longer than ppo.max_prompt_length=%d and left out",
-                len(encoded) - len(self.prompts),
-                len(encoded),
-                config.max_prompt_length,
+        self.actor = Actor(policy, config)
+        self.device = self.actor.device
+        self.stream = PromptStream(prompts, policy.tokenizer, config.max_prompt_length, seed)
+        self.validation = validation[: config.eval_prompts]
+        self.pm_head = head
+        self.value_head = self.actor.value_head
+        if head is not None and head[0].shape[-1] != self.value_head.linear.in_features:
+            raise UserError(
+                f"ppo.value_init=pm: the PM's head reads {head[0].shape[-1]} features, the policy has "
+                f"{self.value_head.linear.in_features}; give ppo.value_init=zero"
             )
-        if not self.prompts:
-            raise UserError(f"ppo.max_prompt_length={config.max_prompt_length}: no prompt is that short")
-        self.value_head = ValueHead(self.model.config.get_text_config().hidden_size).to(self.device)
         self.parameters = [parameter for _, parameter in policy.trainable()]
+        self.value_parameters = list(self.value_head.parameters())
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": self.parameters, "peak": config.learning_rate},
-                {"params": list(self.value_head.parameters()), "peak": config.value_learning_rate},
+                {"params": self.value_parameters, "peak": config.value_learning_rate},
             ],
             lr=config.learning_rate,
             betas=(0.9, 0.95),
@@ -155,63 +127,83 @@ class PPOTrainer:
             weight_decay=0.0,
         )
         self.progress = Progress(kl_coef=config.kl_coef)
-        # All-weights training keeps float32 weights; on a GPU the arithmetic is bfloat16.
-        self.autocast = self.device.type == "cuda" and config.tuning is Tuning.full
+        self.checkpoints = Checkpoints(folder)
+        self.seconds: dict[str, float] = {}
 
     def train(self) -> None:
-        """Run the remaining iterations."""
+        """Run the remaining iterations, and leave the policy that ``keep`` asks for."""
         config = self.config
         self.load_checkpoint()
         first = self.progress.iteration
-        self._truncate_log(first)
+        keep_lines(self.folder / "training.jsonl", first)
+        keep_lines(self.folder / "samples.jsonl", first * min(config.log_samples, config.rollouts))
         if first:
             log.info("ppo: going on from iteration %d", first)
         with (
-            (self.folder / "training.jsonl").open("a", encoding="utf-8") as journal,
+            (self.folder / "training.jsonl").open("a", encoding="utf-8") as curve,
+            (self.folder / "samples.jsonl").open("a", encoding="utf-8") as samples,
             progress(config.iterations, "ppo", "iteration", initial=first) as bar,
         ):
             for iteration in range(first, config.iterations):
-                line = self.step(iteration)
-                journal.write(json.dumps(line) + "\n")
-                journal.flush()
+                line, rollouts = self.step(iteration)
+                if config.eval_every and (
+                    (iteration + 1) % config.eval_every == 0 or iteration + 1 == config.iterations
+                ):
+                    line |= self.measure(iteration)
+                samples.writelines(json.dumps(sample) + "\n" for sample in self.samples(iteration, rollouts))
+                curve.write(json.dumps(line) + "\n")
+                samples.flush()
+                curve.flush()
                 bar.set_postfix_str(f"score {line['score']:+.2f} kl {line['kl']:.2f}", refresh=False)
                 bar.update()
                 self.progress.iteration = iteration + 1
                 if (iteration + 1) % config.save_every == 0 and iteration + 1 < config.iterations:
                     self.save_checkpoint()
+        if config.keep is Keep.best:
+            log.info(
+                "ppo: keeping the policy of iteration %s, the best on validation prompts", self.progress.best_iteration
+            )
+            self.load_policy(self.checkpoints.best(self.device))
 
-    def step(self, iteration: int) -> dict[str, Any]:
+    def step(self, iteration: int) -> tuple[dict[str, Any], Rollouts]:
         """One iteration: rollouts, rewards, advantages, updates. Returns its line of the training curve."""
         config = self.config
         started = time.perf_counter()
+        self.seconds = {}
         rollouts = self.rollout(iteration)
         sampled = time.perf_counter()
         if iteration == 0:
             check_start(self, rollouts)
         mask = rollouts.batch.completion_mask
-        kl = losses.kl_k1(rollouts.logps, rollouts.ref_logps)
-        normalized = self.normalize(rollouts.scores) - config.missing_eos_penalty * (~rollouts.ended).float()
-        rewards = losses.shaped_rewards(normalized, kl, mask, self.progress.kl_coef)
+        penalty = KL[config.kl_estimator](rollouts.logps, rollouts.ref_logps)
+        scores = self.reward_scores(rollouts.scores, mask.sum(dim=1), rollouts.ended)
+        rewards = losses.shaped_rewards(scores, penalty, mask, self.progress.kl_coef)
+        reward = float(rewards.sum(dim=1).mean())
+        if config.whiten_rewards:
+            rewards = losses.whiten(rewards, mask, shift_mean=False)
         advantages, returns = losses.gae(rewards, rollouts.values, mask, config.gamma, config.gae_lambda)
         if config.whiten_advantages:
             advantages = losses.whiten(advantages, mask)
-        statistics = self.update(iteration, rollouts, advantages, returns)
-        sequence_kl = float((kl * mask).sum(dim=1).mean())
+        with self.timed("update"):
+            statistics = self.update(iteration, rollouts, advantages, returns)
+        sequence_kl = float((losses.kl_k1(rollouts.logps, rollouts.ref_logps) * mask).sum(dim=1).mean())
         line = {
             "method": "ppo",
             "iteration": iteration,
             "episodes": (iteration + 1) * config.rollouts,
             "score": float(rollouts.scores.mean()),
             "kl": sequence_kl,
-            "reward": float(rewards.sum(dim=1).mean()),
+            "reward": reward,
             # The mean of -log p over the policy's own samples estimates its entropy without bias.
             "entropy": float(losses.masked_mean(-rollouts.logps, mask)),
             "length": float(mask.sum(dim=1).mean()),
             "eos_rate": float(rollouts.ended.float().mean()),
             "kl_coef": self.progress.kl_coef,
             "value_mean": float(losses.masked_mean(rollouts.values, mask)),
+            "explained_variance": float(losses.explained_variance(rollouts.values, returns, mask)),
             "seconds": round(time.perf_counter() - started, 3),
             "seconds_rollout": round(sampled - started, 3),
+            **{f"seconds_{name}": round(value, 3) for name, value in self.seconds.items()},
             **statistics,
         }
         bad = [key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
@@ -224,144 +216,99 @@ class PPOTrainer:
             self.progress.kl_coef = losses.adaptive_kl_coef(
                 self.progress.kl_coef, sequence_kl, config.kl_target, config.rollouts, config.kl_horizon
             )
-        return line
+        return line, rollouts
 
     def rollout(self, iteration: int) -> Rollouts:
         """Sample episodes, score them, and evaluate policy, value and reference on them once."""
-        config = self.config
-        chosen = [self.prompts[index] for index in self.draw_prompts(iteration)]
-        generations: list[Any] = []
-        with merged(self.model) as sampler:
-            for start in range(0, len(chosen), config.rollout_batch_size):
-                part = chosen[start : start + config.rollout_batch_size]
-                generations += generate(
-                    sampler,
-                    [ids for _, ids in part],
-                    [(self.seed, STREAM_ROLLOUT, iteration, start + offset, 1) for offset in range(len(part))],
-                    max_new_tokens=config.max_new_tokens,
-                    temperature=config.temperature,
-                    eos=self.eos,
-                    pad=self.pad,
-                    observe=self.value_head,
-                )
-        texts = [
-            self.tokenizer.decode(generation.tokens, skip_special_tokens=True).strip() for generation in generations
-        ]
-        scores = self.score([prompt for prompt, _ in chosen], texts)
-        batch = pack(
-            [ids for _, ids in chosen],
-            [generation.tokens for generation in generations],
-            self.pad,
-            self.device,
-        )
-        batch = with_trunk(self.model, batch, self.micro_batches(batch))
-        if next(self.model.parameters()).dtype == torch.float32 and not self.autocast:
-            # The sampler's own figures: in float32, merged weights give those of the training forward pass.
-            logps, values = (
-                self.padded([getattr(generation, name) for generation in generations], batch)
-                for name in ("logps", "values")
+        chosen, self.progress.position = self.stream.take(self.config.rollouts, self.progress.position)
+        prompts, encoded = [prompt for prompt, _ in chosen], [ids for _, ids in chosen]
+        with self.timed("sampling"):
+            generations = self.actor.sample(
+                encoded, [(self.seed, STREAM_ROLLOUT, iteration, row, 1) for row in range(len(encoded))]
             )
-        else:
-            logps, values = self.evaluate_policy(batch)
-        return Rollouts(
-            batch=batch,
-            texts=texts,
-            ended=torch.tensor([generation.ended for generation in generations], device=self.device),
-            scores=torch.tensor(list(scores), dtype=torch.float32, device=self.device),
-            logps=logps,
-            ref_logps=self.evaluate_reference(batch),
-            values=values,
-        )
+        texts = self.actor.decode(generations)
+        with self.timed("scoring"):
+            scores = torch.tensor(self.relative_scores(prompts, encoded, texts), device=self.device)
+        first = self.progress.score_mean is None
+        if first:
+            self.start_from(scores)
+        batch = self.actor.pack(encoded, generations)
+        with self.timed("policy"):
+            # The PM's head takes the value head's place only now, after the sampler has used that.
+            noted = None if first and self.pm_head is not None else generations
+            logps, values = self.actor.evaluate(batch, noted)
+        with self.timed("reference"):
+            ref_logps = self.actor.evaluate_reference(batch)
+        ended = torch.tensor([generation.ended for generation in generations], device=self.device)
+        return Rollouts(prompts, texts, batch, ended, scores, logps, ref_logps, values)
 
-    def padded(self, rows: Sequence[Sequence[float]], batch: Packed) -> Tensor:
-        """Figures of each completion's tokens as (B, T), 0 after its end."""
-        result = torch.zeros(batch.tokens.shape)
-        for index, row in enumerate(rows):
-            result[index, : len(row)] = torch.tensor(row)
-        return result.to(self.device)
+    def relative_scores(
+        self, prompts: Sequence[Prompt], encoded: Sequence[list[int]], texts: Sequence[str]
+    ) -> list[float]:
+        """Scores of completions; with ``relative_reward`` minus that of the reference's completion on the prompt."""
+        scores = [float(value) for value in self.score(prompts, texts)]
+        if not self.config.relative_reward:
+            return scores
+        known = self.progress.baselines
+        new = {p.prompt_id: (p, ids) for p, ids in zip(prompts, encoded, strict=True) if p.prompt_id not in known}
+        if new:
+            generations = self.actor.sample_reference(
+                [ids for _, ids in new.values()],
+                [(self.seed, STREAM_BASELINE, zlib.crc32(name.encode()), 0, 1) for name in new],
+            )
+            found = self.score([prompt for prompt, _ in new.values()], self.actor.decode(generations))
+            known |= dict(zip(new, map(float, found), strict=True))
+        return [score - known[prompt.prompt_id] for prompt, score in zip(prompts, scores, strict=True)]
 
-    def draw_prompts(self, iteration: int) -> list[int]:
-        """Indices of this iteration's prompts: the set is gone through in a new order each time around."""
-        count, size = self.config.rollouts, len(self.prompts)
-        positions = range(iteration * count, (iteration + 1) * count)
-        orders = {
-            epoch: np.random.default_rng([self.seed, STREAM_PROMPTS, epoch, 0, 1]).permutation(size)
-            for epoch in {position // size for position in positions}
-        }
-        return [int(orders[position // size][position % size]) for position in positions]
+    def start_from(self, scores: Tensor) -> None:
+        """Take from the first scores what is kept: their mean and deviation, and with them the PM's head as value.
 
-    @torch.no_grad()
-    def evaluate_policy(self, batch: Packed) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and values of the current policy: two (B, T)."""
-        logps, values = (torch.zeros(batch.tokens.shape, device=self.device) for _ in range(2))
-        for rows in self.micro_batches(batch):
-            part = batch.select(rows)
-            logits, value = self.forward(part)
-            width = part.tokens.shape[1]
-            logps[rows, :width] = losses.token_logps(logits, part.tokens) * part.completion_mask
-            values[rows, :width] = value * part.completion_mask
-        return logps, values
-
-    @torch.no_grad()
-    def evaluate_reference(self, batch: Packed) -> Tensor:
-        """Log-probabilities of the reference: (B, T)."""
-        logps = torch.zeros(batch.tokens.shape, device=self.device)
-        with self.policy.reference() as reference:
-            for rows in self.micro_batches(batch):
-                part = batch.select(rows)
-                logits = completion_logits(reference, part, self.config.temperature)
-                width = part.tokens.shape[1]
-                logps[rows, :width] = losses.token_logps(logits, part.tokens) * part.completion_mask
-        return logps
-
-    def forward(self, batch: Packed) -> tuple[Tensor, Tensor]:
-        """Logits (B, T, V) at the sampling temperature and values (B, T) of one forward pass."""
-        with (
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast),
-            head_inputs(self.model) as hidden,
-        ):
-            logits = completion_logits(self.model, batch, self.config.temperature)
-            states = hidden()[:, -batch.tokens.shape[1] - 1 : -1]
-        # The value learns on the policy's features without pulling on them.
-        return logits, self.value_head(states.detach())
-
-    def micro_batches(self, batch: Packed) -> list[Tensor]:
-        """Rows in micro-batches of similar length."""
-        order = batch.mask.sum(dim=1).argsort()
-        return list(order.split(self.config.micro_batch_size))
-
-    def normalize(self, scores: Tensor) -> Tensor:
-        """Standardise scores by the reference policy's, then clip.
-
-        The first iteration's completions come from the reference policy (the adapter is still zero), so its mean
-        and deviation are taken there and kept.
+        The first iteration's completions come from the reference policy, whatever is trained.
         """
-        config = self.config
-        if config.normalize_scores:
-            if self.progress.score_mean is None or self.progress.score_std is None:
-                self.progress.score_mean = float(scores.mean())
-                self.progress.score_std = float(scores.std(unbiased=False))
-            scores = (scores - self.progress.score_mean) / max(self.progress.score_std, 1e-6)
-        return scores.clamp(-config.score_clip, config.score_clip)
+        normalize = self.config.normalize_scores
+        self.progress.score_mean = float(scores.mean()) if normalize else 0.0
+        self.progress.score_std = float(scores.std(unbiased=False)) if normalize else 1.0
+        if self.pm_head is not None:
+            weight, bias = self.pm_head
+            with torch.no_grad():
+                self.value_head.linear.weight.copy_(weight / max(self.progress.score_std, 1e-6))
+                self.value_head.linear.bias.copy_(
+                    (bias - self.progress.score_mean) / max(self.progress.score_std, 1e-6)
+                )
+
+    def reward_scores(self, scores: Tensor, lengths: Tensor, ended: Tensor) -> Tensor:
+        """Scores as they enter the reward: standardised by the reference's, clipped, minus penalties: (B,)."""
+        config, state = self.config, self.progress
+        assert state.score_mean is not None
+        assert state.score_std is not None
+        scores = (scores - state.score_mean) / max(state.score_std, 1e-6)
+        scores = scores.clamp(-config.score_clip, config.score_clip)
+        return scores - config.missing_eos_penalty * (~ended).float() - config.length_penalty * lengths
 
     def update(self, iteration: int, rollouts: Rollouts, advantages: Tensor, returns: Tensor) -> dict[str, float]:
-        """Minibatch epochs over the rollouts. Returns means over all updates."""
+        """Minibatch epochs over the rollouts. Returns means over all minibatches, and the number of steps made."""
         config = self.config
         decay = 1 - iteration / config.iterations if config.linear_decay else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * decay
         train_policy = iteration >= config.warmup_iterations
-        sums: dict[str, float] = {}
-        steps = 0
+        seen: list[dict[str, float]] = []
         for epoch in range(config.epochs):
             order = np.random.default_rng([self.seed, STREAM_MINIBATCHES, iteration, epoch, 1]).permutation(
                 len(rollouts.batch)
             )
             for rows in torch.from_numpy(order).to(self.device).split(config.minibatch_size):
-                for name, value in self.minibatch(rows, rollouts, advantages, returns, train_policy).items():
-                    sums[name] = sums.get(name, 0.0) + value
-                steps += 1
-        return {name: value / steps for name, value in sums.items()}
+                seen.append(self.minibatch(rows, rollouts, advantages, returns, train_policy))
+                if self.too_far(seen[-1]):
+                    break
+            if self.too_far(seen[-1]):
+                break
+        steps = len(seen) - self.too_far(seen[-1])
+        return {name: sum(one[name] for one in seen) / len(seen) for name in seen[0]} | {"updates": float(steps)}
+
+    def too_far(self, statistics: dict[str, float]) -> bool:
+        """Whether ``stop_kl`` ends the iteration's updates at this minibatch."""
+        return self.config.stop_kl is not None and statistics["approx_kl"] > self.config.stop_kl
 
     def minibatch(
         self, rows: Tensor, rollouts: Rollouts, advantages: Tensor, returns: Tensor, train_policy: bool
@@ -369,16 +316,17 @@ class PPOTrainer:
         """One optimiser step on some episodes, in micro-batches whose gradients add up."""
         config = self.config
         total = rollouts.batch.completion_mask[rows].sum()
-        statistics = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio_mean"), 0.0)
+        names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio_mean")
+        sums = torch.zeros(len(names), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        for part in rows.split(config.micro_batch_size):
+        for part in self.actor.micro_batches(rollouts.batch, rows):
             batch = rollouts.batch.select(part)
             width = batch.tokens.shape[1]
             mask, old_logps = batch.completion_mask, rollouts.logps[part, :width]
-            logits, values = self.forward(batch)
-            logps = losses.token_logps(logits, batch.tokens)
+            with recomputing(self.actor.model) if config.gradient_checkpointing else contextlib.nullcontext():
+                logps, values, entropies = self.actor.forward(batch, with_entropy=config.entropy_coef > 0)
             policy_loss, clipped = losses.ppo_policy_loss(
-                logps * mask, old_logps, advantages[part, :width], mask, config.clip_range
+                logps, old_logps, advantages[part, :width], mask, config.clip_range
             )
             value_loss = losses.ppo_value_loss(
                 values, rollouts.values[part, :width], returns[part, :width], config.value_clip_range
@@ -388,60 +336,103 @@ class PPOTrainer:
             value_term = (value_loss * mask).sum() / total
             loss = config.value_coef * value_term
             if train_policy:
-                loss = loss + policy_term
-            if config.entropy_coef:
-                loss = loss - config.entropy_coef * (losses.entropy(logits) * mask).sum() / total
+                loss = loss + policy_term - config.entropy_coef * entropies.sum() / total
             loss.backward()
             with torch.no_grad():
                 log_ratio = (logps - old_logps) * mask
-                statistics["policy_loss"] += policy_term.item()
-                statistics["value_loss"] += value_term.item()
-                statistics["clip_fraction"] += (clipped.sum() / total).item()
-                statistics["approx_kl"] += ((log_ratio.expm1() - log_ratio).sum() / total).item()
-                statistics["ratio_mean"] += ((log_ratio.exp() * mask).sum() / total).item()
+                approx_kl = (log_ratio.expm1() - log_ratio).sum() / total
+                ratio = (log_ratio.exp() * mask).sum() / total
+                sums += torch.stack([policy_term, value_term, clipped.sum() / total, approx_kl, ratio])
+        statistics = dict(zip(names, sums.tolist(), strict=True))
         if not train_policy:
             for parameter in self.parameters:
                 parameter.grad = None
-        parameters = [*self.parameters, *self.value_head.parameters()]
-        statistics["grad_norm"] = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-        self.optimizer.step()
+        # Apart: a value loss of another size must not decide how far the policy moves.
+        statistics["grad_norm"] = float(nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm))
+        statistics["value_grad_norm"] = float(nn.utils.clip_grad_norm_(self.value_parameters, config.max_grad_norm))
+        if not self.too_far(statistics):
+            self.optimizer.step()
         return statistics
 
+    def measure(self, iteration: int) -> dict[str, float]:
+        """The policy on validation prompts, under the same random numbers each time; keeps the best one's weights.
+
+        ``validation_objective`` is what training maximises: the mean score as it enters the reward (standardised,
+        clipped, minus penalties) minus ``kl_coef``, as configured, times the KL.
+        """
+        prompts = list(self.validation)
+        encoded = [encode_chat(self.policy.tokenizer, prompt.messages) for prompt in prompts]
+        generations = self.actor.sample(
+            encoded, [(self.seed, STREAM_EVALUATION, row, 0, 1) for row in range(len(encoded))]
+        )
+        batch = self.actor.pack(encoded, generations)
+        mask = batch.completion_mask
+        scores = torch.tensor(
+            self.relative_scores(prompts, encoded, self.actor.decode(generations)), device=self.device
+        )
+        ended = torch.tensor([generation.ended for generation in generations], device=self.device)
+        logps, _ = self.actor.evaluate(batch, generations)
+        kl = float((losses.kl_k1(logps, self.actor.evaluate_reference(batch)) * mask).sum(dim=1).mean())
+        objective = float(self.reward_scores(scores, mask.sum(dim=1), ended).mean()) - self.config.kl_coef * kl
+        best = self.progress.best_objective
+        if best is None or objective > best:
+            self.progress.best_iteration, self.progress.best_objective = iteration, objective
+            if self.config.keep is Keep.best:
+                self.checkpoints.save_best(self.weights())
+        return {
+            "validation_score": float(scores.mean()),
+            "validation_kl": kl,
+            "validation_objective": objective,
+        }
+
+    def samples(self, iteration: int, rollouts: Rollouts) -> Iterator[dict[str, Any]]:
+        """Some of the iteration's completions for samples.jsonl. JSON escapes whatever a model may have written."""
+        mask = rollouts.batch.completion_mask
+        kl = (losses.kl_k1(rollouts.logps, rollouts.ref_logps) * mask).sum(dim=1)
+        for row in range(min(self.config.log_samples, len(rollouts.texts))):
+            yield {
+                "iteration": iteration,
+                "prompt_id": rollouts.prompts[row].prompt_id,
+                "prompt": list(rollouts.prompts[row].messages),
+                "completion": rollouts.texts[row],
+                "score": float(rollouts.scores[row]),
+                "kl": float(kl[row]),
+                "tokens": int(mask[row].sum()),
+                "finish_reason": "stop" if rollouts.ended[row] else "length",
+            }
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the time that the block takes to ``seconds``."""
+        started = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+
+    def weights(self) -> dict[str, Tensor]:
+        """What training changes of the policy."""
+        return {name: value.detach() for name, value in self.policy.trainable()}
+
+    def load_policy(self, weights: dict[str, Tensor]) -> None:
+        """Put such weights back."""
+        with torch.no_grad():
+            for name, parameter in self.policy.trainable():
+                parameter.copy_(weights[name])
+
     def save_checkpoint(self) -> None:
-        """Write a checkpoint that is complete or absent, then drop older ones."""
-        root = self.folder / "checkpoints"
-        final = root / f"iteration-{self.progress.iteration:06d}"
-        temporary = root / f".{final.name}.partial"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        """Write everything that the next iteration depends on."""
         tensors = {
-            "policy": {name: value.detach() for name, value in self.policy.trainable()},
+            "policy": self.weights(),
             "value_head": self.value_head.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        torch.save(tensors, temporary / "state.pt")
-        write_json(temporary / "progress.json", vars(self.progress))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        for other in root.glob("iteration-*"):
-            if other != final:
-                shutil.rmtree(other)
+        self.checkpoints.save(self.progress, tensors)
 
     def load_checkpoint(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
-        found = sorted((self.folder / "checkpoints").glob("iteration-*"))
-        if not found:
+        found = self.checkpoints.newest(self.device)
+        if found is None:
             return
-        tensors = torch.load(found[-1] / "state.pt", map_location=self.device, weights_only=True)
-        with torch.no_grad():
-            for name, parameter in self.policy.trainable():
-                parameter.copy_(tensors["policy"][name])
+        self.progress, tensors = found
+        self.load_policy(tensors["policy"])
         self.value_head.load_state_dict(tensors["value_head"])
         self.optimizer.load_state_dict(tensors["optimizer"])
-        self.progress = Progress(**read_json(found[-1] / "progress.json"))
-
-    def _truncate_log(self, iterations: int) -> None:
-        """Drop lines of the training curve that came after the checkpoint."""
-        file = self.folder / "training.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-        file.write_text("".join(lines[:iterations]), encoding="utf-8")

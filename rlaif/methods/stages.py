@@ -130,6 +130,22 @@ class Arm:
             raise UserError("prompts is not set: give prompts=FILE (or preferences=DIR, whose prompts are then used)")
         return prompts_of(self.preferences("train")), self.preference_inputs
 
+    def validation_prompts(self) -> list[Prompt]:
+        """Prompts to choose a checkpoint on: never those of the test split.
+
+        Raises:
+            UserError: if there are none.
+        """
+        if self.config.prompts:
+            return read_split(find_prompts(self.config.prompts), self.config.data, Split.validation)
+        found = prompts_of(self.preferences("validation"))
+        if not found:
+            raise UserError(
+                f"ppo.eval_every={self.config.ppo.eval_every}: {self.source} has no validation split; "
+                "give prompts=FILE, or 0"
+            )
+        return found
+
     def run(
         self,
         stage: str,
@@ -234,12 +250,20 @@ def train_dpo_stage(arm: Arm) -> Path:
 
 def train_ppo_stage(arm: Arm, reward: RewardSource) -> Path:
     """Train by PPO; returns the policy."""
+    from rlaif.preference_model import ENSEMBLE
+
     config = arm.config
     prompts, inputs = arm.prompts()
+    validation = arm.validation_prompts() if config.ppo.eval_every else []
+    pm = reward.folder if isinstance(reward, PMReward) else None
+    alone = pm is not None and not (pm / ENSEMBLE).is_file()
 
     def make(folder: Path) -> None:
         from rlaif.methods.ppo import train_ppo
 
+        if alone:
+            train_ppo(config.ppo, arm.start, prompts, None, folder, config.seed, validation, pm)
+            return
         with reward.open(folder) as model:
 
             def score(asked: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
@@ -247,7 +271,7 @@ def train_ppo_stage(arm: Arm, reward: RewardSource) -> Path:
                     model.score([(prompt.messages, text) for prompt, text in zip(asked, texts, strict=True)])
                 )
 
-            train_ppo(config.ppo, arm.start, prompts, score, folder, config.seed)
+            train_ppo(config.ppo, arm.start, prompts, score, folder, config.seed, validation)
 
     settings = {**plain(ppo=config.ppo, data=config.data), **reward.settings}
     return arm.run("ppo", settings, {**reward.inputs, **inputs}, make, reward.carry_over) / "policy"

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 
 from rlaif import losses
-from rlaif.config import KLControl, LoraSettings, ModelConfig, PPOConfig, Tuning
+from rlaif.config import Dtype, Keep, KLControl, KLEstimator, LoraSettings, ModelConfig, PPOConfig, Tuning, ValueInit
 from rlaif.methods.ppo import PPOTrainer, train_ppo
 from rlaif.methods.ppo_checks import StartCheckError, check_start, more_padding
-from rlaif.models import seed_everything
-from rlaif.policy import load_policy
+from rlaif.methods.ppo_rollout import PromptStream, ScoreFunction
+from rlaif.models import load_sequence_scorer, load_tokenizer, lora_config, seed_everything
+from rlaif.policy import Packed, has_plain_head, load_policy
 from rlaif.records import Prompt, UserError
 
 TINY = ModelConfig(name="tiny", device="cpu")
 PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": "ab" * (i + 1)},)) for i in range(6)]
+VALIDATION = [Prompt(f"v{i}", ({"role": "user", "content": "xy" * (i + 1)},)) for i in range(5)]
 
 
 def vowels(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
@@ -39,11 +43,18 @@ def config(**changes: Any) -> PPOConfig:
     return dataclasses.replace(base, **changes)
 
 
-def trainer(tmp_path: Path, **changes: Any) -> PPOTrainer:
+def trainer(
+    tmp_path: Path,
+    start: ModelConfig = TINY,
+    dtype: Dtype = Dtype.auto,
+    score: ScoreFunction = vowels,
+    head: Any = None,
+    **changes: Any,
+) -> PPOTrainer:
     seed_everything(0)
     settings = config(**changes)
-    policy = load_policy(TINY, settings.tuning, settings.lora)
-    return PPOTrainer(settings, policy, PROMPTS, vowels, tmp_path, seed=0)
+    policy = load_policy(dataclasses.replace(start, dtype=dtype), settings.tuning, settings.lora)
+    return PPOTrainer(settings, policy, PROMPTS, score, tmp_path, seed=0, validation=VALIDATION, head=head)
 
 
 @pytest.mark.parametrize("tuning", [Tuning.lora, Tuning.full])
@@ -63,14 +74,48 @@ def test_rollout_logps_are_those_of_the_tokens_without_padding(tmp_path: Path) -
         ids = batch.ids[row][batch.mask[row].bool()]
         length = int(batch.completion_mask[row].sum())
         with torch.no_grad():
-            logits = ppo.model(ids.unsqueeze(0)).logits[0] / 0.7
+            logits = ppo.actor.model(ids.unsqueeze(0)).logits[0] / 0.7
         expected = torch.log_softmax(logits, -1)[:-1].gather(-1, ids[1:, None]).squeeze(-1)[-length:]
         assert torch.allclose(rollouts.logps[row, :length], expected, atol=1e-4)
-        assert torch.allclose(ppo.evaluate_policy(batch)[0][row, :length], expected, atol=1e-4)
+        assert torch.allclose(ppo.actor.evaluate(batch)[0][row, :length], expected, atol=1e-4)
 
 
-def test_start_check_catches_a_policy_that_is_not_its_reference(tmp_path: Path) -> None:
-    ppo = trainer(tmp_path)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_a_head_with_something_after_it_gives_the_same_numbers(tmp_path: Path, entropy: bool) -> None:
+    """Models whose logits are more than the output head of the last states take the long way."""
+    ppo = trainer(tmp_path, temperature=0.7, value_init=ValueInit.zero)
+    torch.nn.init.normal_(ppo.value_head.linear.weight)
+    batch = ppo.rollout(0).batch
+    assert ppo.actor.plain_head
+    short = ppo.actor.forward(batch, entropy)
+    ppo.actor.plain_head = False
+    for one, other in zip(short, ppo.actor.forward(batch, entropy), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert bool(short[2].any()) == entropy
+
+
+def test_a_capped_head_is_not_plain(tmp_path: Path) -> None:
+    model = trainer(tmp_path).actor.model
+    assert has_plain_head(model)
+    handle = model.get_base_model().register_forward_hook(
+        lambda module, arguments, output: setattr(output, "logits", 3 * torch.tanh(output.logits / 3))
+    )
+    assert not has_plain_head(model)
+    handle.remove()
+
+
+# Each check before the first update sees the fault that it is there for.
+
+
+@pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16])
+def test_start_checks_pass_in_either_precision(tmp_path: Path, dtype: Dtype) -> None:
+    ppo = trainer(tmp_path, dtype=dtype)
+    check_start(ppo, ppo.rollout(0))
+
+
+@pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16])
+def test_start_check_catches_a_policy_that_is_not_its_reference(tmp_path: Path, dtype: Dtype) -> None:
+    ppo = trainer(tmp_path, dtype=dtype)
     with torch.no_grad():
         for name, parameter in ppo.policy.trainable():
             if "lora_B" in name:
@@ -81,43 +126,171 @@ def test_start_check_catches_a_policy_that_is_not_its_reference(tmp_path: Path) 
 
 def test_start_check_catches_a_value_head_that_is_not_zero(tmp_path: Path) -> None:
     ppo = trainer(tmp_path)
-    torch.nn.init.ones_(ppo.value_head.linear.bias)
+    torch.nn.init.constant_(ppo.value_head.linear.bias, 0.01)
     with pytest.raises(StartCheckError, match="value"):
         check_start(ppo, ppo.rollout(0))
 
 
-def test_start_check_catches_logps_scored_at_another_temperature(tmp_path: Path) -> None:
-    ppo = trainer(tmp_path)
+@pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16])
+def test_start_check_catches_logps_scored_at_another_temperature(tmp_path: Path, dtype: Dtype) -> None:
+    ppo = trainer(tmp_path, dtype=dtype)
     rollouts = ppo.rollout(0)
-    ppo.config = dataclasses.replace(ppo.config, temperature=0.5)
+    ppo.actor.config = dataclasses.replace(ppo.config, temperature=0.7)
     with pytest.raises(StartCheckError, match="probability ratio"):
         check_start(ppo, rollouts)
 
 
-def test_start_check_catches_dropout(tmp_path: Path) -> None:
-    ppo = trainer(tmp_path)
+@pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16])
+def test_start_check_catches_dropout(tmp_path: Path, dtype: Dtype) -> None:
+    ppo = trainer(tmp_path, dtype=dtype)
     rollouts = ppo.rollout(0)
-    handle = ppo.model.get_input_embeddings().register_forward_hook(
-        lambda module, arguments, output: torch.nn.functional.dropout(output, 0.3, training=True)
+    handle = ppo.actor.model.get_input_embeddings().register_forward_hook(
+        lambda module, arguments, output: torch.nn.functional.dropout(output, 0.1, training=True)
     )
     with pytest.raises(StartCheckError, match="probability ratio"):
         check_start(ppo, rollouts)
     handle.remove()
 
 
-def test_start_check_catches_positions_that_count_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ppo = trainer(tmp_path)
+@pytest.mark.parametrize("fault", ["mask", "positions"])
+@pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16])
+def test_start_check_catches_padding_that_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, dtype: Dtype
+) -> None:
+    ppo = trainer(tmp_path, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in ppo.actor.model.named_parameters():
+            if "self_attn" in name:
+                parameter.mul_(8)  # The tiny model hardly looks at other tokens as it is.
     rollouts = ppo.rollout(0)
     plain = more_padding
 
-    def broken(batch: Any, pad: int, columns: int = 3) -> Any:
-        # What a forward pass without an attention mask amounts to: padding is seen as text.
+    def broken(batch: Packed, pad: int, columns: int = 3) -> Packed:
         wide = plain(batch, pad, columns)
-        return dataclasses.replace(wide, mask=torch.ones_like(wide.mask))
+        if fault == "mask":
+            # What a forward pass without an attention mask amounts to.
+            return dataclasses.replace(wide, mask=torch.ones_like(wide.mask))
+        # Rotary positions are relative, so a plain shift would change nothing: padding between the tokens does.
+        counted = torch.arange(wide.ids.shape[1]).expand_as(wide.positions) * (1 + columns)
+        return dataclasses.replace(wide, positions=counted)
 
     monkeypatch.setattr("rlaif.methods.ppo_checks.more_padding", broken)
     with pytest.raises(StartCheckError, match="padding"):
         check_start(ppo, rollouts)
+
+
+@pytest.fixture(scope="module")
+def sft_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SFT adapter that does something."""
+    folder = tmp_path_factory.mktemp("sft")
+    policy = load_policy(TINY, Tuning.lora, LoraSettings(r=4, alpha=8))
+    shake(policy.trainable())
+    policy.save(folder)
+    return folder
+
+
+def shake(parameters: Sequence[tuple[str, torch.Tensor]], scale: float = 0.3) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in parameters:
+            if "lora_B" in name:
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize("tuning", list(Tuning))
+@pytest.mark.parametrize("given_as", ["name", "adapter"])
+def test_the_reference_is_the_sft_policy_where_that_is_an_adapter(
+    tmp_path: Path, sft_adapter: Path, tuning: Tuning, given_as: str
+) -> None:
+    start = ModelConfig(name="tiny", device="cpu") if given_as == "adapter" else ModelConfig(device="cpu")
+    setattr(start, given_as, str(sft_adapter))
+    ppo = trainer(tmp_path, start=start, tuning=tuning)
+    check_start(ppo, ppo.rollout(0))
+    plain = trainer(tmp_path).rollout(0)
+    assert not torch.allclose(ppo.actor.evaluate_reference(plain.batch), plain.ref_logps, atol=0.1)
+
+
+def test_start_check_catches_a_reference_that_lost_its_sft_adapter(tmp_path: Path, sft_adapter: Path) -> None:
+    """Policy and reference agree there, so that no other check sees it."""
+    ppo = trainer(tmp_path)
+    rollouts = ppo.rollout(0)
+    check_start(ppo, rollouts)
+    ppo.policy.start = dataclasses.replace(TINY, adapter=str(sft_adapter))
+    with pytest.raises(StartCheckError, match="reference minus the starting policy"):
+        check_start(ppo, rollouts)
+
+
+# The value head.
+
+HEAD = (torch.linspace(-1, 1, 48).unsqueeze(0), torch.tensor([0.3]))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_values_start_from_the_pm_in_units_of_the_reward(tmp_path: Path, normalize: bool) -> None:
+    ppo = trainer(tmp_path, head=HEAD, value_init=ValueInit.pm, normalize_scores=normalize)
+    rollouts = ppo.rollout(0)
+    check_start(ppo, rollouts)
+    assert bool(rollouts.values.any())
+    mean, deviation = float(rollouts.scores.mean()), float(rollouts.scores.std(unbiased=False))
+    with torch.no_grad():
+        ids = rollouts.batch.ids[0][rollouts.batch.mask[0].bool()].unsqueeze(0)
+        length = int(rollouts.batch.completion_mask[0].sum())
+        state = ppo.actor.model(ids, output_hidden_states=True).hidden_states[-1][0, -length - 1]
+        raw = float(HEAD[0][0] @ state + HEAD[1])
+    expected = (raw - mean) / deviation if normalize else raw
+    assert float(rollouts.values[0, 0]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_start_check_catches_values_in_other_units(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, head=HEAD, value_init=ValueInit.pm)
+    rollouts = ppo.rollout(0)
+    rollouts.values *= 1.5
+    with pytest.raises(StartCheckError, match="value minus the PM's"):
+        check_start(ppo, rollouts)
+
+
+def test_start_check_catches_values_read_one_token_late(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, head=HEAD, value_init=ValueInit.pm)
+    rollouts = ppo.rollout(0)
+    rollouts.values = rollouts.values.roll(-1, dims=1)
+    with pytest.raises(StartCheckError, match="value minus the PM's"):
+        check_start(ppo, rollouts)
+
+
+def test_a_head_of_another_size_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the PM's head reads 7 features, the policy has 48"):
+        trainer(tmp_path, head=(torch.zeros(1, 7), torch.zeros(1)), value_init=ValueInit.pm)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_pm_scores_and_starts_the_value(tmp_path: Path, shared: bool) -> None:
+    """Its head in the folder is that of the value; the PM is a second adapter where the policy's base is its own."""
+    model = load_sequence_scorer(TINY)
+    if shared:
+        model = get_peft_model(model, lora_config(LoraSettings(r=2), model, "SEQ_CLS", ["score"]))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "score" in name:
+                value.copy_(HEAD[0])
+    model.save_pretrained(tmp_path / "pm")
+    load_tokenizer(TINY).save_pretrained(tmp_path / "pm")
+    settings = config(value_init=ValueInit.pm, eval_every=1, relative_reward=False)
+    train_ppo(settings, TINY, PROMPTS, None, tmp_path, 0, VALIDATION, tmp_path / "pm")
+    curve = lines_of(tmp_path / "training.jsonl")
+    assert curve[0]["value_mean"] != 0
+    assert (tmp_path / "policy" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "policy" / "preference_model").exists()
+
+
+@pytest.mark.parametrize("backprop", [False, True])
+def test_the_value_loss_reaches_the_policy_only_if_asked_to(tmp_path: Path, backprop: bool) -> None:
+    ppo = trainer(tmp_path, value_backprop=backprop, max_grad_norm=1e9)
+    torch.nn.init.normal_(ppo.value_head.linear.weight)
+    rollouts = ppo.rollout(0)
+    nothing = torch.zeros_like(rollouts.logps)
+    ppo.minibatch(torch.arange(4), rollouts, nothing, nothing + 5, train_policy=True)
+    moved = [bool(parameter.grad is not None and parameter.grad.abs().max() > 1e-9) for parameter in ppo.parameters]
+    assert any(moved) == backprop
 
 
 def test_micro_batches_do_not_change_the_gradient(tmp_path: Path) -> None:
@@ -134,14 +307,42 @@ def test_micro_batches_do_not_change_the_gradient(tmp_path: Path) -> None:
             assert torch.allclose(left, right, atol=1e-5)
 
 
-def test_gradients_are_clipped(tmp_path: Path) -> None:
+def test_gradients_are_clipped_apart(tmp_path: Path) -> None:
     ppo = trainer(tmp_path, max_grad_norm=1e-3)
     rollouts = ppo.rollout(0)
     advantages = torch.ones_like(rollouts.logps) * 100
     statistics = ppo.minibatch(torch.arange(4), rollouts, advantages, advantages, train_policy=True)
-    assert statistics["grad_norm"] > 1e-3
-    total = torch.cat([p.grad.flatten() for p in [*ppo.parameters, *ppo.value_head.parameters()]]).norm()
-    assert float(total) == pytest.approx(1e-3, rel=1e-2)
+    for name, parameters in (("grad_norm", ppo.parameters), ("value_grad_norm", ppo.value_parameters)):
+        assert statistics[name] > 1e-3
+        total = torch.cat([parameter.grad.flatten() for parameter in parameters]).norm()  # type: ignore[union-attr]
+        assert float(total) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_gradient_checkpointing_runs_layers_again_and_changes_no_number(tmp_path: Path) -> None:
+    found = {}
+    for again in (False, True):
+        ppo = trainer(tmp_path, gradient_checkpointing=again, max_grad_norm=1e9, lora=LoraSettings(r=4, top_layers=0.5))
+        shake(ppo.policy.trainable())
+        rollouts = ppo.rollout(0)
+        calls: list[int] = []
+        layers = ppo.actor.model.get_base_model().model.layers
+        for number, layer in enumerate(layers):
+            layer.mlp.register_forward_pre_hook(lambda *_, number=number, calls=calls: calls.append(number))
+        advantages = torch.ones_like(rollouts.logps)
+        statistics = ppo.minibatch(torch.arange(4), rollouts, advantages, advantages, train_policy=True)
+        # The lower layer does not train: the trunk has run it already.
+        assert calls == ([1, 1] if again else [1])
+        assert all("forward" not in vars(layer) for layer in layers)
+        found[again] = statistics, [parameter.grad.clone() for parameter in ppo.parameters]  # type: ignore[union-attr]
+    assert found[True][0] == pytest.approx(found[False][0], rel=1e-6)
+    for one, other in zip(found[True][1], found[False][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_sampling_is_the_same_with_gradient_checkpointing(tmp_path: Path) -> None:
+    """Recomputing layers have no cache; a sampler that lost its cache would see one token at a time."""
+    one, other = (trainer(tmp_path, gradient_checkpointing=again).rollout(0) for again in (False, True))
+    assert torch.equal(one.batch.ids, other.batch.ids)
 
 
 def test_warmup_trains_only_the_value_head(tmp_path: Path) -> None:
@@ -152,27 +353,232 @@ def test_warmup_trains_only_the_value_head(tmp_path: Path) -> None:
     assert float(ppo.value_head.linear.weight.detach().abs().sum()) > 0
 
 
+def reward(ppo: PPOTrainer, scores: Sequence[float], lengths: Sequence[int] = (), ended: Sequence[bool] = ()) -> Any:
+    count = len(scores)
+    return ppo.reward_scores(
+        torch.tensor(scores), torch.tensor(lengths or [1] * count), torch.tensor(ended or [True] * count)
+    ).tolist()
+
+
 def test_scores_are_normalised_on_the_reference_and_clipped(tmp_path: Path) -> None:
     ppo = trainer(tmp_path, score_clip=1.0)
-    normalized = ppo.normalize(torch.tensor([1.0, 2.0, 3.0, 10.0]))
+    ppo.start_from(torch.tensor([1.0, 2.0, 3.0, 10.0]))
     assert ppo.progress.score_mean == 4.0
     assert ppo.progress.score_std == pytest.approx(3.5355339)
-    assert normalized.tolist() == pytest.approx([-0.8485281, -0.5656854, -0.2828427, 1.0])
-    assert ppo.normalize(torch.tensor([4.0])).tolist() == [0.0]
+    assert reward(ppo, [1.0, 2.0, 3.0, 10.0]) == pytest.approx([-0.8485281, -0.5656854, -0.2828427, 1.0])
+    assert reward(ppo, [4.0]) == [0.0]
+
+
+def test_penalties_come_after_the_clip_and_know_the_true_end(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, normalize_scores=False, score_clip=2.0, missing_eos_penalty=0.5, length_penalty=0.1)
+    ppo.start_from(torch.tensor([0.0]))
+    # A completion that ended with its last possible token ended by itself.
+    assert reward(ppo, [9.0, 9.0, 1.0], [6, 6, 2], [True, False, True]) == pytest.approx([1.4, 0.9, 0.8])
+
+
+def test_an_end_token_in_the_last_place_counts_as_ended(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, max_new_tokens=1, rollouts=64)
+    rollouts = ppo.rollout(0)
+    mask, tokens = rollouts.batch.completion_mask.bool(), rollouts.batch.tokens
+    last = tokens.gather(1, mask.sum(dim=1, keepdim=True) - 1).squeeze(1)
+    assert torch.equal(rollouts.ended, torch.isin(last, torch.tensor(ppo.actor.eos)))
+    full = mask.all(dim=1)
+    assert bool((rollouts.ended & full).any())
+    assert bool((~rollouts.ended).any())
+
+
+@pytest.mark.parametrize("estimator", list(KLEstimator))
+def test_the_reward_takes_the_estimator_it_is_told(tmp_path: Path, estimator: KLEstimator) -> None:
+    ppo = trainer(tmp_path, kl_estimator=estimator, normalize_scores=False, score=lambda prompts, texts: [0] * 8)
+    rollouts = ppo.rollout(0)
+    shift = 0.2 * rollouts.batch.completion_mask
+    rollouts.ref_logps = rollouts.logps - shift
+    ppo.rollout = lambda iteration: rollouts  # type: ignore[method-assign]
+    ppo.progress.iteration = 1
+    line, _ = ppo.step(1)
+    # k1 = 0.2; k2 = 0.2^2 / 2 = 0.02; k3 = exp(-0.2) - 1 + 0.2 = 0.0187308. The curve's kl is k1 whatever the reward.
+    each = {"k1": 0.2, "k2": 0.02, "k3": 0.0187308}[estimator.value]
+    assert line["reward"] == pytest.approx(-0.05 * each * line["length"], rel=1e-4)
+    assert line["kl"] == pytest.approx(0.2 * line["length"], rel=1e-4)
+
+
+def test_rewards_are_whitened_before_the_advantages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    gae = losses.gae
+    monkeypatch.setattr(losses, "gae", lambda rewards, *rest: seen.update(rewards=rewards) or gae(rewards, *rest))
+    ppo = trainer(tmp_path, whiten_rewards=True)
+    line, rollouts = ppo.step(0)
+    mask = rollouts.batch.completion_mask
+    mean = losses.masked_mean(seen["rewards"], mask)
+    assert float(losses.masked_mean((seen["rewards"] - mean) ** 2, mask)) == pytest.approx(1, abs=1e-3)
+    # The mean stays: rewards summed over all tokens are those of the curve.
+    assert float(mean * mask.sum()) == pytest.approx(line["reward"] * len(mask), rel=1e-3, abs=1e-4)
+
+
+def test_relative_rewards_subtract_the_references_score_on_the_same_prompt(tmp_path: Path) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def recorded(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        asked.extend((prompt.prompt_id, text) for prompt, text in zip(prompts, texts, strict=True))
+        return vowels(prompts, texts)
+
+    ppo = trainer(tmp_path, relative_reward=True, score=recorded)
+    shake(ppo.policy.trainable(), 1.0)
+    rollouts = ppo.rollout(0)
+    assert len(asked) == 8 + 6
+    baselines = dict(asked[8:])
+    assert set(baselines) == {prompt.prompt_id for prompt in PROMPTS}
+    for prompt, text, score in zip(rollouts.prompts, rollouts.texts, rollouts.scores.tolist(), strict=True):
+        expected = vowels([], [text])[0] - vowels([], [baselines[prompt.prompt_id]])[0]
+        assert score == pytest.approx(expected)
+    # They are the reference's: another policy gets the same ones, and nothing is sampled twice.
+    ppo.rollout(1)
+    assert len(asked) == 8 + 6 + 8
+    fresh = trainer(tmp_path, relative_reward=True, score=recorded)
+    asked.clear()
+    fresh.rollout(0)
+    assert dict(asked[8:]) == baselines
+
+
+def test_stop_kl_ends_the_updates_without_the_step_that_went_too_far(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, stop_kl=1e-4, learning_rate=0.1, epochs=2)
+    line, _ = ppo.step(0)
+    # 2 epochs of 2 minibatches: the first minibatch sees the policy that sampled, the second the one after a step.
+    assert line["updates"] == 1
+    assert ppo.optimizer.state[ppo.parameters[0]]["step"] == 1
+    assert line["approx_kl"] > 1e-4 / 2
+    assert trainer(tmp_path, stop_kl=1e9, learning_rate=0.1, epochs=2).step(0)[0]["updates"] == 4
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def run(tmp_path: Path, score: ScoreFunction = vowels, **changes: Any) -> list[dict[str, Any]]:
+    train_ppo(config(**changes), TINY, PROMPTS, score, tmp_path, 0, VALIDATION)
+    return lines_of(tmp_path / "training.jsonl")
+
+
+def test_validation_measures_every_n_iterations_and_at_the_end(tmp_path: Path) -> None:
+    curve = run(tmp_path, iterations=5, eval_every=2, eval_prompts=3, kl_coef=0.3)
+    assert [("validation_score" in line) for line in curve] == [False, True, False, True, True]
+    for line in curve[1::2]:
+        assert -4 <= line["validation_objective"] + 0.3 * line["validation_kl"] <= 4
+
+
+def test_validation_is_repeatable_and_leaves_training_alone(tmp_path: Path) -> None:
+    ppo = trainer(tmp_path, eval_every=1)
+    ppo.step(0)
+    assert ppo.measure(0) == ppo.measure(0)
+    plain, measured = tmp_path / "plain", tmp_path / "measured"
+    plain.mkdir()
+    measured.mkdir()
+    run(plain, iterations=3)
+    run(measured, iterations=3, eval_every=1)
+    assert weights(plain) == weights(measured)
+
+
+def test_the_best_policy_on_validation_prompts_is_kept(tmp_path: Path) -> None:
+    """Scores fall with every iteration after the second, so the second is the best."""
+    calls = 0
+
+    def falling(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        nonlocal calls
+        calls += len(texts) == 5
+        return [value - 5 * max(calls - 2, 0) for value in vowels(prompts, texts)]
+
+    settings = {"iterations": 5, "eval_every": 1, "linear_decay": False, "score_clip": 1e6, "normalize_scores": False}
+    for name, changes in {
+        "best": {"keep": Keep.best, "score": falling},
+        "last": {"keep": Keep.last, "score": falling},
+    }.items():
+        (tmp_path / name).mkdir()
+        calls = 0
+        curve = run(tmp_path / name, **settings, **changes)
+        objectives = [line["validation_objective"] for line in curve]
+        assert objectives.index(max(objectives)) in (0, 1)
+    best = objectives.index(max(objectives))
+    (tmp_path / "short").mkdir()
+    calls = 0
+    ppo = trainer(tmp_path / "short", score=falling, **settings)
+    for iteration in range(best + 1):
+        ppo.step(iteration)
+        ppo.measure(iteration)
+    ppo.policy.save(tmp_path / "short" / "policy")
+    assert weights(tmp_path / "best") == weights(tmp_path / "short")
+    assert weights(tmp_path / "best") != weights(tmp_path / "last")
+    assert not (tmp_path / "best" / "checkpoints").exists()
+
+
+def test_samples_are_logged_and_hostile_text_stays_inside_its_line(tmp_path: Path) -> None:
+    hostile = "\x1b[2J\u202e\u2028\n</script>\ud800"
+    asked = [Prompt("p\n", ({"role": "user", "content": "ab"},))]
+    ppo = trainer(tmp_path, log_samples=3)
+    rollouts = ppo.rollout(0)
+    rollouts.texts[0], rollouts.prompts[0] = hostile, asked[0]
+    lines = [json.dumps(sample) for sample in ppo.samples(0, rollouts)]
+    assert len(lines) == 3
+    assert all(line.isascii() and line.isprintable() for line in lines)
+    assert json.loads(lines[0])["completion"] == hostile
+    run(tmp_path, log_samples=3)
+    written = lines_of(tmp_path / "samples.jsonl")
+    assert [line["iteration"] for line in written] == [0, 0, 0, 1, 1, 1]
+    assert set(written[0]) == {
+        "iteration", "prompt_id", "prompt", "completion", "score", "kl", "tokens", "finish_reason"
+    }  # fmt: skip
+
+
+def test_no_samples_are_logged_where_none_are_wanted(tmp_path: Path) -> None:
+    run(tmp_path, log_samples=0)
+    assert (tmp_path / "samples.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep": Keep.best}, "ppo.eval_every"),
+        ({"value_init": ValueInit.pm, "relative_reward": True}, "ppo.value_init=zero"),
+        ({"stop_kl": 0.0}, "ppo.stop_kl=0.0: must be above 0 or null"),
+        ({"length_penalty": -1.0}, "ppo.length_penalty=-1.0"),
+        ({"eval_every": -1}, "ppo.eval_every=-1"),
+        ({"eval_prompts": 0}, "ppo.eval_prompts=0"),
+        ({"log_samples": -1}, "ppo.log_samples=-1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
 
 
 def test_every_prompt_is_used_once_per_round(tmp_path: Path) -> None:
-    ppo = trainer(tmp_path, rollouts=4)
-    drawn = [index for iteration in range(3) for index in ppo.draw_prompts(iteration)]
-    assert sorted(drawn[:6]) == list(range(6))
-    assert sorted(drawn[6:12]) == list(range(6))
+    stream = trainer(tmp_path).stream
+    drawn, position = [], 0
+    for _ in range(3):
+        taken, position = stream.take(4, position)
+        drawn += [prompt.prompt_id for prompt, _ in taken]
+    names = [prompt.prompt_id for prompt in PROMPTS]
+    assert sorted(drawn[:6]) == sorted(drawn[6:]) == names
+    assert drawn[:6] != drawn[6:]
 
 
 def test_long_prompts_are_left_out_and_none_left_is_an_error(tmp_path: Path) -> None:
     # The prompts have 21, 23, ... 31 tokens.
-    assert len(trainer(tmp_path, max_prompt_length=25).prompts) == 3
+    stream = trainer(tmp_path, max_prompt_length=25).stream
+    taken, position = stream.take(6, 0)
+    assert sorted(prompt.prompt_id for prompt, _ in taken) == ["p0", "p0", "p1", "p1", "p2", "p2"]
+    assert 6 < position <= 12
     with pytest.raises(UserError, match="no prompt is that short"):
         trainer(tmp_path, max_prompt_length=3)
+
+
+def test_prompts_are_encoded_when_their_turn_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = []
+    monkeypatch.setattr(
+        "rlaif.methods.ppo_rollout.encode_chat", lambda tokenizer, messages: encoded.append(messages) or [1, 2]
+    )
+    stream = PromptStream([PROMPTS[0]] * 10_000, None, 5, seed=0)
+    stream.take(8, 0)
+    assert len(encoded) == 9
 
 
 def weights(folder: Path) -> bytes:
@@ -187,7 +593,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path, monkeypatch: pytest.Monk
     train_ppo(settings, TINY, PROMPTS, vowels, whole, seed=3)
     step = PPOTrainer.step
 
-    def dies(self: PPOTrainer, iteration: int) -> dict[str, Any]:
+    def dies(self: PPOTrainer, iteration: int) -> Any:
         if iteration == 3:
             raise KeyboardInterrupt
         return step(self, iteration)
@@ -220,20 +626,16 @@ def test_ppo_raises_the_score(tmp_path: Path, tuning: Tuning) -> None:
         kl_coef=0.01,
     )
     train_ppo(settings, TINY, PROMPTS, vowels, tmp_path, seed=0)
-    import json
-
-    scores = [json.loads(line)["score"] for line in (tmp_path / "training.jsonl").read_text().splitlines()]
+    scores = [line["score"] for line in lines_of(tmp_path / "training.jsonl")]
     assert sum(scores[-3:]) / 3 > sum(scores[:2]) / 2 + 0.1
 
 
 def test_a_strong_kl_penalty_holds_the_policy(tmp_path: Path) -> None:
-    import json
-
     kls = []
     for kl_coef in (0.0, 5.0):
         folder = tmp_path / str(kl_coef)
         folder.mkdir()
         settings = config(iterations=8, rollouts=16, learning_rate=2e-2, kl_coef=kl_coef)
         train_ppo(settings, TINY, PROMPTS, vowels, folder, seed=0)
-        kls.append(json.loads((folder / "training.jsonl").read_text().splitlines()[-1])["kl"])
+        kls.append(lines_of(folder / "training.jsonl")[-1]["kl"])
     assert kls[1] < kls[0] / 2

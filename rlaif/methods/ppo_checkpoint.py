@@ -1,0 +1,85 @@
+"""PPO's checkpoints: complete or absent, and everything that a run needs to go on with the same numbers.
+
+Random numbers are a function of seed, iteration and episode, so no generator's state is among it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlaif.records import read_json, write_json
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds besides tensors."""
+
+    iteration: int = 0
+    kl_coef: float = 0.0
+    position: int = 0
+    """Prompts of the stream that have been drawn or left out."""
+    score_mean: float | None = None
+    score_std: float | None = None
+    baselines: dict[str, float] = field(default_factory=dict)
+    """Scores of the reference's completions by prompt id (``ppo.relative_reward``)."""
+    best_iteration: int | None = None
+    best_objective: float | None = None
+
+
+class Checkpoints:
+    """The folder ``checkpoints`` of a run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "checkpoints"
+
+    def save(self, progress: Progress, tensors: dict[str, Any]) -> None:
+        """Write a checkpoint, then drop older ones."""
+        final = self.root / f"iteration-{progress.iteration:06d}"
+        temporary = self.root / f".{final.name}.partial"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        torch.save(tensors, temporary / "state.pt")
+        write_json(temporary / "progress.json", vars(progress))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        for other in self.root.glob("iteration-*"):
+            if other != final:
+                shutil.rmtree(other)
+
+    def newest(self, device: torch.device) -> tuple[Progress, dict[str, Any]] | None:
+        """The newest checkpoint, if there is one."""
+        found = sorted(self.root.glob("iteration-*"))
+        if not found:
+            return None
+        tensors = torch.load(found[-1] / "state.pt", map_location=device, weights_only=True)
+        return Progress(**read_json(found[-1] / "progress.json")), tensors
+
+    def save_best(self, policy: dict[str, Tensor]) -> None:
+        """Keep the trained weights of the best policy so far.
+
+        A run that goes on from before the best finds the same one again, so the file needs no history.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        torch.save(policy, self.root / ".best.pt.partial")
+        os.replace(self.root / ".best.pt.partial", self.root / "best.pt")
+
+    def best(self, device: torch.device) -> dict[str, Tensor]:
+        """What ``save_best`` kept."""
+        return torch.load(self.root / "best.pt", map_location=device, weights_only=True)
+
+    def remove(self) -> None:
+        """Drop what only an interrupted run needs."""
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def keep_lines(file: Path, count: int) -> None:
+    """Drop lines of a log that came after the checkpoint, and a last one that was cut."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    file.write_text("".join(lines[:count]), encoding="utf-8")

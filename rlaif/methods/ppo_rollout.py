@@ -1,0 +1,228 @@
+"""PPO's episodes: which prompts come next, sampling completions, and evaluating policy, value and reference on them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlaif import losses
+from rlaif.chat import encode_chat
+from rlaif.config import PPOConfig, Tuning
+from rlaif.generation import STREAM_PROMPTS, Generation, generate, head_inputs
+from rlaif.models import eos_ids
+from rlaif.policy import Packed, Policy, completion_logits, completion_states, has_plain_head, merged, pack
+from rlaif.records import Prompt, UserError
+from rlaif.trunk import with_trunk
+
+log = logging.getLogger("rlaif")
+
+ScoreFunction = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
+
+
+@dataclass
+class Rollouts:
+    """A batch of episodes. Tensors are (B, T) over completion tokens; ``ended`` and ``scores`` are (B,)."""
+
+    prompts: list[Prompt]
+    texts: list[str]
+    batch: Packed
+    ended: Tensor
+    scores: Tensor
+    logps: Tensor
+    ref_logps: Tensor
+    values: Tensor
+
+
+class ValueHead(nn.Module):
+    """A linear value on the policy's last hidden state, zero at the start."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, T, H) -> (B, T)."""
+        return self.linear(hidden.float()).squeeze(-1)
+
+
+class PromptStream:
+    """Training prompts in a new order each time around, encoded when their turn comes.
+
+    Raises:
+        UserError: if no prompt has at most ``limit`` tokens.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], tokenizer: Any, limit: int, seed: int) -> None:
+        self.prompts, self.tokenizer, self.limit, self.seed = prompts, tokenizer, limit, seed
+        self.order: tuple[int, Any] = (-1, None)
+        self.too_long: set[int] = set()
+        if all(self.encode(index) is None for index in range(len(prompts))):
+            raise UserError(f"ppo.max_prompt_length={limit}: no prompt is that short")
+
+    def take(self, count: int, position: int) -> tuple[list[tuple[Prompt, list[int]]], int]:
+        """``count`` prompts and their token ids from ``position`` on, and the position after them."""
+        taken: list[tuple[Prompt, list[int]]] = []
+        while len(taken) < count:
+            index = self.index(position)
+            position += 1
+            ids = self.encode(index)
+            if ids is not None:
+                taken.append((self.prompts[index], ids))
+        return taken, position
+
+    def index(self, position: int) -> int:
+        """Which prompt stands at a position of the stream."""
+        turn, place = divmod(position, len(self.prompts))
+        if self.order[0] != turn:
+            generator = np.random.default_rng([self.seed, STREAM_PROMPTS, turn, 0, 1])
+            self.order = turn, generator.permutation(len(self.prompts))
+        return int(self.order[1][place])
+
+    def encode(self, index: int) -> list[int] | None:
+        """Token ids of a prompt, None if it is too long."""
+        if index in self.too_long:
+            return None
+        ids = encode_chat(self.tokenizer, self.prompts[index].messages)
+        if len(ids) <= self.limit:
+            return ids
+        if not self.too_long:
+            log.warning(
+                "ppo: prompts of more than ppo.max_prompt_length=%d tokens are left out (the first: %s, %d tokens)",
+                self.limit,
+                self.prompts[index].prompt_id,
+                len(ids),
+            )
+        self.too_long.add(index)
+        return None
+
+
+class Actor:
+    """The policy with its value head, and the reference: they sample, and they evaluate samples."""
+
+    def __init__(self, policy: Policy, config: PPOConfig) -> None:
+        self.policy, self.config = policy, config
+        self.model, self.tokenizer = policy.model, policy.tokenizer
+        self.device = next(self.model.parameters()).device
+        self.pad, self.eos = self.tokenizer.pad_token_id, eos_ids(self.model, self.tokenizer)
+        self.value_head = ValueHead(self.model.config.get_text_config().hidden_size).to(self.device)
+        # All-weights training keeps float32 weights; on a GPU the arithmetic is bfloat16.
+        self.autocast = self.device.type == "cuda" and config.tuning is Tuning.full
+        self.dtype = torch.bfloat16 if self.autocast else next(self.model.parameters()).dtype
+        self.plain_head = has_plain_head(self.model)
+
+    def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[Generation]:
+        """A completion of each prompt by the policy."""
+        with merged(self.model) as sampler:
+            return self._generate(sampler, prompts, seeds)
+
+    def sample_reference(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[Generation]:
+        """A completion of each prompt by the reference."""
+        with self.policy.reference() as reference:
+            return self._generate(reference, prompts, seeds)
+
+    def _generate(
+        self, model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]
+    ) -> list[Generation]:
+        size = self.config.rollout_batch_size
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        found: dict[int, Generation] = {}
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            generations = generate(
+                model,
+                [prompts[row] for row in rows],
+                [seeds[row] for row in rows],
+                max_new_tokens=self.config.max_new_tokens,
+                temperature=self.config.temperature,
+                eos=self.eos,
+                pad=self.pad,
+                observe=self.value_head,
+            )
+            found.update(zip(rows, generations, strict=True))
+        return [found[index] for index in range(len(prompts))]
+
+    def decode(self, generations: Sequence[Generation]) -> list[str]:
+        """Completions as text."""
+        return [self.tokenizer.decode(row.tokens, skip_special_tokens=True).strip() for row in generations]
+
+    def pack(self, prompts: Sequence[Sequence[int]], generations: Sequence[Generation]) -> Packed:
+        """Prompts and completions as a batch that has passed through the layers that do not train."""
+        batch = pack(prompts, [generation.tokens for generation in generations], self.pad, self.device)
+        return with_trunk(self.model, batch, self.micro_batches(batch))
+
+    def evaluate(self, batch: Packed, generations: Sequence[Generation] | None = None) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and values of the current policy: two (B, T).
+
+        Args:
+            batch: the episodes.
+            generations: what the sampler noted of them, taken instead of another forward pass where it says the
+                same: in float32, merged weights give the figures of the training forward pass.
+        """
+        if generations is not None and self.dtype == torch.float32:
+            return self._noted([row.logps for row in generations], batch), self._noted(
+                [row.values or [] for row in generations], batch
+            )
+        logps, values = (torch.zeros(batch.tokens.shape, device=self.device) for _ in range(2))
+        with torch.no_grad():
+            for rows in self.micro_batches(batch):
+                part = batch.select(rows)
+                width = part.tokens.shape[1]
+                logps[rows, :width], values[rows, :width], _ = self.forward(part)
+        return logps, values
+
+    def _noted(self, rows: Sequence[Sequence[float]], batch: Packed) -> Tensor:
+        """Figures of each completion's tokens as (B, T), 0 after its end."""
+        result = torch.zeros(batch.tokens.shape)
+        for index, row in enumerate(rows):
+            result[index, : len(row)] = torch.tensor(row)
+        return result.to(self.device)
+
+    @torch.no_grad()
+    def evaluate_reference(self, batch: Packed) -> Tensor:
+        """Log-probabilities of the reference: (B, T)."""
+        logps = torch.zeros(batch.tokens.shape, device=self.device)
+        with self.policy.reference() as reference:
+            for rows in self.micro_batches(batch):
+                part = batch.select(rows)
+                logps[rows, : part.tokens.shape[1]] = self._token_logps(reference, part, False)[0]
+        return logps
+
+    def forward(self, batch: Packed, with_entropy: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities at the sampling temperature, values and entropies (zeros unless asked): (B, T) each.
+
+        All are 0 after a completion's end.
+        """
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            logps, entropies, states = self._token_logps(self.model, batch, with_entropy)
+        # Unless asked to, the value learns on the policy's features without pulling on them.
+        values = self.value_head(states if self.config.value_backprop else states.detach())
+        return logps, values * batch.completion_mask, entropies
+
+    def _token_logps(self, model: Any, batch: Packed, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities and entropies (B, T), and the states (B, T, H) that they were read from."""
+        if self.plain_head:
+            states = inputs = completion_states(model, batch)
+            head = model.get_output_embeddings()
+        else:
+            with head_inputs(model) as caught:
+                inputs = completion_logits(model, batch)
+                states = caught()[:, -batch.tokens.shape[1] - 1 : -1]
+            head = nn.Identity()
+        real = batch.completion_mask.bool()
+        found = losses.state_logps(inputs[real], head, batch.tokens[real], self.config.temperature, with_entropy)
+        logps, entropies = (torch.zeros_like(batch.completion_mask).masked_scatter(real, each) for each in found)
+        return logps, entropies, states
+
+    def micro_batches(self, batch: Packed, rows: Tensor | None = None) -> list[Tensor]:
+        """Rows (default: all) in micro-batches of similar length."""
+        lengths = batch.mask.sum(dim=1)
+        rows = lengths.argsort(stable=True) if rows is None else rows[lengths[rows].argsort(stable=True)]
+        return list(rows.split(self.config.micro_batch_size))
