@@ -8,9 +8,7 @@ maximises E[r] - beta KL(pi || ref) is then a table, and so is every policy that
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.harness import finish, parser
 from rlaif.chat import encode_chat
 from rlaif.config import DPOConfig, KLEstimator, ModelConfig, PPOConfig, Tuning
 from rlaif.methods.dpo import train_dpo
@@ -93,7 +92,8 @@ def _save_model(folder: Path, seed: int) -> None:
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken("<end>", special=True)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    # The one prompt is a token that no completion goes on from, so that no two states look alike to the model.
+    tokenizer.chat_template = "<end>"
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -118,14 +118,14 @@ def by_ppo(problem: Problem, folder: Path, seed: int = 0, **changes: Any) -> Ten
     """The distribution that PPO arrives at: raw scores, so that beta is ``kl_coef``."""
     settings: dict[str, Any] = {
         "tuning": Tuning.full,
-        "iterations": 150,
+        "iterations": 80,
         "rollouts": 512,
         "rollout_batch_size": 512,
-        "minibatch_size": 128,
-        "micro_batch_size": 128,
-        "epochs": 2,
+        "minibatch_size": 256,
+        "micro_batch_size": 256,
+        "epochs": 4,
         "max_new_tokens": TOKENS,
-        "learning_rate": 1e-2,
+        "learning_rate": 5e-3,
         "value_learning_rate": 1e-2,
         "value_clip_range": 10.0,
         "value_coef": 1.0,
@@ -164,37 +164,42 @@ def by_dpo(problem: Problem, folder: Path, seed: int = 0, **changes: Any) -> Ten
             )
         )
     shuffled = [pairs[index] for index in torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))]
-    settings = {"tuning": Tuning.full, "epochs": 2.0, "learning_rate": 1e-2, "batch_size": 16, "beta": BETA}
+    settings = {"tuning": Tuning.full, "epochs": 15.0, "learning_rate": 5e-3, "batch_size": 16, "beta": BETA}
     folder.mkdir(parents=True)
     policy = train_dpo(DPOConfig(**(settings | changes)), problem.model, shuffled, folder, seed)
     return problem.distribution(ModelConfig(name=str(policy), device="cpu"))
 
 
-def run(folder: Path, seeds: Sequence[int], **ppo: Any) -> dict[str, Any]:
+def run(folder: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Distances to the optimum of the reference and of what PPO and DPO make of it, for several problems."""
     rows = []
     for seed in seeds:
         problem = make_problem(folder / f"model-{seed}", seed)
         reached = {
             "reference": problem.reference,
-            "ppo": by_ppo(problem, folder / f"ppo-{seed}", seed, **ppo),
-            "ppo_k3": by_ppo(problem, folder / f"ppo-k3-{seed}", seed, kl_estimator=KLEstimator.k3, **ppo),
+            "ppo": by_ppo(problem, folder / f"ppo-{seed}", seed),
+            "ppo_k3": by_ppo(problem, folder / f"ppo-k3-{seed}", seed, kl_estimator=KLEstimator.k3),
             "dpo": by_dpo(problem, folder / f"dpo-{seed}", seed),
+            "optimum": problem.optimum,
         }
-        row = {name: problem.distances(table) for name, table in reached.items()}
-        row["optimum"] = problem.distances(problem.optimum)
-        row["ppo_to_dpo"] = {"total_variation": float((reached["ppo"] - reached["dpo"]).abs().sum() / 2)}
+        row: dict[str, Any] = {name: problem.distances(table) for name, table in reached.items()}
+        row["ppo_to_dpo"] = float((reached["ppo"] - reached["dpo"]).abs().sum() / 2)
         rows.append({"seed": seed, **row})
-    return {"beta": BETA, "completions": len(problem.texts), "problems": rows}
+    return rows
 
 
 def main() -> None:
     """Entry of the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one problem instead of three")
-    arguments = parser.parse_args()
+    arguments = parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(run(Path(folder), range(1 if arguments.quick else 3)), indent=2))
+        problems = run(Path(folder), range(1 if arguments.quick else 3))
+    ratios = {
+        f"{name}_total_variation": round(max(row[name]["total_variation"] for row in problems), 4)
+        for name in ("reference", "ppo", "ppo_k3", "dpo")
+    }
+    ratios["ppo_to_dpo_total_variation"] = round(max(row["ppo_to_dpo"] for row in problems), 4)
+    details = {"beta": BETA, "problems": problems}
+    finish("optimum", ratios, details, ("torch", "transformers", "trl"), arguments.quick)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""PPO against TRL 1.12.0's (the last release that has one), side by side on the embedded model at equal settings.
+
+    python -m benchmarks.ppo [--quick] [--maths]
+
+Both run in a process of their own on the same torch and transformers: LoRA r=16 on bfloat16 weights, 2 epochs in
+minibatches of 16, the same prompts and the same preference model. TRL is installed into a folder of its own in the
+cache. Its value model is a whole second model, as it needs one; ``trl_lean`` freezes that model's layers and trains
+its head alone, as ours does. Rounds of the two alternate as processes, and the first round of each is not counted.
+``--maths`` only compares our losses, advantages and rewards with what TRL's own training loop computed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import finish, parser, say
+from rlaif.models import cache_dir
+
+TRL = "1.12.0"
+WORKER = "benchmarks.ppo_worker"
+
+
+def trl_folder() -> Path:
+    """TRL of that version alone, to be put before the installed one on the path; what it needs is shared."""
+    folder = cache_dir() / f"trl-{TRL}"
+    if not (folder / f"trl-{TRL}.dist-info").is_dir():
+        say(f"installing trl=={TRL} into {folder}")
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        subprocess.run([*command, f"trl=={TRL}"], check=True)
+    return folder
+
+
+def work(task: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a worker process says in the last line of its output."""
+    paths = [str(trl_folder())] if task.startswith("trl") else []
+    paths += [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, "-m", WORKER, task, json.dumps(settings)], capture_output=True, text=True, env=environment
+    )
+    if result.returncode:
+        raise SystemExit(f"{task} failed:\n{result.stderr[-3000:]}")
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+def compare(settings: dict[str, Any], repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Speed and memory of ours, TRL's and TRL's lean variant."""
+    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": [], "trl_lean": []}
+    for _ in range(repeats):
+        for name, found in runs.items():
+            started = time.perf_counter()
+            found.append(work(name, settings))
+            say(f"{name}: {found[-1]['rounds']} s a round, {found[-1]['peak_mb']} MB, "
+                f"{time.perf_counter() - started:.0f} s in all")  # fmt: skip
+    rate = {
+        name: settings["rollouts"] / statistics.median(seconds for one in found for seconds in one["rounds"])
+        for name, found in runs.items()
+    }
+    memory = {name: statistics.median(one["peak_mb"] for one in found) for name, found in runs.items()}
+    parts = runs["ours"][0]["parts"]
+    ratios = {
+        "episodes_per_s": round(rate["ours"], 3),
+        "episodes_per_s_vs_trl": round(rate["ours"] / rate["trl"], 2),
+        "episodes_per_s_vs_trl_lean": round(rate["ours"] / rate["trl_lean"], 2),
+        "peak_memory_mb": memory["ours"],
+        "peak_memory_vs_trl": round(memory["ours"] / memory["trl"], 3),
+        "peak_memory_vs_trl_lean": round(memory["ours"] / memory["trl_lean"], 3),
+        **{f"time_{name}": round(statistics.median(one["parts"][name] for one in runs["ours"]), 3) for name in parts},
+    }
+    return ratios, runs
+
+
+def main() -> None:
+    """Entry of the command."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--maths", action="store_true", help="only compare the maths with TRL's")
+    options = arguments.parse_args()
+    ratios: dict[str, Any] = {"maths_difference_to_trl": work("trl_maths", {})}
+    if options.maths:
+        say(json.dumps(ratios))
+        return
+    ratios |= work("prompts", {"counts": [1_000, 100_000], "rounds": 5 if options.quick else 30})
+    settings = {"rollouts": 64, "max_new_tokens": 32, "iterations": 4, "minibatch_size": 16}
+    if options.quick:
+        settings = {"rollouts": 8, "max_new_tokens": 8, "iterations": 2, "minibatch_size": 4}
+    with tempfile.TemporaryDirectory() as folder:
+        settings["folder"] = folder
+        work("make_pm", settings)
+        speed, details = compare(settings, 1 if options.quick else 3)
+    packages = ("torch", "transformers", "peft", "accelerate")
+    details |= {"settings": settings, "trl": TRL}
+    finish("ppo", speed | ratios, details, packages, options.quick)
+
+
+if __name__ == "__main__":
+    main()
