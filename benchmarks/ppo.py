@@ -1,11 +1,11 @@
 """PPO against TRL 1.12.0's (the last release that has one), side by side on the embedded model at equal settings.
 
-    python -m benchmarks.ppo [--quick] [--maths]
+    python -m benchmarks.ppo [--quick] [--maths] [--dtype bfloat16]
 
-Both run in a process of their own on the same torch and transformers: LoRA r=16 on bfloat16 weights, 2 epochs in
-minibatches of 16, the same prompts and the same preference model. TRL is installed into a folder of its own in the
-cache. Its value model is a whole second model, as it needs one; ``trl_lean`` freezes that model's layers and trains
-its head alone, as ours does. Rounds of the two alternate as processes, and the first round of each is not counted.
+Both run in a process of their own on the same torch and transformers, with the same weights' precision, LoRA r=16, 2
+epochs in minibatches of 16, the same prompts and the same preference model. TRL is installed into a folder of its own
+in the cache. Its value model is a whole second model, as it needs one; ``trl_lean`` freezes that model's layers and
+trains its head alone, as ours does. The processes take turns, and the first round of each is not counted.
 ``--maths`` only compares our losses, advantages and rewards with what TRL's own training loop computed.
 """
 
@@ -85,21 +85,24 @@ def main() -> None:
     """Entry of the command."""
     arguments = parser(__doc__)
     arguments.add_argument("--maths", action="store_true", help="only compare the maths with TRL's")
+    arguments.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights, in both"
+    )
     options = arguments.parse_args()
     ratios: dict[str, Any] = {"maths_difference_to_trl": work("trl_maths", {})}
     if options.maths:
         say(json.dumps(ratios))
         return
     ratios |= work("prompts", {"counts": [1_000, 100_000], "rounds": 5 if options.quick else 30})
-    settings = {"rollouts": 64, "max_new_tokens": 32, "iterations": 4, "minibatch_size": 16}
+    settings: dict[str, Any] = {"rollouts": 64, "max_new_tokens": 32, "iterations": 4, "minibatch_size": 16}
     if options.quick:
         settings = {"rollouts": 8, "max_new_tokens": 8, "iterations": 2, "minibatch_size": 4}
     with tempfile.TemporaryDirectory() as folder:
-        settings["folder"] = folder
+        settings |= {"folder": folder, "dtype": options.dtype}
         work("make_pm", settings)
         speed, details = compare(settings, 1 if options.quick else 3)
     packages = ("torch", "transformers", "peft", "accelerate")
-    details |= {"settings": settings, "trl": TRL}
+    details |= {"settings": {name: value for name, value in settings.items() if name != "folder"}, "trl": TRL}
     finish("ppo", speed | ratios, details, packages, options.quick)
 
 

@@ -18,12 +18,12 @@ import torch
 
 from rlaif import losses
 from rlaif.chat import encode_chat
-from rlaif.config import LoraSettings, ModelConfig
+from rlaif.config import Dtype, LoraSettings, ModelConfig
 from rlaif.models import load_causal_lm, load_sequence_scorer, load_tokenizer, lora_config
 from rlaif.preference_model import separate_pad_token
 from rlaif.records import find_prompts, read_prompts
 
-MODEL = ModelConfig(name="embedded", dtype="bfloat16", device="cpu")  # type: ignore[arg-type]
+MODEL = ModelConfig(name="embedded", device="cpu")
 TINY = ModelConfig(name="tiny", device="cpu")
 LORA = LoraSettings(r=16, alpha=32)
 
@@ -269,5 +269,6 @@ TASKS = {
 }
 
 if __name__ == "__main__":
-    outcome = TASKS[sys.argv[1]](json.loads(sys.argv[2]))
-    print(json.dumps(outcome))
+    given = json.loads(sys.argv[2])
+    MODEL.dtype = Dtype(given.get("dtype", "float32"))
+    print(json.dumps(TASKS[sys.argv[1]](given)))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.optimum import BETA, by_dpo, by_ppo, make_problem
+from rlaif.losses import kl_k1, kl_k2, kl_k3
 
 TOLERANCE = 0.05
 
@@ -49,6 +50,26 @@ def test_the_optimum_is_the_best_policy(problem):
         assert found["objective"] < best["objective"]
         # What is missing is beta times the KL to the optimum.
         assert best["objective"] - found["objective"] == pytest.approx(BETA * found["kl_to_optimum"], abs=1e-5)
+
+
+def test_only_k1_in_the_reward_follows_the_kl():
+    """The gradient of the mean reward that score-function estimates follow, by enumeration over a small table."""
+    generator = torch.Generator().manual_seed(0)
+    logits, q = (torch.randn(6, generator=generator, dtype=torch.float64) for _ in range(2))
+    logits.requires_grad_()
+    q = torch.log_softmax(q, -1)
+
+    def gradient(mean):
+        return torch.autograd.grad(mean(torch.log_softmax(logits, -1)), logits)[0]
+
+    def followed(estimator):
+        return gradient(lambda p: (p.exp() * estimator(p, q).detach()).sum())
+
+    forward = gradient(lambda p: (p.exp() * (p - q)).sum())
+    backward = gradient(lambda p: (q.exp() * (q - p)).sum())
+    torch.testing.assert_close(followed(kl_k1), forward)
+    torch.testing.assert_close(followed(kl_k3), forward - backward)
+    torch.testing.assert_close(followed(kl_k2), gradient(lambda p: (p.exp() * kl_k2(p, q)).sum()) - forward)
 
 
 @pytest.mark.slow
