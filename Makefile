@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 VLLM_STAMP := $(VENV)/.vllm-ready
 
-BENCHMARKS := labeling_engine labeling_server labeling_scale labeling_budget labeling_attacks
+BENCHMARKS := labeling_engine labeling_server labeling_scale labeling_budget labeling_attacks ppo optimum
 
 .PHONY: setup setup-vllm demo smoke test test-fast bench lint clean
 

@@ -30,7 +30,7 @@ from rlaif.generation import STREAM_BASELINE, STREAM_EVALUATION, STREAM_MINIBATC
 from rlaif.methods.ppo_checkpoint import Checkpoints, Progress, keep_lines
 from rlaif.methods.ppo_checks import check_start
 from rlaif.methods.ppo_rollout import Actor, PromptStream, Rollouts, ScoreFunction
-from rlaif.models import seed_everything
+from rlaif.models import return_freed_memory, seed_everything
 from rlaif.policy import Policy, load_policy
 from rlaif.preference_model import load_preference_model, read_head
 from rlaif.progress import progress
@@ -69,6 +69,7 @@ def train_ppo(
         UserError: if no prompt fits ``max_prompt_length``, or the PM's head does not fit the policy.
     """
     seed_everything(seed)
+    return_freed_memory()
     policy = load_policy(start, config.tuning, config.lora)
     head = None
     if config.value_init is ValueInit.pm:
