@@ -831,8 +831,7 @@ class PPOConfig:
     max_grad_norm: float = 1.0
     """Gradient clipping, of the policy and of the value head apart."""
     stop_kl: float | None = None
-    """End an iteration's updates at the first minibatch whose policy is further than this (nats per token, k3) from
-    the one that sampled it; that minibatch makes no step. Null: never."""
+    """End an iteration's updates, before the step, once approx_kl (nats per token) exceeds this. Null: never."""
     kl_coef: float = 0.05
     """Weight of the per-token KL penalty in the reward."""
     kl_estimator: KLEstimator = KLEstimator.k1
@@ -852,8 +851,7 @@ class PPOConfig:
     length_penalty: float = 0.0
     """Subtracted from the score for every token, the end token included."""
     relative_reward: bool = False
-    """Score relative to the reference: minus the score of one completion by the reference on the same prompt, sampled
-    once per prompt."""
+    """Minus the score of one completion by the reference on the same prompt, sampled once per prompt."""
     whiten_rewards: bool = False
     """Scale the shaped rewards to unit variance over the batch's completion tokens, keeping their mean."""
     whiten_advantages: bool = True
@@ -880,9 +878,8 @@ class PPOConfig:
         _positive(self, "ppo", "score_clip", "max_prompt_length", "save_every", "value_learning_rate", "eval_prompts")
         _fraction(self, "ppo", "gamma", "gae_lambda")
         _positive_or_null(self, "ppo", "stop_kl")
-        for name in ("kl_coef", "value_coef", "entropy_coef", "missing_eos_penalty", "length_penalty"):
-            _require(getattr(self, name) >= 0, f"ppo.{name}={getattr(self, name)}: must be 0 or more")
-        for name in ("warmup_iterations", "eval_every", "log_samples"):
+        penalties = ("kl_coef", "value_coef", "entropy_coef", "missing_eos_penalty", "length_penalty")
+        for name in (*penalties, "warmup_iterations", "eval_every", "log_samples"):
             _require(getattr(self, name) >= 0, f"ppo.{name}={getattr(self, name)}: must be 0 or more")
         _require(
             self.keep is Keep.last or self.eval_every > 0,
@@ -890,8 +887,7 @@ class PPOConfig:
         )
         _require(
             self.value_init is ValueInit.zero or not self.relative_reward,
-            "ppo.value_init=pm starts from the PM's own scores, but ppo.relative_reward=true trains on differences of "
-            "scores: give ppo.value_init=zero",
+            "ppo.value_init=pm starts at scores, ppo.relative_reward=true trains on differences: use ppo.value_init=zero",
         )
         _require(
             self.rollouts % self.minibatch_size == 0,
