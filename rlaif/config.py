@@ -887,7 +887,7 @@ class PPOConfig:
         )
         _require(
             self.value_init is ValueInit.zero or not self.relative_reward,
-            "ppo.value_init=pm starts at scores, ppo.relative_reward=true trains on differences: use ppo.value_init=zero",
+            "ppo.value_init=pm starts at scores, ppo.relative_reward=true trains on differences: set value_init=zero",
         )
         _require(
             self.rollouts % self.minibatch_size == 0,

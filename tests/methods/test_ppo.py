@@ -537,7 +537,7 @@ def test_no_samples_are_logged_where_none_are_wanted(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"keep": Keep.best}, "ppo.eval_every"),
-        ({"value_init": ValueInit.pm, "relative_reward": True}, "ppo.value_init=zero"),
+        ({"value_init": ValueInit.pm, "relative_reward": True}, "value_init=zero"),
         ({"stop_kl": 0.0}, "ppo.stop_kl=0.0: must be above 0 or null"),
         ({"length_penalty": -1.0}, "ppo.length_penalty=-1.0"),
         ({"eval_every": -1}, "ppo.eval_every=-1"),
