@@ -58,6 +58,11 @@ class PMReward:
     carry_over: tuple[str, ...] = ()
 
     @property
+    def is_ensemble(self) -> bool:
+        """Whether several PMs score."""
+        return (self.folder / "ensemble.json").is_file()
+
+    @property
     def settings(self) -> dict[str, Any]:
         return plain(ensemble_score=self.pm.ensemble_score, ensemble_penalty=self.pm.ensemble_penalty)
 

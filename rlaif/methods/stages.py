@@ -250,18 +250,16 @@ def train_dpo_stage(arm: Arm) -> Path:
 
 def train_ppo_stage(arm: Arm, reward: RewardSource) -> Path:
     """Train by PPO; returns the policy."""
-    from rlaif.preference_model import ENSEMBLE
-
     config = arm.config
     prompts, inputs = arm.prompts()
     validation = arm.validation_prompts() if config.ppo.eval_every else []
-    pm = reward.folder if isinstance(reward, PMReward) else None
-    alone = pm is not None and not (pm / ENSEMBLE).is_file()
+    pm = reward.folder if isinstance(reward, PMReward) and not reward.is_ensemble else None
 
     def make(folder: Path) -> None:
         from rlaif.methods.ppo import train_ppo
 
-        if alone:
+        if pm is not None:
+            # PPO loads a single PM by itself: it may share the policy's base model.
             train_ppo(config.ppo, arm.start, prompts, None, folder, config.seed, validation, pm)
             return
         with reward.open(folder) as model:
