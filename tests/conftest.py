@@ -7,8 +7,12 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def few_threads():
-    """Two threads, unless the caller set another number. The model cache stays the user's, so nothing is rebuilt."""
-    threads = int(os.environ.setdefault("OMP_NUM_THREADS", "2"))
+    """Two threads, or one where tests run side by side, unless the caller set another number.
+
+    The model cache stays the user's, so nothing is rebuilt.
+    """
+    side_by_side = "PYTEST_XDIST_WORKER" in os.environ
+    threads = int(os.environ.setdefault("OMP_NUM_THREADS", "1" if side_by_side else "2"))
     import torch
 
     torch.set_num_threads(threads)
