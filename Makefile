@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 VLLM_STAMP := $(VENV)/.vllm-ready
 
-BENCHMARKS := labeling_engine labeling_server labeling_scale labeling_budget labeling_attacks ppo optimum
+BENCHMARKS := labeling_engine labeling_server labeling_scale labeling_budget labeling_attacks ppo preference_model dpo optimum
 
 .PHONY: setup setup-vllm demo smoke test test-fast bench lint clean
 

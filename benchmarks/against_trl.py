@@ -1,0 +1,109 @@
+"""What the benchmarks of the supervised methods share: made-up preferences, and timing a trainer by its own loop."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import say, spread
+
+
+def preferences(completions: int, prompts: int) -> list[Any]:
+    """All pairs of so many generated completions of each of some shipped prompts; the earlier one is better."""
+    from rlaif.records import Preference, find_prompts, read_prompts
+
+    found = read_prompts(find_prompts("everyday"))[:prompts]
+    words = " ".join(prompt.text for prompt in found).split()
+    rng = random.Random(0)
+    result = []
+    for prompt in found:
+        texts = [" ".join(rng.choices(words, k=rng.randint(20, 60))) for _ in range(completions)]
+        for one in range(completions):
+            for other in range(one + 1, completions):
+                result.append(
+                    Preference(
+                        prompt.prompt_id, prompt.messages, texts[one], texts[other], f"c{one}", f"c{other}", 1.0,
+                        "generated", "simulated_human",
+                    )
+                )  # fmt: skip
+    return result
+
+
+def rows(pairs: list[Any]) -> Any:
+    """The pairs as TRL's trainers take them."""
+    from datasets import Dataset
+
+    names = ("prompt", "chosen", "rejected")
+    return Dataset.from_list([{name: pair.to_row()[name] for name in names} for pair in pairs])
+
+
+def quiet(trainer: Any) -> Any:
+    """A trainer that prints nothing."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+@contextlib.contextmanager
+def timed_training() -> Iterator[list[float]]:
+    """Seconds of every ``Trainer.train`` in the block; loading, tokenising and saving are left out."""
+    from transformers import Trainer
+
+    seconds: list[float] = []
+    original = Trainer.train
+
+    def train(self: Any, *arguments: Any, **named: Any) -> Any:
+        started = time.perf_counter()
+        result = original(self, *arguments, **named)
+        seconds.append(time.perf_counter() - started)
+        return result
+
+    Trainer.train = train  # type: ignore[method-assign]
+    try:
+        yield seconds
+    finally:
+        Trainer.train = original  # type: ignore[method-assign]
+
+
+def compare(
+    ours: Callable[[list[Any], int, int, Path], list[float]],
+    theirs: Callable[[list[Any], int, Path], list[float]],
+    quick: bool,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Ratios and details: alternating runs on single pairs, and on all pairs of four completions.
+
+    Args:
+        ours: trains on pairs of so many prompts, so many steps, in a folder; returns the loss of each step. A step is
+            all pairs, so that losses are comparable.
+        theirs: the same with TRL's stock trainer.
+        quick: fewer steps and repeats.
+    """
+    prompts, steps, repeats = (2, 2, 1) if quick else (8, 8, 3)
+    ratios: dict[str, Any] = {}
+    details: dict[str, Any] = {"steps": steps, "prompts_per_step": prompts}
+    for name, completions in (("pairs", 2), ("groups_of_4", 4)):
+        pairs = preferences(completions, prompts)
+        rates: dict[str, list[float]] = {"rlaif": [], "trl": []}
+        losses: dict[str, list[float]] = {}
+        for _ in range(repeats):
+            for who in ("rlaif", "trl"):
+                with tempfile.TemporaryDirectory() as place, timed_training() as seconds:
+                    folder = Path(place)
+                    losses[who] = (
+                        ours(pairs, prompts, steps, folder) if who == "rlaif" else theirs(pairs, steps, folder)
+                    )
+                rates[who].append(len(pairs) * steps / seconds[0])
+                say(f"{name}: {rates[who][-1]:.2f} pairs/s by {who}")
+        difference = max(abs(a - b) for a, b in zip(losses["rlaif"], losses["trl"], strict=True))
+        each = [a / b for a, b in zip(rates["rlaif"], rates["trl"], strict=True)]
+        ratios |= {f"{name}_per_s_vs_trl": round(statistics.median(each), 3), f"{name}_loss_difference": difference}
+        details[name] = {"pairs": len(pairs), "losses": losses, **{who: spread(found) for who, found in rates.items()}}
+    return ratios, details

@@ -1,0 +1,69 @@
+"""DPO: pairs a second against TRL's stock DPOTrainer, with the same losses.
+
+    python -m benchmarks.dpo [--quick]
+
+The embedded model, LoRA r=16 on all linear layers, float32, hard labels; every step sees the same pairs.
+Once with one pair a prompt, once with all six pairs of four completions, where ours passes each completion through the
+model once. Runs alternate; ratios are medians over repeats. ``*_loss_difference`` is the largest over all steps.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.against_trl import compare, quiet, rows
+from benchmarks.harness import finish, parser
+
+RATE = 1e-4
+
+
+def ours(pairs: list[Any], prompts: int, steps: int, folder: Path) -> list[float]:
+    """``rlaif.train method=dpo``."""
+    from rlaif.config import DPOConfig, ModelConfig
+    from rlaif.methods.dpo import train_dpo
+
+    config = DPOConfig(learning_rate=RATE, max_steps=steps, batch_size=prompts, warmup_ratio=0.0)
+    train_dpo(config, ModelConfig(name="embedded"), pairs, folder, seed=0)
+    lines = (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def theirs(pairs: list[Any], steps: int, folder: Path) -> list[float]:
+    """TRL's trainer as it comes."""
+    import torch
+    from trl import DPOConfig, DPOTrainer
+
+    from rlaif.config import LoraSettings, ModelConfig
+    from rlaif.models import load_causal_lm, load_tokenizer, lora_config, seed_everything
+
+    seed_everything(0)
+    start = ModelConfig(name="embedded")
+    model = load_causal_lm(start)
+    arguments = DPOConfig(
+        output_dir=str(folder), learning_rate=RATE, max_steps=steps, per_device_train_batch_size=len(pairs),
+        lr_scheduler_type="linear", warmup_steps=0, max_length=None, beta=0.1, seed=0, logging_steps=1,
+        save_strategy="no", report_to="none", disable_tqdm=True, bf16=False, gradient_checkpointing=False,
+        use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = DPOTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows(pairs),
+        processing_class=load_tokenizer(start),
+        peft_config=lora_config(LoraSettings(), model, "CAUSAL_LM", None),
+    )
+    quiet(trainer).train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def main() -> None:
+    """Compare and write the result."""
+    arguments = parser(__doc__).parse_args()
+    ratios, details = compare(ours, theirs, arguments.quick)
+    finish("dpo", ratios, details, ["trl", "torch", "transformers", "peft"], arguments.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Training a preference model: pairs a second against TRL's stock RewardTrainer, with the same losses.
+
+    python -m benchmarks.preference_model [--quick]
+
+The embedded model, LoRA r=16 on all linear layers, float32, hard labels, no centring; every step sees the same pairs.
+Once with one pair a prompt, once with all six pairs of four completions, where ours passes each completion through the
+model once. Runs alternate; ratios are medians over repeats. ``*_loss_difference`` is the largest over all steps.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.against_trl import compare, quiet, rows
+from benchmarks.harness import finish, parser
+
+RATE = 1e-4
+
+
+def ours(pairs: list[Any], prompts: int, steps: int, folder: Path) -> list[float]:
+    """``rlaif.train method=pm``."""
+    from rlaif.config import ModelConfig, PMConfig
+    from rlaif.methods.pm import train_pm
+
+    config = PMConfig(learning_rate=RATE, max_steps=steps, batch_size=prompts, warmup_ratio=0.0, center_coefficient=0.0)
+    train_pm(config, ModelConfig(name="embedded"), pairs, [], folder, seed=0)
+    lines = (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def theirs(pairs: list[Any], steps: int, folder: Path) -> list[float]:
+    """TRL's trainer as it comes, on a model whose head starts at zero as ours does."""
+    import torch
+    from trl import RewardConfig, RewardTrainer
+
+    from rlaif.config import LoraSettings, ModelConfig
+    from rlaif.models import load_sequence_scorer, load_tokenizer, lora_config, seed_everything
+    from rlaif.preference_model import separate_pad_token
+
+    seed_everything(0)
+    start = ModelConfig(name="embedded")
+    tokenizer = load_tokenizer(start)
+    separate_pad_token(tokenizer)
+    model = load_sequence_scorer(start, new_head=True)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    arguments = RewardConfig(
+        output_dir=str(folder), learning_rate=RATE, max_steps=steps, per_device_train_batch_size=len(pairs),
+        lr_scheduler_type="linear", warmup_steps=0, max_length=None, center_rewards_coefficient=None, seed=0,
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, bf16=False,
+        gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = RewardTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows(pairs),
+        processing_class=tokenizer,
+        peft_config=lora_config(LoraSettings(), model, "SEQ_CLS", ["score"]),
+    )
+    quiet(trainer).train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def main() -> None:
+    """Compare and write the result."""
+    arguments = parser(__doc__).parse_args()
+    ratios, details = compare(ours, theirs, arguments.quick)
+    finish("preference_model", ratios, details, ["trl", "torch", "transformers", "peft"], arguments.quick)
+
+
+if __name__ == "__main__":
+    main()
