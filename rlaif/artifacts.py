@@ -195,28 +195,32 @@ def _recorded(output: Path) -> dict[str, Any] | None:
 def _prepare_partial(
     partial: Path, output: Path, fingerprint: str, carry_over: Sequence[str], remake: bool, stage: str
 ) -> None:
-    marker = partial / MARKER
+    marker, fresh = partial / MARKER, partial.with_name(f"{partial.name}.new")
     resumable = marker.is_file() and read_json(marker).get("fingerprint") == fingerprint
     if resumable:
+        # A kill may have left a copy beside it, which ages from here on.
+        _discard(fresh)
         log.info("%s: going on where an interrupted run stopped", stage)
         return
-    kept: dict[str, Path] = {}
-    fresh = partial.with_name(f"{partial.name}.new")
-    source = next((place for place in (partial, fresh) if place.exists()), output)
-    for name in carry_over:
-        if (source / name).is_file():
-            kept[name] = source / name
     if remake:
         log.info("%s: inputs or settings changed, or requests failed last time; making it again", stage)
-    if source != fresh:
+    # The marker is written last: with it the copy is whole, and what it was made from may be half deleted.
+    if not (fresh / MARKER).is_file():
         shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True, exist_ok=True)
-    for name, path in kept.items():
-        if source != fresh:
-            shutil.copy2(path, fresh / name)
+        fresh.mkdir(parents=True)
+        source = partial if partial.exists() else output
+        for name in carry_over:
+            if (source / name).is_file():
+                shutil.copy2(source / name, fresh / name)
     write_json(fresh / MARKER, {"fingerprint": fingerprint})
-    shutil.rmtree(partial, ignore_errors=True)
+    _discard(partial)
     os.replace(fresh, partial)
+
+
+def _discard(folder: Path) -> None:
+    """Delete a partial folder, its marker first: what a kill leaves of it is not taken for the whole."""
+    (folder / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def model_inputs(role: str, model: ModelConfig | None) -> dict[str, Path | str | None]:

@@ -80,6 +80,33 @@ def test_an_unfinished_output_is_made_again_with_what_it_carries_over(tmp_path: 
     assert (output / "store").read_text() == "xxx"
 
 
+@pytest.mark.parametrize("copy", ["half a store", None])
+def test_a_kill_while_the_store_is_copied_loses_nothing(tmp_path: Path, copy: str | None) -> None:
+    stage(tmp_path / "out", carry_over=("store",))
+    provenance = json.loads((tmp_path / "out" / PROVENANCE).read_text())
+    (tmp_path / "out" / "store").write_text("the whole store")
+    (tmp_path / "out" / PROVENANCE).write_text(json.dumps(provenance | {"files": [*provenance["files"], "store"]}))
+    fresh = tmp_path / ".out.partial.new"
+    fresh.mkdir()
+    if copy is not None:
+        (fresh / "store").write_text(copy)
+    stage(tmp_path / "out", "two", carry_over=("store",))
+    assert (tmp_path / "out" / "store").read_text() == "the whole store"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_kill_while_the_old_partial_folder_is_deleted_loses_nothing(tmp_path: Path) -> None:
+    """The copy has its marker, so it is whole; what it was made from is not."""
+    partial, fresh = tmp_path / ".out.partial", tmp_path / ".out.partial.new"
+    partial.mkdir()
+    fresh.mkdir()
+    (fresh / MARKER).write_text(json.dumps({"fingerprint": "other"}))
+    (fresh / "store").write_text("kept")
+    stage(tmp_path / "out", carry_over=("store",))
+    assert (tmp_path / "out" / "store").read_text() == "kept"
+    assert os.listdir(tmp_path) == ["out"]
+
+
 def test_a_killed_run_with_other_settings_keeps_what_carries_over(tmp_path: Path) -> None:
     partial = tmp_path / ".out.partial"
     partial.mkdir()
