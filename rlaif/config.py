@@ -992,6 +992,16 @@ class LabelConfig(CommandConfig):
             not self.combine or self.labeler.type is None,
             "combine= takes the labels of earlier runs and asks nobody: leave labeler out",
         )
+        asking = {
+            "labeler.audit": self.labeler.audit,
+            "labeler.min_agreement": self.labeler.min_agreement,
+            "labeling.calibrate": self.labeling.calibrate,
+        }
+        for name, value in asking.items():
+            _require(
+                not self.combine or value is None,
+                f"{name}={value}: combine= takes the labels of earlier runs and asks nobody; give it to those runs",
+            )
         _require(
             not self.combine or self.feedback is Feedback.ai,
             f"feedback={self.feedback.value}: combine= takes labels of labelers, so only feedback=ai goes with it",

@@ -280,6 +280,9 @@ def _combine(lines: CandidatesFile, config: LabelConfig, output: Path) -> None:
     sources = [
         open_source(folder, weight, lines.digest) for folder, weight in zip(config.combine, weights, strict=True)
     ]
+    for source in sources:
+        if source.folder.resolve() == output.resolve():
+            raise UserError(f"output_dir={output}: is one of the folders of combine=, which it would replace")
 
     def make(folder: Path) -> None:
         combination = Combination(lines(), sources)
@@ -294,6 +297,7 @@ def _combine(lines: CandidatesFile, config: LabelConfig, output: Path) -> None:
 
     settings = plain(
         weights=weights,
+        sources=[source.config for source in sources],
         rank=config.labeling.rank,
         selection=config.labeling.selection,
         min_margin=config.labeling.min_margin,
@@ -307,7 +311,7 @@ def _combine(lines: CandidatesFile, config: LabelConfig, output: Path) -> None:
         for name in (LABELS, "quality.json", "calibration.json")
         if (source.folder / name).is_file()
     }
-    run_stage("label", output, settings, inputs, make, config.seed)
+    run_stage("label", output, settings, inputs, make, config.seed, carry_over=STORE_FILES)
 
 
 def _check_agreement(audit: Mapping[str, Any], config: LabelConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import signal
 import sqlite3
 import time
@@ -212,6 +213,22 @@ def test_two_labelers_are_combined(run_command, candidates, two_runs, tmp_path):
     assert "up to date" in run_command("label", *arguments, "combine_weights=[3,1]").stderr
 
 
+def test_combining_keeps_what_was_asked_and_sees_how_its_sources_weigh(run_command, candidates, two_runs, tmp_path):
+    """A folder's paid verdicts stay in it, and a source's temperature is not in its labels.jsonl."""
+    out = tmp_path / "out"
+    shutil.copytree(two_runs / "length", out)
+    shutil.copytree(two_runs / "length", tmp_path / "third")
+    arguments = [f"candidates={candidates}", f"combine=[{two_runs}/vowels,{tmp_path}/third]", f"output_dir={out}"]
+    run_command("label", *arguments)
+    assert (out / "store.sqlite").is_file()
+    assert "up to date" in run_command("label", *arguments).stderr
+    before = rows_of(out)
+    again = [*SCRIPTED, f"candidates={candidates}", "labeler.scripted.sharpness=0.5", "labeling.temperature=4"]
+    run_command("label", *again, f"output_dir={tmp_path}/third")
+    assert "up to date" not in run_command("label", *arguments).stderr
+    assert rows_of(out) != before
+
+
 def ids(row: dict[str, Any]) -> tuple[str, ...]:
     return (row["prompt_id"], *sorted((row["chosen_id"], row["rejected_id"])))
 
@@ -232,12 +249,16 @@ def test_what_cannot_be_combined(run_command, candidates, two_runs, tmp_path):
         "leave labeler out": [f"candidates={candidates}", "labeler=scripted"],
         "give one weight for each of the 2 folders": [f"candidates={candidates}", "combine_weights=[1]"],
         "no such folder": [f"candidates={candidates}", f"combine=[{two_runs}/length,{tmp_path}/none]"],
+        "labeler.audit=x: combine= takes": [f"candidates={candidates}", "labeler.audit=x"],
+        "labeling.calibrate=x: combine= takes": [f"candidates={candidates}", "labeling.calibrate=x"],
+        "is one of the folders of combine=": [f"candidates={candidates}", f"output_dir={two_runs}/vowels"],
         "labels.jsonl: no such file": [f"candidates={candidates}", f"combine=[{two_runs}/length,{tmp_path}]"],
     }
     for message, arguments in cases.items():
         if not any(argument.startswith("combine=") for argument in arguments):
             arguments = [f"combine=[{two_runs}/length,{two_runs}/vowels]", *arguments]
-        result = run_command("label", *arguments, f"output_dir={tmp_path}/out", expect=2)
+        result = run_command("label", f"output_dir={tmp_path}/out", *arguments, expect=2)
         assert message in result.stderr
         assert "Traceback" not in result.stderr
         assert not (tmp_path / "out").exists()
+    assert (two_runs / "vowels" / "store.sqlite").is_file()
