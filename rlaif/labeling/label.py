@@ -7,6 +7,7 @@ memory, except what failed.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import time
@@ -32,11 +33,11 @@ from rlaif.labeling.live import LiveView
 from rlaif.labeling.modes import Request, Setup
 from rlaif.labeling.store import VerdictStore
 from rlaif.labeling.verdicts import Answer
-from rlaif.records import Candidates, Label, content_hash
+from rlaif.records import Candidates, Label, UserError, content_hash
 
 log = logging.getLogger("rlaif")
 
-_ACCOUNT_S = 0.05
+_ACCOUNT_S = 0.01
 
 Lines = Callable[[], Iterable[Candidates]]
 """Opens the candidates anew."""
@@ -78,7 +79,7 @@ class Labeling:
         """Seconds of each answered request of this run, retries included, where the engine knows them."""
         self._identity = content_hash(engine.identity)
         self._accounted = 0.0
-        before = store.spent(self._identity)
+        before = store.spent()
         if before is not None and engine.spent is not None and not engine.spent.requests:
             engine.spent = type(engine.spent)(*before)  # type: ignore[misc]
         self._fingerprint = content_hash(
@@ -145,25 +146,31 @@ class Labeling:
                     in_flight.add(key)
                     waiting[place] = key, request, opened
                     place += 1
+                    self._account_if_due()
                     yield request
 
         count = 0
-        for place, answer in _server(self.engine, kind)(feed()):
-            count += 1
-            key, request, opened = waiting.pop(place)
-            in_flight.discard(key)
-            opened.missing -= 1
-            if isinstance(answer, Failure):
-                self.failed[key] = answer
-                opened.sound = False
-            else:
-                self.store.put(key, _to_json(answer))
-                if isinstance(answer, OptionMass) and answer.latency_s is not None:
-                    self.latencies.append(answer.latency_s)
-            self._close_if_done(opened)
-            view.add(request, answer)
-            if time.monotonic() - self._accounted > _ACCOUNT_S:
+        try:
+            for place, answer in _server(self.engine, kind)(feed()):
+                count += 1
+                key, request, opened = waiting.pop(place)
+                in_flight.discard(key)
+                opened.missing -= 1
+                if isinstance(answer, Failure):
+                    self.failed[key] = answer
+                    opened.sound = False
+                else:
+                    self.store.put(key, _to_json(answer))
+                    if isinstance(answer, OptionMass) and answer.latency_s is not None:
+                        self.latencies.append(answer.latency_s)
+                self._close_if_done(opened)
+                view.add(request, answer)
+                self._account_if_due()
+        except BaseException:
+            # Why it ended must not be hidden by what follows from it (a full disk).
+            with contextlib.suppress(UserError):
                 self._account()
+            raise
         self._account()
         if last and view.skipped:
             log.info("%d verdicts were known already, %d were asked", view.skipped, count)
@@ -173,7 +180,11 @@ class Labeling:
         """Remember what has been spent, for the budget of a later run."""
         self._accounted = time.monotonic()
         if self.engine.spent is not None:
-            self.store.spend(self._identity, self.engine.spent)
+            self.store.spend(self.engine.spent)
+
+    def _account_if_due(self) -> None:
+        if time.monotonic() - self._accounted > _ACCOUNT_S:
+            self._account()
 
     def _close_if_done(self, opened: _Open) -> None:
         if opened.sound and not opened.missing:

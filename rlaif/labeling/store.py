@@ -32,18 +32,22 @@ class VerdictStore:
                 "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
             )
             self.connection.execute("CREATE TABLE IF NOT EXISTS finished (key TEXT PRIMARY KEY) WITHOUT ROWID")
-            self.connection.execute("CREATE TABLE IF NOT EXISTS spent (engine TEXT PRIMARY KEY, value TEXT NOT NULL)")
+            self.connection.execute("CREATE TABLE IF NOT EXISTS account (id INTEGER PRIMARY KEY, value TEXT NOT NULL)")
         except sqlite3.Error as error:
             raise UserError(f"{path}: the label store cannot be opened ({error})") from None
 
     def get(self, keys: Iterable[str]) -> dict[str, Any]:
-        """The verdicts that are known."""
+        """The verdicts that are known.
+
+        Raises:
+            UserError: if the file cannot be read; so do all that read it.
+        """
         wanted = list(keys)
         found: dict[str, Any] = {}
         for start in range(0, len(wanted), _BATCH):
             part = wanted[start : start + _BATCH]
             marks = ",".join("?" * len(part))
-            rows = self.connection.execute(f"SELECT key, value FROM verdicts WHERE key IN ({marks})", part)
+            rows = self._read(f"SELECT key, value FROM verdicts WHERE key IN ({marks})", *part)
             found.update((key, json.loads(value)) for key, value in rows)
         return found
 
@@ -62,16 +66,25 @@ class VerdictStore:
 
     def is_finished(self, key: str) -> bool:
         """Whether it is marked."""
-        return bool(self.connection.execute("SELECT 1 FROM finished WHERE key = ?", (key,)).fetchone())
+        return bool(self._read("SELECT 1 FROM finished WHERE key = ?", key))
 
-    def spent(self, engine: str) -> list[Any] | None:
-        """What requests to an engine have cost so far, as :meth:`spend` was told."""
-        row = self.connection.execute("SELECT value FROM spent WHERE engine = ?", (engine,)).fetchone()
-        return None if row is None else list(json.loads(row[0]))
+    def spent(self) -> list[Any] | None:
+        """What all requests have cost so far, whatever was asked of whom, as :meth:`spend` was told."""
+        rows = self._read("SELECT value FROM account")
+        return list(json.loads(rows[0][0])) if rows else None
 
-    def spend(self, engine: str, value: Iterable[Any]) -> None:
-        """Remember what requests to an engine have cost."""
-        self._write("INSERT OR REPLACE INTO spent VALUES (?, ?)", engine, json.dumps(list(value)))
+    def spend(self, value: Iterable[Any]) -> None:
+        """Remember what all requests have cost."""
+        self._write("INSERT OR REPLACE INTO account VALUES (0, ?)", json.dumps(list(value)))
+
+    def _read(self, statement: str, *values: str) -> list[Any]:
+        try:
+            return self.connection.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise UserError(
+                f"{self.path}: the label store cannot be read ({error}); restore it from a copy, or delete it to ask "
+                "everything again"
+            ) from None
 
     def _write(self, statement: str, *values: str) -> None:
         try:

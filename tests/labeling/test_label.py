@@ -9,6 +9,7 @@ from rlaif.config import LabelerConfig, LabelerType, LabelingConfig, LabelMode, 
 from rlaif.constitution import Constitution, Exemplar, Principle
 from rlaif.engines import build_labeler
 from rlaif.engines.base import Engine, Failure, OptionMass, Sampled
+from rlaif.engines.limits import Spend
 from rlaif.engines.scripted import ScriptedEngine
 from rlaif.labeling.aggregate import pair_labels
 from rlaif.labeling.label import Labeling, label_candidates
@@ -185,6 +186,34 @@ def test_an_interrupted_run_keeps_what_it_has(store):
     labeler = Recording(engine())
     labels = label_candidates(lines(), CONSTITUTION, labeler, PAIRWISE, store)
     assert len(labeler.asked) == len(labels) - 7
+
+
+class Costing(Recording):
+    """An engine that costs a request each, and may break down."""
+
+    spent = Spend()
+
+    def __init__(self, inner, breaks=None):
+        super().__init__(inner)
+        self.breaks = breaks
+
+    def score_options(self, requests):
+        for index, result in super().score_options(requests):
+            self.spent = self.spent._replace(requests=self.spent.requests + 1)
+            if index == 7 and self.breaks is not None:
+                raise self.breaks
+            yield index, result
+
+
+@pytest.mark.parametrize("breaks", [KeyboardInterrupt(), UserError("the server refuses the key")])
+def test_what_was_spent_is_remembered_however_a_run_ends(store, monkeypatch, breaks):
+    monkeypatch.setattr("rlaif.labeling.label._ACCOUNT_S", 1e9)
+    with pytest.raises(type(breaks)):
+        label_candidates(lines(), CONSTITUTION, Costing(engine(), breaks), PAIRWISE, store)
+    assert store.spent()[0] == 8
+    # Asked in another way (votes, another model), it is the same purse.
+    labels = label_candidates(lines(), CONSTITUTION, Costing(engine(sharpness=1.0)), PAIRWISE, store)
+    assert store.spent()[0] == 8 + len(labels)
 
 
 def test_identical_completions_are_a_tie(store):

@@ -120,3 +120,18 @@ def test_the_file_is_plain_sqlite(tmp_path):
     connection = sqlite3.connect(tmp_path / "s.sqlite")
     assert connection.execute("SELECT key, value FROM verdicts").fetchall() == [("a", '{"b": 1}')]
     connection.close()
+
+
+def test_a_store_that_breaks_while_it_is_read(tmp_path):
+    """One clear line, whatever is read."""
+    path = tmp_path / "s.sqlite"
+    with VerdictStore(path) as store:
+        for number in range(2000):
+            store.put(str(number), "x" * 50)
+        store.spend([1])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
+    store = VerdictStore(path)
+    for read in (lambda: store.get(["7"]), lambda: store.is_finished("7"), store.spent):
+        with pytest.raises(UserError, match=r"s\.sqlite: the label store cannot be read .* delete it to ask"):
+            read()
