@@ -15,6 +15,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rlaif.config import LabelingConfig
@@ -33,11 +34,15 @@ from rlaif.labeling.live import LiveView
 from rlaif.labeling.modes import Request, Setup
 from rlaif.labeling.store import VerdictStore
 from rlaif.labeling.verdicts import Answer
-from rlaif.records import Candidates, Label, UserError, content_hash
+from rlaif.records import Candidates, Completion, Label, Prompt, UserError, content_hash
 
 log = logging.getLogger("rlaif")
 
 _ACCOUNT_S = 0.01
+
+_EXAMPLE = Candidates(
+    Prompt("example", ({"role": "user", "content": "Question?"},)), (Completion("a", "One."), Completion("b", "Two."))
+)
 
 Lines = Callable[[], Iterable[Candidates]]
 """Opens the candidates anew."""
@@ -89,6 +94,9 @@ class Labeling:
             asdict(setup.calibration),
             setup.seed,
             "finished",
+            _code(),
+            # And what other modules contribute to the wording, as an example shows it.
+            [self.key(request) for request in next(setup.talk(_EXAMPLE))],
         )
 
     def ask(self, expected: int) -> None:
@@ -137,12 +145,12 @@ class Labeling:
                 asked = [(key, request) for key, request in held.unknown if isinstance(request, kind)]
                 view.known(0 if adaptive else max(expected - len(asked), 0))
                 # Two lines may ask the same; a line whose answers somebody else waits for is not marked.
-                own = [(key, request) for key, request in asked if key not in in_flight]
+                own = {key: request for key, request in asked if key not in in_flight}
                 # Nor is one that may ask more once it has its answers.
-                answered = not held.unknown if adaptive else len(own) == len(held.unknown)
+                answered = not held.unknown if adaptive else len(own) == len({key for key, _ in held.unknown})
                 opened = _Open(marker, len(own), sound=last and held.sound and answered)
                 self._close_if_done(opened)
-                for key, request in own:
+                for key, request in own.items():
                     in_flight.add(key)
                     waiting[place] = key, request, opened
                     place += 1
@@ -252,6 +260,11 @@ def _server(engine: Engine, kind: type) -> Callable[[Iterable[Any]], Iterator[tu
     if kind is CompletionRequest:
         return engine.score_completions
     return engine.sample if kind is SampleRequest else engine.score_options
+
+
+def _code() -> str:
+    """Hash of the modules that decide what is asked: after a change of theirs no line counts as finished."""
+    return content_hash(*(file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))))
 
 
 def _shown(line: Candidates) -> list[tuple[str, str]]:

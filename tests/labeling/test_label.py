@@ -188,6 +188,41 @@ def test_an_interrupted_run_keeps_what_it_has(store):
     assert len(labeler.asked) == len(labels) - 7
 
 
+@pytest.mark.parametrize("part", ["rlaif.labeling.prompts._PAIRWISE_HEAD", "rlaif.labeling.label._code"])
+def test_other_prompt_code_is_asked_again(store, monkeypatch, part):
+    """That everything was answered is a mark on what was asked, not on the line alone."""
+    label_candidates(lines(), CONSTITUTION, engine(), PAIRWISE, store)
+    calls = []
+    known = store.get
+    monkeypatch.setattr(store, "get", lambda keys: calls.append(0) or known(keys))
+    monkeypatch.setattr(part, "Other words." if "HEAD" in part else lambda: "other code")
+    labeler = Recording(engine())
+    labels = label_candidates(lines(), CONSTITUTION, labeler, PAIRWISE, store)
+    assert all(label.p is not None for label in labels)
+    if "HEAD" in part:
+        assert len(labeler.asked) == len(labels)
+    # Every line is looked at again, before its labels are read.
+    assert len(calls) >= 2 * 20
+
+
+def test_a_finished_line_is_not_looked_at_again(store, monkeypatch):
+    label_candidates(lines(), CONSTITUTION, engine(), PAIRWISE, store)
+    setup = Setup(CONSTITUTION, "scripted", PAIRWISE)
+    labeling = Labeling(lines, setup, engine(), store)
+    monkeypatch.setattr(store, "get", None)
+    labeling.ask(0)
+
+
+def test_equal_requests_of_one_line_are_asked_once(store):
+    labeler = Recording(engine())
+    labels = label_candidates(lines(3, ("same", "same", "other")), CONSTITUTION, labeler, POINTWISE, store)
+    assert len(labels) == 9
+    assert len(labeler.asked) == 6
+    assert all(label.p is not None for label in labels)
+    # The lines are finished nevertheless.
+    assert store.connection.execute("SELECT count(*) FROM finished").fetchone() == (3,)
+
+
 class Costing(Recording):
     """An engine that costs a request each, and may break down."""
 
