@@ -13,6 +13,8 @@ from rlaif.records import Label
 
 # Verdicts at the ends of the scale are as certain as float16 can say, not infinitely so.
 EPSILON = 1e-6
+TIE = 1e-9
+"""Logits closer to 0 are a tie: rounding must not choose between two completions."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class Calibration:
 def sigmoid(x: float) -> float:
     """1 / (1 + exp(-x)), without overflow."""
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def or_tie(x: float) -> float:
+    """A pair's logit, 0 where only rounding keeps it from being 0."""
+    return 0.0 if abs(x) < TIE else x
 
 
 def logit(p: float) -> float:
@@ -226,5 +233,5 @@ def _weigh(
             continue
         mean = sum(weights[principle] * value for principle, value in valid.items())
         mean /= total or sum(weights[principle] for principle in valid)
-        result.append(PairLabel(*pair, mean / temperatures[pair], valid))
+        result.append(PairLabel(*pair, or_tie(mean / temperatures[pair]), valid))
     return result, dropped

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from rlaif.labeling.aggregate import PairLabel
+from rlaif.labeling.aggregate import TIE, PairLabel, or_tie
 
 RIDGE = 1e-3
 """Precision of the prior on scores, N(0, 1 / RIDGE): weak, but scores stay finite where one candidate always wins."""
@@ -159,7 +159,7 @@ def scores_of(pairs: Sequence[PairLabel]) -> dict[str, float]:
 
 def ranks(scores: dict[str, float]) -> dict[str, int]:
     """1 for the best; candidates with equal scores (to 1e-9) share the better rank."""
-    return {name: 1 + sum(other > score + 1e-9 for other in scores.values()) for name, score in scores.items()}
+    return {name: 1 + sum(other > score + TIE for other in scores.values()) for name, score in scores.items()}
 
 
 def ranked_pairs(prompt_id: str, names: Sequence[str], pairs: Sequence[PairLabel]) -> tuple[list[PairLabel], int]:
@@ -186,5 +186,6 @@ def ranked_pairs(prompt_id: str, names: Sequence[str], pairs: Sequence[PairLabel
             continue
         known = own.get((one, other))
         breakdown = known.principles if known else {}
-        result.append(PairLabel(prompt_id, one, other, scores[one] - scores[other], breakdown, inferred=known is None))
+        logit = or_tie(scores[one] - scores[other])
+        result.append(PairLabel(prompt_id, one, other, logit, breakdown, inferred=known is None))
     return result, missing

@@ -252,3 +252,14 @@ def test_a_pair_is_weighed_by_the_principles_that_it_was_asked_under():
     pairs, dropped = pair_labels(labels, {"x": 3.0, "y": 1.0})
     assert [pair.logit for pair in pairs] == pytest.approx([1.098612, -1.098612], abs=1e-6)
     assert dropped == {"no_verdict": 0}
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=3, max_size=7))
+def test_a_pure_bias_of_positions_is_an_exact_tie(bias):
+    """Rounding would choose: sums of the same logarithms in another order differ in their last bits."""
+    count, total = len(bias), math.fsum(bias)
+    names = [f"c{place}" for place in range(count)]
+    probs = [value / total for value in bias]
+    labels = [listed((*names[turn:], *names[:turn]), probs) for turn in range(count)]
+    pairs, _ = pair_labels(labels, {"k": 1.0})
+    assert [pair.logit for pair in pairs] == [0.0] * (count * (count - 1) // 2)

@@ -134,3 +134,14 @@ def test_groups_that_nothing_connects_are_not_compared():
 
 def test_one_pair_is_its_own_ranking():
     assert scores_of([pair("a", "b", -3.0)]) == {"a": -1.5, "b": 1.5}
+
+
+@given(st.lists(st.floats(-8, 8), min_size=1, max_size=5), st.integers(2, 4), st.floats(-4, 4))
+def test_tied_candidates_stay_exactly_tied(others, tied, level):
+    """Candidates with the same labels have scores that only rounding tells apart."""
+    names = [f"t{place}" for place in range(tied)] + [f"x{place}" for place in range(len(others))]
+    values = [level] * tied + others
+    pairs = [pair(names[i], names[j], values[i] - values[j]) for i, j in itertools.combinations(range(len(names)), 2)]
+    found, _ = ranked_pairs("p", names, pairs)
+    equal = [label.logit for label in found if label.one[0] == label.other[0] == "t"]
+    assert equal == [0.0] * (tied * (tied - 1) // 2)
