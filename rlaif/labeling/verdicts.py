@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -26,7 +27,8 @@ def probability(blank: Label, answers: Sequence[Answer], minimum: float, clamp: 
         return replace(blank, method="none", reason=failed[0].reason)
     found = [answer for answer in answers if isinstance(answer, OptionMass)]
     known = [(yes, no) for yes, no in (answer.masses for answer in found) if yes is not None and no is not None]
-    covered = [masses for masses in known if sum(masses) > 0 and sum(masses) >= minimum]
+    finite = all(math.isfinite(sum(masses)) for masses in known)
+    covered = [masses for masses in known if sum(masses) > 0 and sum(masses) >= minimum] if finite else []
     verdicts = [yes / (yes + no) for yes, no in covered]
     if clamp:
         verdicts = [min(max(p, clamp), 1 - clamp) for p in verdicts]
@@ -34,8 +36,8 @@ def probability(blank: Label, answers: Sequence[Answer], minimum: float, clamp: 
         blank,
         method=found[0].method,
         p=sum(verdicts) / len(verdicts) if verdicts else None,
-        reason=None if verdicts else "uncovered" if known else "option_unknown",
-        option_mass=round(sum(sum(masses) for masses in known) / len(known), 6) if known else None,
+        reason=None if verdicts else _missing(bool(known), finite),
+        option_mass=round(sum(sum(masses) for masses in known) / len(known), 6) if known and finite else None,
         reply="\n\n".join(answer.reply for answer in found if answer.reply is not None) or None,
         prompt_tokens=_sum(answer.prompt_tokens for answer in found),
         completion_tokens=_sum(answer.completion_tokens for answer in found),
@@ -49,13 +51,14 @@ def distribution(blank: Label, answer: Answer, minimum: float) -> Label:
     assert isinstance(answer, OptionMass)
     known = [mass for mass in answer.masses if mass is not None]
     seen, total = len(known) == len(answer.masses), sum(known)
-    covered = seen and total > 0 and total >= minimum
+    finite = math.isfinite(total)
+    covered = seen and finite and total > 0 and total >= minimum
     return replace(
         blank,
         method=answer.method,
         probs=tuple(mass / total for mass in known) if covered else None,
-        reason=None if covered else "uncovered" if seen else "option_unknown",
-        option_mass=round(total, 6) if seen else None,
+        reason=None if covered else _missing(seen, finite),
+        option_mass=round(total, 6) if seen and finite else None,
         reply=answer.reply,
         prompt_tokens=answer.prompt_tokens,
         completion_tokens=answer.completion_tokens,
@@ -81,7 +84,14 @@ def likelihood_ratio(blank: Label, answers: Sequence[Answer], normalize: bool) -
     if not encouraged.tokens:
         return replace(label, reason="empty_completion")
     ratio = encouraged.logp - discouraged.logp
+    if not math.isfinite(ratio):
+        return replace(label, reason="not_finite")
     return replace(label, score=ratio / encouraged.tokens if normalize else ratio)
+
+
+def _missing(seen: bool, finite: bool) -> str:
+    """Why there is no verdict in what an engine said. A model that overflows says NaN, which must not be a label."""
+    return "option_unknown" if not seen else "uncovered" if finite else "not_finite"
 
 
 def _sum(counts: Iterator[int | None]) -> int | None:
