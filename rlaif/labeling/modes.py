@@ -272,10 +272,16 @@ def _listwise(setup: Setup, line: Candidates) -> Talk:
 
     Each order is turned by some places against the first. With as many orders as candidates, each candidate stands in
     each position once, so a bias of the positions that adds to the log-probabilities adds the same to every
-    candidate's mean, and cancels in their differences.
+    candidate's mean, and cancels in their differences. With fewer, chance decides where they start: else what is left
+    of a bias would always help the same candidates.
     """
     listed = line.candidates
-    orders = [(*listed[places:], *listed[:places]) for places in setup.rotations(len(listed))]
+    turns = setup.rotations(len(listed))
+    if len(turns) < len(listed):
+        texts = sorted(candidate.completion for candidate in listed)
+        start = int(content_hash("order", setup.seed, *texts)[:8], 16)
+        turns = [(start + places) % len(listed) for places in turns]
+    orders = [(*listed[places:], *listed[:places]) for places in turns]
     asked = list(itertools.product(orders, setup.principles(line.prompt, listed)))
     answers = yield [
         OptionRequest(

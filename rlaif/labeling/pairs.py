@@ -114,7 +114,7 @@ def _ids(pair: Pair) -> tuple[str, ...]:
 
 
 def _orders(setup: Setup, first: Sequence[Shown], ask: Ask) -> Verdicts:
-    """The verdicts on what is shown in both orders, or in the second only where the first is not clear.
+    """The verdicts on what is shown in both orders, in one, or in the second only where the first is not clear.
 
     Both orders and all principles of a pair stand close together, so that engines can reuse what they share. Where
     one order may be all there is, chance decides which: else a position bias would always help the same candidates.
@@ -122,12 +122,12 @@ def _orders(setup: Setup, first: Sequence[Shown], ask: Ask) -> Verdicts:
     from 0; one without a verdict takes the pair with it, and its second order is not asked.
     """
     config = setup.config
-    if not config.both_orders:
-        return (yield from ask(first))
-    if config.second_order_below is None:
+    if config.both_orders and config.second_order_below is None:
         return (yield from ask([order for shown in first for order in (shown, _swapped(shown))]))
     first = [_swapped(shown) if _by_chance(setup.seed, shown) else shown for shown in first]
     labels = yield from ask(first)
+    if config.second_order_below is None:
+        return labels
     unclear = [
         _swapped(shown)
         for shown, label in zip(first, labels, strict=True)

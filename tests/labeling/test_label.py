@@ -114,7 +114,24 @@ def test_one_order_keeps_the_bias(store):
     config = LabelingConfig(both_orders=False)
     labels = label_candidates(lines(1, ("a", "b")), CONSTITUTION, engine(position_bias=4.0), config, store)
     [pair], _ = pair_labels(labels, {"kind": 1.0}, both_orders=False)
-    assert pair.logit == pytest.approx(4.0, abs=1e-5)
+    assert abs(pair.logit) == pytest.approx(4.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", [LabelMode.pairwise, LabelMode.listwise])
+def test_where_one_order_is_all_there_is_chance_decides_which(store, mode):
+    """Shown in the order of the file, whoever comes first there would always gain by a position bias."""
+    config = LabelingConfig(mode=mode, both_orders=False)
+    labels = label_candidates(lines(200, ("a", "b")), CONSTITUTION, engine(), config, store)
+    assert len(labels) == 200
+    first = sum((label.first or label.order[0]) == "c0" for label in labels)
+    assert 70 < first < 130  # 4 standard deviations
+    # It is the pair's own: whatever the principle and the order in the file, the same text comes first.
+    turned = [replace(line, candidates=line.candidates[::-1]) for line in lines(200, ("a", "b"))]
+    again = label_candidates(turned, CONSTITUTION, engine(), config, store)
+    if mode is LabelMode.pairwise:
+        assert [label.first for label in again] == [label.first for label in labels]
+    other = label_candidates(lines(200, ("a", "b")), CONSTITUTION, engine(), config, store, seed=1)
+    assert [label.first or label.order for label in other] != [label.first or label.order for label in labels]
 
 
 @pytest.mark.parametrize("config", [PAIRWISE, POINTWISE], ids=["pairwise", "pointwise"])
