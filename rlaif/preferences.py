@@ -50,8 +50,9 @@ def select_preferences(
     """Choose among one prompt's pairs and orient them: chosen is the one with p >= 0.5.
 
     Candidates are ranked by the Bradley-Terry scores that the pairs fit. ``best_worst`` keeps the pair whose scores
-    differ most. Exact ties (p = 0.5) and pairs below ``min_margin`` are dropped. ``length_balanced`` is the business
-    of :class:`LengthBalance`, which must see all prompts; here it is ``all_pairs``.
+    differ most, of those without an empty completion, which are dropped first. Exact ties (p = 0.5) and pairs below
+    ``min_margin`` are dropped. ``length_balanced`` is the business of :class:`LengthBalance`, which must see all
+    prompts; here it is ``all_pairs``.
 
     Returns:
         Preferences, and counts of dropped pairs by reason.
@@ -60,12 +61,12 @@ def select_preferences(
     cut = {candidate.candidate_id for candidate in line.candidates if candidate.finish_reason == "length"}
     scores = scores_of(pairs)
     places = ranks(scores)
-    selected = pairs
-    if selection is Selection.best_worst and pairs:
-        selected = [max(pairs, key=lambda pair: abs(scores[pair.one] - scores[pair.other]))]
-    dropped: Counter[str] = Counter()
-    if len(pairs) > len(selected):
-        dropped["not_selected"] = len(pairs) - len(selected)
+    usable = [pair for pair in pairs if texts[pair.one].strip() and texts[pair.other].strip()]
+    selected = usable
+    if selection is Selection.best_worst and usable:
+        selected = [max(usable, key=lambda pair: abs(scores[pair.one] - scores[pair.other]))]
+    # Without counts of 0.
+    dropped = +Counter(empty_completion=len(pairs) - len(usable), not_selected=len(usable) - len(selected))
     result = []
     for pair in selected:
         sign = 1 if pair.logit >= 0 else -1
@@ -77,9 +78,6 @@ def select_preferences(
             dropped["margin"] += 1
             continue
         winner, loser = (pair.one, pair.other) if sign > 0 else (pair.other, pair.one)
-        if not texts[winner].strip() or not texts[loser].strip():
-            dropped["empty_completion"] += 1
-            continue
         result.append(
             Preference(
                 prompt_id=line.prompt.prompt_id,

@@ -146,6 +146,14 @@ def test_best_worst_is_one_pair_a_prompt():
     assert dropped == {"not_selected": 2}
 
 
+def test_best_worst_is_the_best_and_the_worst_that_say_something():
+    """The worst is often one that says nothing; the prompt is not lost with it."""
+    pairs = [pair("a", "b", 1.0), pair("a", "c", 5.0), pair("b", "c", 4.0)]
+    chosen, dropped = select(pairs, [line(a="1", b="2", c=" ")], Selection.best_worst)
+    assert [(row.chosen_id, row.rejected_id) for row in chosen["train"]] == [("a", "b")]
+    assert dropped == {"empty_completion": 2}
+
+
 def test_empty_completions_are_dropped():
     chosen, dropped = select([pair("a", "b", 1.0), pair("b", "a", 1.0)], [line(a="x", b=" ")])
     assert (chosen, dropped) == ({}, {"empty_completion": 2})
