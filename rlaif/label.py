@@ -161,6 +161,7 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
 
         started = time.perf_counter()
         with build_labeler(config.labeler, config.seed) as engine, VerdictStore(folder / STORE) as store:
+            loading = time.perf_counter() - started
             if comparisons:
                 from rlaif.audit import measure
 
@@ -174,8 +175,10 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
                 setup, calibration = _calibrated(setup, known, engine, store)
                 write_json(folder / "calibration.json", calibration)
             labeling = Labeling(lines, setup, engine, store, config.gold)
+            started = time.perf_counter()
             labeling.ask(sum(setup.expected(size) * count for size, count in lines.sizes.items()))
-            seconds, asked, spent = time.perf_counter() - started, store.written, engine.spent
+            seconds, spent = loading + time.perf_counter() - started, engine.spent
+            asked = labeling.answered / setup.answers_per_label
             quality = VerdictQuality()
             savings: Counter[str] = Counter()
             pairs, dropped = _pairs(labeling, quality, savings, folder / "labels.jsonl")

@@ -82,6 +82,8 @@ class Labeling:
         """Requests without an answer in this run; they are not stored, so a later run asks them again."""
         self.latencies = array("f")
         """Seconds of each answered request of this run, retries included, where the engine knows them."""
+        self.answered = 0
+        """Answers that this run got to requests of the last kind, those that labels are made of."""
         self._identity = content_hash(engine.identity)
         self._accounted = 0.0
         before = store.spent()
@@ -169,6 +171,7 @@ class Labeling:
                     opened.sound = False
                 else:
                     self.store.put(key, _to_json(answer))
+                    self.answered += last
                     if isinstance(answer, OptionMass) and answer.latency_s is not None:
                         self.latencies.append(answer.latency_s)
                 self._close_if_done(opened)

@@ -32,7 +32,7 @@ from rlaif.labeling.prompts import (
     score_prompt,
     word_spellings,
 )
-from rlaif.labeling.verdicts import Answer, distribution, expected_score, likelihood_ratio, probability
+from rlaif.labeling.verdicts import Answer, distribution, expected_score, likelihood_ratio, probability, total_count
 from rlaif.records import Candidates, Completion, Label, Prompt, UserError, content_hash
 
 Request = OptionRequest | SampleRequest | CompletionRequest
@@ -76,6 +76,11 @@ class Setup:
         if self.config.mode is LabelMode.contrastive:
             return (CompletionRequest,)
         return (SampleRequest, OptionRequest) if self.config.rationales else (OptionRequest,)
+
+    @property
+    def answers_per_label(self) -> int:
+        """How many answers to requests of the last kind make one label."""
+        return 2 if self.config.mode is LabelMode.contrastive else max(self.config.rationales, 1)
 
     @property
     def minimum(self) -> float:
@@ -239,7 +244,7 @@ def _reasoned(
     answers = iter((yield verdicts) if verdicts else ())
     return [
         [
-            rationale if isinstance(rationale, Failure) else _with_reply(next(answers), rationale.text)
+            rationale if isinstance(rationale, Failure) else _with_rationale(next(answers), rationale)
             for rationale in found
         ]
         for found in rationales
@@ -262,9 +267,16 @@ def _checked(answer: Answer) -> Sampled | Failure:
     return answer if answer.text.strip() else Failure("empty_rationale")
 
 
-def _with_reply(answer: Answer, rationale: str) -> Answer:
-    """A reader wants to know what the labeler had said before its verdict."""
-    return replace(answer, reply=rationale) if isinstance(answer, OptionMass) else answer
+def _with_rationale(answer: Answer, rationale: Sampled) -> Answer:
+    """The verdict after a rationale: with what the labeler had said before, and what saying it took."""
+    if not isinstance(answer, OptionMass):
+        return answer
+    return replace(
+        answer,
+        reply=rationale.text,
+        prompt_tokens=total_count([answer.prompt_tokens, rationale.prompt_tokens]),
+        completion_tokens=total_count([answer.completion_tokens, rationale.tokens]),
+    )
 
 
 def _listwise(setup: Setup, line: Candidates) -> Talk:

@@ -22,8 +22,6 @@ class VerdictStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.written = 0
-        """Verdicts stored since it was opened."""
         try:
             self.connection = sqlite3.connect(path, isolation_level=None, timeout=60)
             self.connection.execute("PRAGMA journal_mode=WAL")
@@ -58,7 +56,6 @@ class VerdictStore:
             UserError: if the disk is full or the file cannot be written; everything stored so far is safe.
         """
         self._write("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", key, json.dumps(value))
-        self.written += 1
 
     def finish(self, key: str) -> None:
         """Mark something of which every verdict is stored, so that a later run need not look at each of them."""

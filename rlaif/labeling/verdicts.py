@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from rlaif.engines.base import Failure, Likelihood, OptionMass, Sampled
@@ -39,8 +39,8 @@ def probability(blank: Label, answers: Sequence[Answer], minimum: float, clamp: 
         reason=None if verdicts else _missing(bool(known), finite),
         option_mass=round(sum(sum(masses) for masses in known) / len(known), 6) if known and finite else None,
         reply="\n\n".join(answer.reply for answer in found if answer.reply is not None) or None,
-        prompt_tokens=_sum(answer.prompt_tokens for answer in found),
-        completion_tokens=_sum(answer.completion_tokens for answer in found),
+        prompt_tokens=total_count(answer.prompt_tokens for answer in found),
+        completion_tokens=total_count(answer.completion_tokens for answer in found),
     )
 
 
@@ -79,7 +79,7 @@ def likelihood_ratio(blank: Label, answers: Sequence[Answer], normalize: bool) -
     if failed:
         return replace(blank, method="none", reason=failed[0].reason)
     encouraged, discouraged = (answer for answer in answers if isinstance(answer, Likelihood))
-    read = _sum(part for answer in (encouraged, discouraged) for part in (answer.prompt_tokens, answer.tokens))
+    read = total_count(part for answer in (encouraged, discouraged) for part in (answer.prompt_tokens, answer.tokens))
     label = replace(blank, method="logprob", prompt_tokens=read)
     if not encouraged.tokens:
         return replace(label, reason="empty_completion")
@@ -94,6 +94,7 @@ def _missing(seen: bool, finite: bool) -> str:
     return "option_unknown" if not seen else "uncovered" if finite else "not_finite"
 
 
-def _sum(counts: Iterator[int | None]) -> int | None:
+def total_count(counts: Iterable[int | None]) -> int | None:
+    """Sum of those that are known; None if none is."""
     known = [count for count in counts if count is not None]
     return sum(known) if known else None

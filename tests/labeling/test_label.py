@@ -396,6 +396,28 @@ def test_rationales_come_before_the_verdict_and_their_verdicts_are_averaged(stor
     assert all(pair.logit < 0 for pair in pairs)
 
 
+def test_a_label_counts_what_its_rationales_took(store):
+    """Each of the three rationales 40 tokens of prompt and 3 of completion, each verdict after it 50 and 1."""
+
+    class Counting(Reasoning):
+        def sample(self, requests):
+            for index, answer in super().sample(requests):
+                yield index, replace(answer, prompt_tokens=40)
+
+        def score_options(self, requests):
+            for index, answer in super().score_options(requests):
+                yield index, replace(answer, prompt_tokens=50, completion_tokens=1)
+
+    data = lines(5, ("a", "a b c"))
+    labeler = Counting(engine())
+    labeling = Labeling(lambda: data, Setup(CONSTITUTION, "scripted", REASONED), labeler, store)
+    labeling.ask(10)
+    found = [label for _, labels in labeling.labels() for label in labels]
+    assert {(label.prompt_tokens, label.completion_tokens) for label in found} == {(3 * 90, 3 * 4)}
+    # Ten labels of three answers each; rationales are none.
+    assert labeling.answered == len(found) * labeling.setup.answers_per_label == 30
+
+
 def test_nothing_is_reasoned_or_asked_twice(store):
     data = lines(4, ("a", "a b c"))
     labels = label_candidates(data, CONSTITUTION, Reasoning(engine()), REASONED, store)
