@@ -61,6 +61,10 @@ def encode_chat(
     return ids + _inert(tokenizer, stem)
 
 
+_LINES = 4096
+"""So many different lines are remembered: a long one with its token ids takes tens of kilobytes."""
+
+
 class ChatEncoder:
     """:func:`encode_chat` for many conversations with lines in common: a line is tokenised once and looked up then.
 
@@ -72,7 +76,7 @@ class ChatEncoder:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._cuts = _splits_at_newlines(tokenizer)
-        self._line = functools.lru_cache(maxsize=65536)(self._encode_line)
+        self._line = functools.lru_cache(maxsize=_LINES)(self._encode_line)
 
     def __call__(self, messages: Sequence[Message], stem: str = "") -> list[int]:
         """Token ids of a conversation up to the point where the assistant's reply starts, then ``stem``."""
