@@ -8,6 +8,7 @@ memory, except what failed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import time
@@ -265,6 +266,7 @@ def _server(engine: Engine, kind: type) -> Callable[[Iterable[Any]], Iterator[tu
     return engine.sample if kind is SampleRequest else engine.score_options
 
 
+@functools.cache
 def _code() -> str:
     """Hash of the modules that decide what is asked: after a change of theirs no line counts as finished."""
     return content_hash(*(file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))))

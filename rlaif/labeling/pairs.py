@@ -150,6 +150,8 @@ def _by_chance(seed: int, shown: Shown) -> bool:
 def saved(setup: Setup, candidates: int, labels: Sequence[Label]) -> Counter[str]:
     """Verdicts on one prompt that were not asked, by what saved them, against all pairs, orders and principles.
 
+    What was not asked about a pair because a verdict on it is missing has been saved by nothing, and does not count.
+
     Args:
         setup: how they were asked.
         candidates: number of candidates.
@@ -158,10 +160,12 @@ def saved(setup: Setup, candidates: int, labels: Sequence[Label]) -> Counter[str
     config = setup.config
     orders = 2 if config.both_orders else 1
     principles = len(setup.weights) if config.principles is Principles.each else 1
-    pairs = {frozenset((label.first, label.second)) for label in labels}
-    judged = {(frozenset((label.first, label.second)), label.principle) for label in labels}
+    asked = [(frozenset((label.first, label.second)), label) for label in labels]
+    pairs = {pair for pair, _ in asked}
+    sound = pairs - {pair for pair, label in asked if label.p is None}
+    judged = Counter((pair, label.principle) for pair, label in asked if pair in sound)
     return Counter(
         pairs=(candidates * (candidates - 1) // 2 - len(pairs)) * principles * orders,
-        principles=(len(pairs) * principles - len(judged)) * orders,
-        second_order=len(judged) * orders - len(labels),
+        principles=(len(sound) * principles - len(judged)) * orders,
+        second_order=len(judged) * orders - judged.total(),
     )

@@ -215,6 +215,14 @@ def test_a_missing_verdict_ends_the_pair(store):
     assert Setup(TWO, "l", config).pairs(labels) == ([], {"no_verdict": 1})
 
 
+@pytest.mark.parametrize("config", [LabelingConfig(second_order_below=3.0), LabelingConfig(stop_principles_above=6.0)])
+def test_what_a_missing_verdict_left_unasked_was_not_saved(store, config):
+    labels = label_candidates([line(1, 2)], TWO, Labeler(lambda meta: meta["principle"] == "heavy"), config, store)
+    assert any(label.p is None for label in labels)
+    assert len(labels) < 4
+    assert not any(saved(Setup(TWO, "l", config), 2, labels).values())
+
+
 CONFIGS = {
     "against_best": AGAINST_BEST,
     "adaptive": ADAPTIVE,
