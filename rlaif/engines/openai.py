@@ -1,12 +1,14 @@
 """Any OpenAI-compatible server (vLLM, SGLang, llama.cpp, Ollama, OpenAI ...) over its chat completions.
 
-Options are scored from the first token's log-probabilities. Where a server gives none, the engine says so
-once and falls back to sampled replies ("votes"), or one reply ("text"). No error, log line or identity holds
-the API key.
+Options are scored from the first token's log-probabilities. Where a server gives none, to the engine's own questions
+either, the engine says so once and falls back to sampled replies ("votes"), or one reply ("text"). A server that gives
+them is never asked for replies: a request that stays without fails, and a rerun asks it again. No error, log line or
+identity holds the API key.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
 import logging
@@ -25,6 +27,7 @@ from rlaif.engines.client import Client
 from rlaif.engines.limits import Limits, Spend, Usage
 from rlaif.engines.options import LOG_NEGLIGIBLE, accepted_tokens, continued, option_masses, parse_reply, token_text
 from rlaif.engines.wire import (
+    WITHHELD,
     AttemptError,
     FirstToken,
     Replies,
@@ -48,7 +51,10 @@ OPENAI_URL = "https://api.openai.com/v1"
 CHECK_TIMEOUT_S = 10.0
 FALLBACK_TOP_LOGPROBS = 5
 """What servers with a cap below 20 usually allow."""
-MISSES_BEFORE_FALLBACK = 3
+TRIES_FOR_LOGPROBS = 3
+"""Some servers leave log-probabilities out of a reply now and then."""
+PROBES = ("Which is larger, A: 2 or B: 5?", "Which is a colour, A: red or B: seven?", "Which is colder, A: fire or B: ice?")
+"""Asked where a request went without log-probabilities: does the server give them at all?"""
 REPLY_TOKENS = 16
 """Length of a reply that is parsed for a verdict."""
 TEMPLATE_TOKENS = 256
@@ -82,7 +88,7 @@ class OpenAIEngine(Engine):
 
         self._logprobs: bool | None = None  # does the server give them? None: not known yet
         self._top_logprobs = config.top_logprobs
-        self._misses = 0
+        self._settling = asyncio.Lock()
         self._many_choices = True
         self._template_tokens = TEMPLATE_TOKENS
         self._whole: dict[tuple[tuple[str, ...], ...], set[int]] = {}
@@ -227,7 +233,7 @@ class OpenAIEngine(Engine):
             return [Failure(problem.reason, problem.detail, time.perf_counter() - started)]
         text, finish_reason = got.choices[0]
         if finish_reason == "content_filter":
-            return [Failure("content_filter", "the server withheld the reply", time.perf_counter() - started)]
+            return [Failure("content_filter", WITHHELD, time.perf_counter() - started)]
         finish_reason = "length" if finish_reason == "length" else "stop"
         return [Sampled(text, finish_reason, got.completion_tokens or 0, got.prompt_tokens)]
 
@@ -251,15 +257,15 @@ class OpenAIEngine(Engine):
         refusal: AttemptError | None = None
         for top in dict.fromkeys((self._top_logprobs, min(self._top_logprobs, FALLBACK_TOP_LOGPROBS))):
             try:
-                # Some servers leave them out of a reply now and then.
-                for _ in range(MISSES_BEFORE_FALLBACK):
+                for _ in range(TRIES_FOR_LOGPROBS):
                     token = await self._chat(parse_first_token, **body, top_logprobs=top)
                     if token.listed is not None:
                         break
-                    self._miss()
                     if self._logprobs is False:
                         return None
                 else:
+                    if await self._gives_logprobs("responses have none"):
+                        raise AttemptError("no_logprobs", "the server gives log-probabilities, but not for this request")
                     return None
             except AttemptError as problem:
                 if not problem.rejected or (self._logprobs and top == self._top_logprobs):
@@ -276,8 +282,10 @@ class OpenAIEngine(Engine):
                 masses = await self._follow(request, token)
             return _Scored(masses, "logprob", token.reply, token.prompt_tokens, token.completion_tokens)
         # Was it the log-probabilities or the request that the server refused? The plain request will tell.
+        assert refusal is not None
         scored = await self._score_by_replies(request)
-        self._give_up_logprobs(refusal.detail if refusal else "")
+        if await self._gives_logprobs(refusal.detail):
+            raise refusal
         return scored
 
     def _note_whole(self, listed: Sequence[tuple[str, float]], options: tuple[tuple[str, ...], ...]) -> None:
@@ -303,7 +311,7 @@ class OpenAIEngine(Engine):
                 body = {**chat_body(begun, True), "max_tokens": 1, "temperature": 1.0, "logprobs": True}
                 following = await self._chat(parse_first_token, **body, top_logprobs=self._top_logprobs)
                 if following.listed is None:
-                    return (None,) * len(masses)
+                    raise AttemptError("no_logprobs", "the server gives log-probabilities, but not for this request")
                 for long in (long for one, long in split if one == short):
                     rest = {word[len(text) :] for word in accepted[long] if word.startswith(text)}
                     share = sum(math.exp(min(logp, 0.0)) for after, logp in following.listed if after in rest)
@@ -312,21 +320,41 @@ class OpenAIEngine(Engine):
                     masses[long] = (masses[long] or 0.0) + moved
         return tuple(masses)
 
-    def _miss(self) -> None:
-        self._misses += 1
-        if self._logprobs is None and self._misses >= MISSES_BEFORE_FALLBACK:
-            self._give_up_logprobs("responses have none")
+    async def _gives_logprobs(self, why: str) -> bool:
+        """Whether the server gives log-probabilities, where a request went without: found out once.
 
-    def _give_up_logprobs(self, why: str) -> None:
-        if self._logprobs is None:
-            self._logprobs = False
-            log.warning(
-                "%s gives no log-probabilities (%s): verdicts come from %d sampled repl%s each",
-                self._base_url,
-                why,
-                self._config.votes,
-                "y" if self._config.votes == 1 else "ies",
-            )
+        Not from that request: its text may be what the server answers differently.
+
+        Raises:
+            AttemptError: if the server can't be asked.
+        """
+        async with self._settling:
+            if self._logprobs is None:
+                self._logprobs = await self._probe()
+                if not self._logprobs:
+                    log.warning(
+                        "%s gives no log-probabilities (%s): verdicts come from %d sampled repl%s each",
+                        self._base_url,
+                        why,
+                        self._config.votes,
+                        "y" if self._config.votes == 1 else "ies",
+                    )
+            return self._logprobs
+
+    async def _probe(self) -> bool:
+        top = min(self._top_logprobs, FALLBACK_TOP_LOGPROBS)
+        for question in PROBES:
+            body: dict[str, Any] = {"messages": [{"role": "user", "content": f"{question} Answer with one letter."}]}
+            body |= {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": top}
+            try:
+                token = await self._chat(parse_first_token, **body)
+            except AttemptError as problem:
+                if not problem.rejected:
+                    raise
+                continue
+            if token.listed is not None or self._logprobs:
+                return True
+        return bool(self._logprobs)  # another request may have got them meanwhile
 
     async def _score_by_replies(self, request: OptionRequest) -> _Scored:
         """Share of replies per option; a reply without a clear verdict counts for none of them."""
@@ -349,6 +377,8 @@ class OpenAIEngine(Engine):
                     raise
                 self._many_choices = False
                 continue
+            if all(finish == "content_filter" for _, finish in got.choices[:n]):
+                raise AttemptError("content_filter", WITHHELD)
             replies += [text for text, _ in got.choices[:n]]
             usage.append(got)
         chosen = [parse_reply(reply, request.options, request.stem) for reply in replies]

@@ -16,6 +16,7 @@ from rlaif.records import Message
 
 TOKEN_ID = "token_id:"
 """What vLLM puts before a token's number where it is asked for numbers."""
+WITHHELD = "the server withheld the reply"
 _RATE_LIMITS = ("requests", "tokens")
 
 
@@ -96,12 +97,14 @@ def parse_first_token(payload: dict[str, Any]) -> FirstToken:
     """The first token of a chat completion.
 
     Raises:
-        AttemptError: if the response has another shape.
+        AttemptError: if the response has another shape, or the server withheld the reply.
     """
     choices, prompt_tokens, completion_tokens = parse_replies(payload)
     logprobs = payload["choices"][0].get("logprobs")
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
     if not content:
+        if choices[0][1] == "content_filter":
+            raise AttemptError("content_filter", WITHHELD, retry=False)
         return FirstToken(None, "", choices[0][0], prompt_tokens, completion_tokens)
     try:
         listed = [(str(entry["token"]), float(entry["logprob"])) for entry in content[0]["top_logprobs"] or ()]

@@ -247,7 +247,7 @@ class TestVotes:
             assert result.reply == "A | B. | (A) | A nice day"
         tried = [body for body in server.bodies if "logprobs" in body]
         votes = [body for body in server.bodies if "logprobs" not in body]
-        assert len(tried) == 3  # after three responses without, it stops asking
+        assert len(tried) == 6  # the first request three times, and three questions of the engine's own
         assert {(body["n"], body["max_tokens"], body["temperature"]) for body in votes} == {(4, 16, 1.0)}
         assert len({body["seed"] for body in votes}) == 5
         warnings = [record.getMessage() for record in caplog.records if record.name == "rlaif.engines.openai"]
@@ -256,10 +256,10 @@ class TestVotes:
         assert "4 sampled replies" in warnings[0]
 
     def test_server_that_ignores_n_is_asked_again_with_other_seeds(self, server: FakeServer) -> None:
-        server.plan = [*[text("x")] * 3, text("A"), text("A"), text("B")]
+        server.plan = [*[text("x")] * 6, text("A"), text("A"), text("B")]
         assert masses(server, votes=3) == pytest.approx((2 / 3, 1 / 3))
-        assert [body.get("n") for body in server.bodies[3:]] == [3, 2, None]
-        assert len({body["seed"] for body in server.bodies[3:]}) == 3
+        assert [body.get("n") for body in server.bodies[6:]] == [3, 2, None]
+        assert len({body["seed"] for body in server.bodies[6:]}) == 3
 
     def test_server_that_refuses_n(self, server: FakeServer) -> None:
         server.default = lambda body: error(400, "n must be 1") if body.get("n", 1) > 1 else text("B")
@@ -271,15 +271,69 @@ class TestVotes:
             result = score(engine)
         assert isinstance(result, OptionMass)
         assert (result.masses, result.method) == ((0.0, 1.0), "text")
-        assert server.bodies[3]["temperature"] == 0.0
+        assert server.bodies[6]["temperature"] == 0.0
 
     def test_server_that_refuses_logprobs(self, server: FakeServer) -> None:
         server.default = lambda body: error(400, "unknown field") if "logprobs" in body else text("A")
         with build(server) as engine:
             results = [score(engine, ask(number)) for number in range(4)]
         assert all(isinstance(result, OptionMass) and result.method == "text" for result in results)
-        assert [body.get("top_logprobs") for body in server.bodies[:4]] == [20, 5, None, None]
-        assert sum("logprobs" in body for body in server.bodies) == 2
+        assert [body.get("top_logprobs") for body in server.bodies[:4]] == [20, 5, None, 5]
+        assert sum("logprobs" in body for body in server.bodies) == 5  # the request twice, and the engine's own
+
+    def test_a_request_without_logprobs_fails_where_the_server_gives_them(self, server: FakeServer) -> None:
+        """Never a hard label from a reply: it would be stored for good as if it were a log-probability verdict."""
+        server.plan = [logprobs([("A", 0.6), ("B", 0.3)])]
+        server.default = text("A")
+        with build(server) as engine:
+            good, bad = score(engine, ask(0)), score(engine, ask(1))
+        assert isinstance(good, OptionMass)
+        assert isinstance(bad, Failure)
+        assert bad.reason == "no_logprobs"
+        assert all("logprobs" in body for body in server.bodies)
+
+    @pytest.mark.parametrize("strange", [text("A"), error(400, "no logprobs for you")])
+    def test_one_request_without_is_no_proof_that_the_server_gives_none(
+        self, server: FakeServer, strange: Reply
+    ) -> None:
+        server.default = lambda body: (
+            strange
+            if "logprobs" in body and body["messages"][0]["content"] == "Which? 0"
+            else logprobs([("A", 0.6), ("B", 0.3)])
+        )
+        with build(server) as engine:
+            bad, good = score(engine, ask(0)), score(engine, ask(1))
+        assert isinstance(bad, Failure)
+        assert isinstance(good, OptionMass)
+        assert good.method == "logprob"
+
+    def test_withheld_replies_say_nothing_of_logprobs(self, server: FakeServer) -> None:
+        server.plan = [text("", finish_reason="content_filter")]
+        server.default = logprobs([("A", 0.6), ("B", 0.3)])
+        with build(server) as engine:
+            withheld, good = score(engine, ask(0)), score(engine, ask(1))
+        assert isinstance(withheld, Failure)
+        assert withheld.reason == "content_filter"
+        assert isinstance(good, OptionMass)
+        assert good.method == "logprob"
+        assert len(server.bodies) == 2
+
+    def test_withheld_votes_are_no_verdict(self, server: FakeServer) -> None:
+        server.plan = [*[text("x")] * 6, text("", "", finish_reason="content_filter")]
+        with build(server, votes=2) as engine:
+            result = score(engine)
+        assert isinstance(result, Failure)
+        assert result.reason == "content_filter"
+
+    def test_a_probe_without_an_answer_decides_nothing(self, server: FakeServer) -> None:
+        server.plan = [*[text("x")] * 3, *[error(500)] * 3]
+        server.default = logprobs([("A", 0.6), ("B", 0.3)])
+        with build(server) as engine:
+            bad, good = score(engine, ask(0)), score(engine, ask(1))
+        assert isinstance(bad, Failure)
+        assert bad.reason == "http_500"
+        assert isinstance(good, OptionMass)
+        assert good.method == "logprob"
 
     def test_server_with_a_lower_cap(self, server: FakeServer) -> None:
         def reply(body: dict[str, Any]) -> Reply:
