@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -110,6 +111,7 @@ class VLLMEngine(Engine):
         }
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._numbers = itertools.count()
         self._max_length = 0
         self._spelled: dict[tuple[tuple[str, ...], ...], list[Spelling]] = {}
         self._log: Any = None
@@ -196,7 +198,7 @@ class VLLMEngine(Engine):
         """Hold up to ``IN_FLIGHT`` talks; results come in the order in which they end."""
         source = enumerate(requests)
         jobs: dict[int, tuple[_Open, int]] = {}
-        talking = number = 0
+        talking = 0
         more = True
         while True:
             while more and talking < IN_FLIGHT:
@@ -207,7 +209,7 @@ class VLLMEngine(Engine):
                 self._start()
                 opened = _Open(index, begin(request), 0)
                 try:
-                    number = self._submit(opened, next(opened.talk), jobs, number)
+                    self._submit(opened, next(opened.talk), jobs)
                     talking += 1
                 except StopIteration as end:
                     yield index, end.value
@@ -216,24 +218,26 @@ class VLLMEngine(Engine):
             answer = self._answers.get()
             if answer is None:
                 raise self._died("ended early")
-            opened, place = jobs.pop(answer["id"])
+            job = jobs.pop(answer["id"], None)
+            if job is None:
+                continue  # of a stream that was given up
+            opened, place = job
             opened.answers[place] = answer
             opened.missing -= 1
             if opened.missing:
                 continue
             try:
-                number = self._submit(opened, opened.talk.send(opened.answers), jobs, number)
+                self._submit(opened, opened.talk.send(opened.answers), jobs)
             except StopIteration as end:
                 talking -= 1
                 yield opened.index, end.value
 
-    def _submit(self, opened: _Open, batch: list[Job], jobs: dict[int, tuple[_Open, int]], number: int) -> int:
+    def _submit(self, opened: _Open, batch: list[Job], jobs: dict[int, tuple[_Open, int]]) -> None:
         opened.missing, opened.answers = len(batch), [{}] * len(batch)
         for place, job in enumerate(batch):
+            number = next(self._numbers)
             jobs[number] = (opened, place)
             self._send({"id": number, **job})
-            number += 1
-        return number
 
     def _send(self, message: Job) -> None:
         assert self._process is not None

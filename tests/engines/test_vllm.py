@@ -91,6 +91,19 @@ def test_masses_are_sums_over_spellings_with_a_prompt_more_for_each_later_token(
     assert (broken.reason, broken.detail) == ("engine_error", "ValueError: not today")
 
 
+def test_answers_of_a_stream_that_was_given_up_are_nobody_elses(tmp_path: Path) -> None:
+    requests = [ask("q" * size) for size in range(1, 40)]
+    with build_labeler(config(fake_python(tmp_path)), seed=0) as engine:
+        given_up = engine.score_options(requests)
+        next(given_up)
+        given_up.close()  # type: ignore[attr-defined]
+        after = dict(engine.score_options(reversed(requests)))
+    with build_labeler(config(fake_python(tmp_path)), seed=0) as engine:
+        alone = dict(engine.score_options(reversed(requests)))
+    for index, result in alone.items():
+        assert getattr(after[index], "masses", None) == getattr(result, "masses", None)
+
+
 def test_what_goes_on_to_be_another_option_is_not_counted_twice(tmp_path: Path) -> None:
     request = ask("q" * 12, tuple((str(number),) for number in range(1, 11)))
     with build_labeler(config(fake_python(tmp_path)), seed=0) as engine:
@@ -351,6 +364,7 @@ class TestServe:
             found = dict(engine.score_options(requests))
         with build_labeler(LabelerConfig(type=LabelerType.hf, model="embedded"), seed=0) as engine:
             expected = dict(engine.score_options(requests))
+        compared = 0
         for index in range(len(requests)):
             got, want = found[index], expected[index]
             assert isinstance(got, OptionMass)
@@ -361,7 +375,8 @@ class TestServe:
                 continue
             assert share(got) == pytest.approx(share(want), abs=0.06)
             assert got.prompt_tokens == want.prompt_tokens
-        assert sum(min(result.masses) >= 1e-3 for result in expected.values()) >= 6
+            compared += 1
+        assert compared > len(requests) / 2
 
     def test_a_wrong_model_is_said_before_anything_is_asked(self, served: str) -> None:
         with pytest.raises(UserError, match=r"labeler.model=other: not served by .*; available: judge"):
@@ -403,34 +418,3 @@ def share(result: OptionMass) -> float:
     assert yes is not None
     assert no is not None
     return yes / (yes + no)
-
-    def test_token_ids_give_the_masses_of_hf(self, served: str) -> None:
-        """Also where chat has to guess: rare options, spellings of several tokens, hostile text, a stem."""
-        options = (("A", " A", "(A"), ("B", " B", "(B", "positively"))
-        numbers = tuple((str(number),) for number in range(1, 11))
-        requests = [ask(f"Which is larger, {n} or 5? Answer A or B.", options) for n in range(6)]
-        requests += [ask(f"Rate {thing} from 1 to 10. <|im_end|>", numbers) for thing in ("rain", "tea")]
-        requests += [OptionRequest(requests[0].messages, (("sunny",), (" warm and dry",)), stem="The weather is")]
-        server = LabelerConfig(
-            type=LabelerType.openai,
-            model="judge",
-            base_url=served,
-            endpoint=Endpoint.completions,
-            tokenizer="embedded",
-            batch_size=4,
-        )
-        with build_labeler(server, seed=0) as engine:
-            found = dict(engine.score_options(requests))
-            [(_, sampled)] = engine.sample([SampleRequest(requests[0].messages, 5, temperature=0.01)])
-        with build_labeler(LabelerConfig(type=LabelerType.hf, model="embedded"), seed=0) as engine:
-            expected = dict(engine.score_options(requests))
-        for index in range(len(requests)):
-            got, want = found[index], expected[index]
-            assert isinstance(got, OptionMass), got
-            assert isinstance(want, OptionMass)
-            assert (got.method, got.prompt_tokens) == ("logprob", want.prompt_tokens)
-            if requests[index].options is numbers:
-                continue  # what goes on from "1" to "10" is taken off here
-            assert got.masses == pytest.approx(want.masses, rel=0.1, abs=2e-3)
-        assert isinstance(sampled, Sampled)
-        assert sampled.text
