@@ -163,8 +163,11 @@ class Limits:
         self._before = before
 
     def _spend(self, more: Usage) -> Spend:
-        prompt = self._used.prompt + self._reserved.prompt + more.prompt
-        completion = self._used.completion + self._reserved.completion + more.completion
+        # In this order, the reverse of :meth:`done`'s: from another thread this may be too much, never too little.
+        reserved = self._reserved
+        used = self._used
+        prompt = used.prompt + reserved.prompt + more.prompt
+        completion = used.completion + reserved.completion + more.completion
         # From whole tokens every time: sums of small floats would drift past the budget.
         millions = prompt * (self._price.input_per_million or 0.0), completion * (self._price.output_per_million or 0.0)
         before = self._before

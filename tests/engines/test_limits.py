@@ -216,3 +216,22 @@ def test_nothing_is_ever_exceeded(seed: int, per_minute: int, tokens: int, budge
         minute = [used for at, used in sent if start <= at <= start + 60]
         assert len(minute) <= per_minute
         assert sum(used.prompt + used.completion for used in minute) <= tokens
+
+
+def test_spent_read_while_a_request_ends_is_never_too_little() -> None:
+    """The caller's thread reads while the loop's thread writes: here the request ends after each single read."""
+
+    class Racing(Limits):
+        ends: Ticket | None = None
+
+        def __getattribute__(self, name: str) -> object:
+            value = object.__getattribute__(self, name)
+            if name in ("_used", "_reserved") and (ticket := self.ends) is not None:
+                self.ends = None
+                self.done(1.0, ticket, Usage(7, 1))
+            return value
+
+    limits = Racing(4)
+    limits.ends = admitted(limits)
+    assert limits.spent.prompt_tokens >= 7
+    assert limits.spent.prompt_tokens == 7
