@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 from rlaif.config import COMMANDS, CommandConfig, register
 from rlaif.records import UserError, shipped, write_json
+from rlaif.text import visible
 
 ConfigT = TypeVar("ConfigT", bound=CommandConfig)
 log = logging.getLogger("rlaif")
@@ -55,6 +56,8 @@ def _stop(message: str, status: int) -> NoReturn:
         # A bar that an error cut off would share its line with the message.
         for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
             bar.close()
+    # Servers and files have their words in it.
+    message = visible(message)
     print(f"\n{message}" if status == 130 else message, file=sys.stderr)
     sys.exit(status)
 
@@ -176,6 +179,13 @@ def _output_dir(composed: Any, command: str, sweep: bool) -> Path:
     return output
 
 
+class _Plain(logging.Formatter):
+    """A time and a message in which nobody's text can move the cursor or reorder the line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 class _AroundBars(logging.StreamHandler[Any]):
     """Writes lines above a progress bar instead of into it."""
 
@@ -188,7 +198,7 @@ class _AroundBars(logging.StreamHandler[Any]):
 def configure_logging() -> None:
     """Plain lines on standard error; libraries only speak up from warnings on."""
     handler = _AroundBars(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Plain("%(asctime)s  %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     log.setLevel(logging.INFO)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "rlaif"
 
 # Lowest first. A module may import from its own layer and from those before it, never from a later one.
 LAYERS = [
-    {"", "config", "records", "processes", "progress"},
+    {"", "config", "records", "processes", "progress", "text"},
     {"gold", "constitution", "losses", "chat", "splits", "evaluation.statistics"},
     {"models", "generation", "artifacts", "engines", "policy", "preference_model", "trunk"},
     {"sampling", "labeling", "preferences", "demonstrations", "rewards", "methods", "evaluation", "reporting"},
@@ -25,9 +25,10 @@ NARROW = {
     "records": set(),
     "processes": set(),
     "progress": set(),
+    "text": set(),
     "losses": set(),
     "gold": {"records"},
-    "cli": {"config", "records"},
+    "cli": {"config", "records", "text"},
     "engines.base": {"config", "records"},
     "engines.limits": {"config"},
     "evaluation.statistics": set(),

@@ -27,6 +27,7 @@ from yarl import URL
 from rlaif.engines.limits import BudgetSpentError, Limits, NeverAllowedError, Ticket, Usage
 from rlaif.engines.wire import AttemptError, rate_limit_wait, retry_after, usage
 from rlaif.records import UserError
+from rlaif.text import visible
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -195,7 +196,8 @@ class Client:
         try:
             status, headers, content = await self.request("POST", path, data)
             if status >= 400:
-                used, overloaded = Usage(), status in _OVERLOADED
+                # A request that is refused costs nothing; one that broke the server may have cost everything.
+                used, overloaded = (Usage() if status < 500 else None), status in _OVERLOADED
                 raise self._status_problem(status, headers, content)
             if wait := rate_limit_wait(headers, worst.prompt + worst.completion):
                 self.limits.pause(self._loop.time() + min(wait, MAX_RATE_LIMIT_PAUSE_S))
@@ -314,10 +316,10 @@ class Client:
         return self.shorten(str(body or "no message")), code
 
     def shorten(self, text: str) -> str:
-        """One line of at most 200 characters without the key (scrubbed first: a cut key is not found)."""
+        """One line of at most 200 characters without control characters and the key (a cut key is not found)."""
         if self._key:
             text = text.replace(self._key, "***")
-        text = " ".join(re.sub(r"\bsk-[\w*-]+", "***", text).split())
+        text = visible(" ".join(re.sub(r"\bsk-[\w*-]+", "***", text).split()))
         return text if len(text) <= 200 else text[:197] + "..."
 
 

@@ -53,7 +53,11 @@ FALLBACK_TOP_LOGPROBS = 5
 """What servers with a cap below 20 usually allow."""
 TRIES_FOR_LOGPROBS = 3
 """Some servers leave log-probabilities out of a reply now and then."""
-PROBES = ("Which is larger, A: 2 or B: 5?", "Which is a colour, A: red or B: seven?", "Which is colder, A: fire or B: ice?")
+PROBES = (
+    "Which is larger, A: 2 or B: 5?",
+    "Which is a colour, A: red or B: seven?",
+    "Which is colder, A: fire or B: ice?",
+)
 """Asked where a request went without log-probabilities: does the server give them at all?"""
 REPLY_TOKENS = 16
 """Length of a reply that is parsed for a verdict."""
@@ -89,6 +93,7 @@ class OpenAIEngine(Engine):
         self._logprobs: bool | None = None  # does the server give them? None: not known yet
         self._top_logprobs = config.top_logprobs
         self._settling = asyncio.Lock()
+        self._told_reasons: set[str] = set()
         self._many_choices = True
         self._template_tokens = TEMPLATE_TOKENS
         self._whole: dict[tuple[tuple[str, ...], ...], set[int]] = {}
@@ -159,7 +164,9 @@ class OpenAIEngine(Engine):
         # Ollama serves "llama3" as "llama3:latest"; Gemini lists "models/" before each name.
         known = {model, f"{model}:latest", f"models/{model}"} & set(names)
         if names and not known and not listing.get("has_more"):
-            shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+            shown = ", ".join(map(self._client.shorten, names[:10])) + (
+                f" and {len(names) - 10} more" if len(names) > 10 else ""
+            )
             raise UserError(f"labeler.model={model}: not served by {self._base_url}; available: {shown}")
 
     @property
@@ -199,10 +206,15 @@ class OpenAIEngine(Engine):
         self._client.close()
 
     def _told(self, results: Iterator[tuple[int, T]], what: str) -> Iterator[tuple[int, T]]:
-        """Results as they come; at the end one line if the budget has cut them short."""
+        """Results as they come; a line for each new reason of failure, and one if the budget has cut them short."""
         missing = 0
         for index, result in results:
-            missing += isinstance(result, Failure) and result.reason == "budget"
+            if isinstance(result, Failure):
+                if result.reason == "budget":
+                    missing += 1
+                elif result.reason not in self._told_reasons:
+                    self._told_reasons.add(result.reason)
+                    log.warning("%s: %s fail with %s: %s", self._base_url, what, result.reason, result.detail)
             yield index, result
         if missing:
             spent = self.spent
@@ -265,7 +277,9 @@ class OpenAIEngine(Engine):
                         return None
                 else:
                     if await self._gives_logprobs("responses have none"):
-                        raise AttemptError("no_logprobs", "the server gives log-probabilities, but not for this request")
+                        raise AttemptError(
+                            "no_logprobs", "the server gives log-probabilities, but not for this request"
+                        )
                     return None
             except AttemptError as problem:
                 if not problem.rejected or (self._logprobs and top == self._top_logprobs):
@@ -410,16 +424,17 @@ class _Scored(NamedTuple):
 
 def _check_url(url: str) -> tuple[str, bool]:
     """The address, and whether it is on this machine."""
-    where = f"labeler.base_url={url}"
+    # What stands before an @ or after a ? may be a secret, also in an address that can't be read.
+    where = "labeler.base_url" if re.search("[@?#]", url) else f"labeler.base_url={url}"
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
-    except ValueError as error:
-        raise UserError(f"{where}: not a valid address ({error})") from None
+    except ValueError:
+        raise UserError(f"{where}: not a valid address; give one like http://127.0.0.1:8000/v1") from None
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         # The address is written into every artefact, so it must not carry a secret; nor does this message.
         raise UserError(
-            f"labeler.base_url: an address on {host} with a user, a query or a fragment is refused, because "
+            "labeler.base_url: an address with a user, a query or a fragment is refused, because "
             "it is recorded with the labels; give the key in the environment variable that "
             "labeler.api_key_env names"
         )

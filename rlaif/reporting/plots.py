@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlaif.reporting.collect import Collection, Curve
-from rlaif.reporting.text import cut, visible
+from rlaif.reporting.text import cut
+from rlaif.text import visible
 
 NEUTRAL = {"gold_gain": 0.0, "win_rate": 0.5}
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")

@@ -24,7 +24,8 @@ from rlaif.reporting.tables import (
     provenance,
     wall_times,
 )
-from rlaif.reporting.text import Safe, markdown, number, visible
+from rlaif.reporting.text import Safe, markdown, number
+from rlaif.text import visible
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 

@@ -7,14 +7,13 @@ reorder the line. Only text of type :class:`Safe` is made here; all other text i
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 
 from rlaif.reporting.collect import Estimate
+from rlaif.text import visible
 
 SIMULATED = "programmatic annotator, not people"
 MISSING = "–"
-_INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 _MARKDOWN = str.maketrans(
     {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;", "@": "&#64;"} | {c: f"\\{c}" for c in "\\`*{}[]()#+!~$"}
 )
@@ -24,23 +23,6 @@ class Safe(str):
     """Text made by this package from numbers and fixed words: needs no Markdown escaping."""
 
     __slots__ = ()
-
-
-def visible(text: str) -> str:
-    r"""``text`` with every control, bidirectional and other invisible character written out, as ``\u202e``.
-
-    Newlines and tabs stay. So do combining marks, which the page keeps inside their cell.
-    """
-    return "".join(_visible(character) for character in text)
-
-
-def _visible(character: str) -> str:
-    code = ord(character)
-    if character in "\n\t":
-        return character
-    if unicodedata.category(character) not in _INVISIBLE and code & 0xFFFE != 0xFFFE:
-        return character
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def markdown(text: str) -> str:

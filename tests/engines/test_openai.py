@@ -468,6 +468,30 @@ def test_a_refusal_after_answers_is_about_that_request(server: FakeServer, statu
     assert all(isinstance(results[number], OptionMass) for number in (0, 2, 3))
 
 
+def test_why_requests_fail_is_told_once_for_each_reason(server: FakeServer, caplog: Any) -> None:
+    def reply(body: dict[str, Any]) -> Reply:
+        number = int(body["messages"][0]["content"].split()[-1])
+        if number == 9:
+            return logprobs([("A", 0.6), ("B", 0.2)])
+        return error(400, f"too long {number}") if number % 2 else error(413, f"too large {number}")
+
+    server.default = reply
+    with build(server, concurrency=1) as engine, caplog.at_level(logging.WARNING):
+        results = [score(engine, ask(number)) for number in range(10)]
+    assert sum(isinstance(result, Failure) for result in results) == 9
+    assert [record.getMessage() for record in caplog.records if record.name == "rlaif.engines.openai"] == [
+        f"{server.url}: verdicts fail with http_413: too large 0",
+        f"{server.url}: verdicts fail with http_400: too long 1",
+    ]
+
+
+def test_a_servers_words_cannot_move_the_cursor(server: FakeServer) -> None:
+    server.default = error(404, "no\x1b[1A\x1b[2K\rsuch \x9bmodel\u202e")
+    with build(server) as engine, pytest.raises(UserError) as raised:
+        score(engine)
+    assert "no\\u001b[1A\\u001b[2K such \\u009bmodel\\u202e" in str(raised.value)
+
+
 def test_spent_quota_ends_the_run(server: FakeServer) -> None:
     server.default = Reply({"error": {"message": "no quota", "code": "insufficient_quota"}}, 429)
     with build(server) as engine, pytest.raises(UserError, match="no quota; the account has no credit"):
@@ -526,6 +550,11 @@ class TestBeforeAnyWork:
             ("http://local host/v1", "not a valid address"),
             ("http://me:hunter2@127.0.0.1/v1", "a user, a query or a fragment is refused"),
             ("http://127.0.0.1/v1?key=hunter2", "a user, a query or a fragment is refused"),
+            ("http://me:hunter2@127.0.0.1:port/v1", "not a valid address"),
+            ("http://me:hunter2@127.0.0.1:99999/v1", "not a valid address"),
+            ("http://me:hunter2@[::1/v1", "not a valid address"),
+            ("ht tp://me:hunter2@127.0.0.1/v1", "not a valid address"),
+            ("http://host@me:hunter2/v1", "not a valid address"),
         ],
     )
     def test_address(self, base_url: str, message: str) -> None:
@@ -573,6 +602,16 @@ class TestBeforeAnyWork:
             f"labeler.model=judge: not served by {server.url}; "
             "available: m0, m1, m2, m3, m4, m5, m6, m7, m8, m9 and 2 more"
         )
+
+    def test_names_of_models_are_hostile(self, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("JUDGE_KEY", "my_private_token_abcdef")
+        names = ["\x1b[2Jgone", "two\nlines", "say my_private_token_abcdef", "\u202eredro", "long" * 100]
+        server.models = Reply({"data": [{"id": name} for name in names]})
+        with pytest.raises(UserError) as raised:
+            build(server, api_key_env="JUDGE_KEY")
+        shown = str(raised.value).partition("available: ")[2].split(", ")
+        assert shown[:4] == ["\\u001b[2Jgone", "two lines", "say ***", "\\u202eredro"]
+        assert len(shown[4]) == 200
 
     def test_not_such_a_server(self, server: FakeServer) -> None:
         server.models = Reply("<html>welcome</html>")

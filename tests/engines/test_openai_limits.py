@@ -156,6 +156,17 @@ class TestBudget:
             assert spent.prompt_tokens > 4500
             assert 0 < sum(isinstance(result, OptionMass) for _, result in results) < 200
 
+    @pytest.mark.parametrize(("status", "counts"), [(400, False), (413, False), (500, True), (503, True)])
+    def test_what_an_error_costs(self, server: FakeServer, status: int, counts: bool) -> None:
+        """Nobody knows what a server had done when it broke; a refusal costs nothing."""
+        server.default = error(status, "no")
+        with build(server, max_retries=0) as engine:
+            list(engine.score_options(asks(1)))
+            spent = engine.spent
+        assert spent.requests == len(server.bodies) > 0
+        assert (spent.prompt_tokens > 0) == counts
+        assert (spent.completion_tokens > 0) == counts
+
     def test_a_larger_budget_goes_on(self, server: FakeServer) -> None:
         server.default = answer
         with build(server, budget=BudgetConfig(requests=5)) as engine:

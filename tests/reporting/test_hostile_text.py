@@ -10,7 +10,8 @@ import pytest
 from report_runs import change, samples, write
 
 from rlaif.reporting import write_report
-from rlaif.reporting.text import Safe, markdown, visible
+from rlaif.reporting.text import Safe, markdown
+from rlaif.text import visible
 
 ATTACK = (
     "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)> "
