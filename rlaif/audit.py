@@ -51,7 +51,7 @@ def measure(
 ) -> dict[str, Any]:
     """Ask the labeler about every comparison and write the audit into ``folder``."""
     from rlaif.labeling.aggregate import combine
-    from rlaif.labeling.audit import audit, verdict
+    from rlaif.labeling.audit import audit, trainable, verdict
     from rlaif.labeling.label import label_candidates
     from rlaif.labeling.modes import Setup
     from rlaif.reporting.audit import audit_markdown
@@ -68,7 +68,9 @@ def measure(
         "seed": seed,
         **audit(comparisons, labels, pairs),
     }
-    result["verdict"] = verdict(result)
+    if engine.spent is not None:
+        result["spent"] = {name: round(value, 6) for name, value in engine.spent._asdict().items()}
+    result["trainable"], result["verdict"] = trainable(result), verdict(result)
     folder.mkdir(parents=True, exist_ok=True)
     logits = {pair.prompt_id: pair.logit for pair in pairs}
     truth = {comparison.name: comparison.truth for comparison in comparisons}
@@ -106,6 +108,11 @@ def between_labelers(own: Path, others: Sequence[Path]) -> dict[str, dict[str, A
     return result
 
 
+def _has_failures(folder: Path) -> bool:
+    """Whether requests failed that a rerun may get an answer to."""
+    return bool(read_json(folder / "audit.json").get("failed"))
+
+
 def main(config: AuditConfig, output: Path) -> None:
     """Entry of the command."""
     from rlaif.labeling.audit import read_comparisons
@@ -135,7 +142,7 @@ def main(config: AuditConfig, output: Path) -> None:
         **{f"compare_{place}": folder / COMPARISONS for place, folder in enumerate(others)},
         **labeler_inputs(config.labeler),
     }
-    run_stage("audit", output, settings, inputs, make, config.seed, carry_over=STORE_FILES)
+    run_stage("audit", output, settings, inputs, make, config.seed, carry_over=STORE_FILES, unfinished=_has_failures)
     log.info("%s", read_json(output / "audit.json")["verdict"])
 
 

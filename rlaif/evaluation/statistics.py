@@ -55,9 +55,6 @@ def bootstrap_mean(
     return mean.estimate(resamples, seed)
 
 
-_MOST_CLUSTERS = 10_000
-
-
 def proportion(values: Sequence[float]) -> Estimate | None:
     """Share of independent outcomes in [0, 1], with its score interval (Wilson 1927): not empty at 0 of n or n of n.
 
@@ -70,6 +67,26 @@ def proportion(values: Sequence[float]) -> Estimate | None:
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
     return Estimate(p, n, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def clustered_share(values: Sequence[float], clusters: Sequence[Any]) -> Estimate | None:
+    """Share of outcomes in [0, 1] that come in clusters, with an interval that is never empty and within [0, 1].
+
+    The bootstrap has nothing to resample where all outcomes agree. So where every cluster has one outcome the interval
+    is that of :func:`proportion`; else it is the hull of the bootstrap's and of :func:`proportion`'s on cluster means.
+    """
+    groups: dict[Any, list[float]] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        groups.setdefault(cluster, []).append(value)
+    wilson = proportion([sum(group) / len(group) for group in groups.values()])
+    bootstrap = bootstrap_mean(values, clusters)
+    if wilson is None or bootstrap is None or len(groups) == len(values):
+        return wilson
+    low, high = max(0.0, min(wilson.low, bootstrap.low)), min(1.0, max(wilson.high, bootstrap.high))
+    return Estimate(bootstrap.value, bootstrap.n, low, high)
+
+
+_MOST_CLUSTERS = 10_000
 
 
 class ClusteredMean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,17 @@ from typing import Any
 from rlaif.evaluation.statistics import (
     Estimate,
     bootstrap_mean,
+    clustered_share,
     expected_calibration_error,
     fit_temperature,
     pairs_agreement,
 )
 from rlaif.labeling.aggregate import PairLabel, sigmoid
 from rlaif.labeling.quality import verdict_quality
+from rlaif.preferences import UnusableTranscriptError, parse_preference
 from rlaif.records import Candidates, Completion, Label, Prompt, UserError, content_hash, parse_messages, read_jsonl
+
+log = logging.getLogger("rlaif")
 
 FIRST, SECOND = "a", "b"
 """Candidate ids of a comparison's two completions."""
@@ -50,7 +55,9 @@ def read_comparisons(path: Path, limit: int | None = None) -> list[Comparison]:
     """Labelled pairs: ``prompt`` with ``chosen`` and ``rejected``, or with ``response_a``, ``response_b``, ``label``.
 
     The second form takes ties and, as ``annotators``, a list of ``{"annotator", "label"}``. ``subset`` and ``id``
-    are optional. Pairs of equal completions are left out: nobody can prefer one of them.
+    are optional. ``chosen`` and ``rejected`` may be HH transcripts, and a row's ``p_chosen`` says what people preferred:
+    0.5 is a tie, less turns the pair. Pairs of equal completions are left out: nobody can prefer one of them. So are
+    transcripts that hold no pair and rows without an id that repeat an earlier one, with a warning that counts them.
 
     Args:
         path: JSONL, gzip if it ends in ``.gz``.
@@ -61,14 +68,27 @@ def read_comparisons(path: Path, limit: int | None = None) -> list[Comparison]:
     """
     seen: set[str] = set()
 
-    def parse(line: dict[str, Any]) -> Comparison:
-        comparison = _comparison(line)
+    skipped: Counter[str] = Counter()
+
+    def parse(line: dict[str, Any]) -> Comparison | None:
+        try:
+            comparison = _comparison(line)
+        except UnusableTranscriptError as problem:
+            skipped[f"transcripts {problem}"] += 1
+            return None
         if comparison.name in seen:
-            raise ValueError(f'"id" {comparison.name!r} was used on an earlier line; ids must be unique')
+            if line.get("id") not in (None, ""):
+                raise ValueError(f'"id" {comparison.name!r} was used on an earlier line; ids must be unique')
+            skipped["that repeat an earlier one"] += 1
+            return None
         seen.add(comparison.name)
         return comparison
 
-    found = [comparison for comparison in read_jsonl(path, parse) if comparison.a != comparison.b]
+    read = list(read_jsonl(path, parse))
+    if skipped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
+        log.warning("%s: %d of %d pairs are left out: %s", path, skipped.total(), len(read), reasons)
+    found = [comparison for comparison in read if comparison is not None and comparison.a != comparison.b]
     if not found:
         raise UserError(f"{path}: has no pairs of different completions")
     if limit is not None and limit < len(found):
@@ -79,13 +99,13 @@ def read_comparisons(path: Path, limit: int | None = None) -> list[Comparison]:
 def _comparison(line: Mapping[str, Any]) -> Comparison:
     votes: tuple[int, ...] = ()
     if "chosen" in line or "rejected" in line:
-        from rlaif.preferences import parse_preference
-
         pair = parse_preference(line)
         messages = pair.prompt
         # Which one stands as a must not tell which one is better.
         swapped = int(content_hash(messages, *sorted((pair.chosen, pair.rejected)))[:8], 16) % 2 == 1
-        a, b, truth = (pair.rejected, pair.chosen, -1) if swapped else (pair.chosen, pair.rejected, 1)
+        a, b, truth = pair.chosen, pair.rejected, (pair.p_chosen > 0.5) - (pair.p_chosen < 0.5)
+        if swapped:
+            a, b, truth = b, a, -truth
     else:
         for column in ("prompt", "response_a", "response_b", "label"):
             if line.get(column) is None:
@@ -101,7 +121,7 @@ def _comparison(line: Mapping[str, Any]) -> Comparison:
         if not isinstance(annotators, list) or not all(isinstance(vote, dict) for vote in annotators):
             raise ValueError('"annotators" must be a list of objects with "label"')
         votes = tuple(_side(vote.get("label"), "annotators[].label") for vote in annotators)
-    name = line.get("id", line.get("prompt_id"))
+    name = line.get("id")
     subset = line.get("subset")
     return Comparison(
         content_hash(messages, a, b) if name in (None, "") else str(name),
@@ -125,7 +145,8 @@ def audit(comparisons: Sequence[Comparison], labels: Sequence[Label], pairs: Seq
     """Everything that the pairs say about the labeler, flat, every estimate with n and its 95 % interval.
 
     Pairs without a label count in ``missing``, not in the agreement; human ties are left out of it, and a tie of
-    the labeler counts half. Intervals resample prompts.
+    the labeler counts half. Intervals of shares are score intervals (Wilson 1927) where every prompt has one pair, else
+    the hull of that on prompts and the bootstrap over prompts (:func:`clustered_share`); the others resample prompts.
 
     Args:
         comparisons: what people said.
@@ -158,7 +179,7 @@ def audit(comparisons: Sequence[Comparison], labels: Sequence[Label], pairs: Seq
             _right(decided), _right([(comparison, _longer(comparison)) for comparison, _ in decided]), strict=True
         )
     ]
-    result |= _flat("gain_over_longer", bootstrap_mean(gains, _prompts(decided)))
+    result |= _flat("gain_over_longer", _gain(gains, _prompts(decided)))
     result |= _flat("human_ceiling", human_ceiling(comparisons))
     result |= _by_length(decided)
     for subset in sorted({comparison.subset for comparison, _ in decided if comparison.subset}):
@@ -190,7 +211,17 @@ def _right(rows: Sequence[tuple[Comparison, float]]) -> list[float]:
 
 
 def _agreement(rows: Sequence[tuple[Comparison, float]]) -> Estimate | None:
-    return bootstrap_mean(_right(rows), _prompts(rows))
+    return clustered_share(_right(rows), _prompts(rows))
+
+
+def _gain(gains: Sequence[float], prompts: Sequence[str]) -> Estimate | None:
+    """Mean of differences in [-1, 1]; where all are equal, the interval of the share (1 + gain) / 2."""
+    estimate = bootstrap_mean(gains, prompts)
+    if estimate is None or estimate.low < estimate.value or estimate.value < estimate.high:
+        return estimate
+    share = clustered_share([(1 + gain) / 2 for gain in gains], prompts)
+    assert share is not None
+    return Estimate(estimate.value, estimate.n, 2 * share.low - 1, 2 * share.high - 1)
 
 
 def _flat(name: str, estimate: Estimate | None) -> dict[str, float | int]:
@@ -220,7 +251,7 @@ def human_ceiling(comparisons: Sequence[Comparison]) -> Estimate | None:
         for one, other in itertools.combinations([vote for vote in comparison.votes if vote], 2):
             same.append(float(one == other))
             clusters.append(comparison.prompt.prompt_id)
-    return bootstrap_mean(same, clusters)
+    return clustered_share(same, clusters)
 
 
 def _by_length(rows: Sequence[tuple[Comparison, float]]) -> dict[str, float | int]:
@@ -271,7 +302,18 @@ def reliability(outcomes: Sequence[tuple[float, float]], bins: int = BINS) -> li
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """What the audit means for somebody about to train on such labels, in one sentence."""
+    """What the audit means for somebody about to train on such labels, and how many pairs it says nothing of."""
+    if not result["missing"]:
+        return _verdict(result)
+    return f"{_verdict(result)} {result['missing']} of {result['n_comparisons']} pairs had no label."
+
+
+def trainable(result: Mapping[str, Any]) -> bool:
+    """Whether agreement with people is shown to be above that of a coin: no DO NOT TRAIN, and a verdict at all."""
+    return "agreement" in result and result["agreement_low"] > 0.5
+
+
+def _verdict(result: Mapping[str, Any]) -> str:
     if "agreement" not in result:
         return "NO VERDICT: the labeler gave no label on any pair on which people took a side."
     value, low, high = result["agreement"], result["agreement_low"], result["agreement_high"]

@@ -44,7 +44,7 @@ def audit_markdown(result: Mapping[str, Any]) -> str:
         f"**{markdown(result['verdict'])}**",
         "",
         f"Mode {markdown(str(result['mode']))}, constitution {markdown(str(result['constitution']))}. Intervals are "
-        "95 %, resampled by prompt; n counts prompts.",
+        "95 %, for the draw of prompts; n counts prompts.",
         "",
         "| | value | interval | n |",
         "| --- | --- | --- | --- |",
@@ -64,6 +64,9 @@ def audit_markdown(result: Mapping[str, Any]) -> str:
             lines.append(f"| {name} | {result[key]:.3f} | | |")
     lines += ["", "| count | |", "| --- | --- |"]
     lines += [f"| {name} | {result[key]} |" for key, name in _COUNTS if key in result]
+    if spent := result.get("spent"):
+        lines.append(f"| requests sent | {spent['requests']} |")
+        lines += [f"| US dollars spent | {spent['usd']} |"] * bool(spent["usd"])
     if result.get("reliability"):
         lines += ["", "| mean label | people agree | pairs |", "| --- | --- | --- |"]
         lines += [f"| {point['p']:.2f} | {point['observed']:.2f} | {point['n']} |" for point in result["reliability"]]

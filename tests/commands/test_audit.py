@@ -81,6 +81,16 @@ def test_labels_are_refused_below_the_agreement_asked_for(run_command, human_pai
     run_command("label", *arguments, "labeler.min_agreement=0.9", f"output_dir={out}", expect=2)
 
 
+def test_failed_requests_are_asked_again(run_command, human_pairs, tmp_path):
+    arguments = [*SCRIPTED, f"comparisons={human_pairs}", f"output_dir={tmp_path}/out"]
+    run_command("audit", *arguments, "labeler.scripted.fault_rate=0.2")
+    first = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert first["failed"] > 0
+    assert "pairs had no label" in first["verdict"]
+    again = run_command("audit", *arguments, "labeler.scripted.fault_rate=0.2")
+    assert "up to date" not in again.stderr
+
+
 @pytest.mark.skipif(not HUMAN_DATA.is_dir(), reason="no human preference data beside the checkout")
 @pytest.mark.parametrize("name", ["llmbar", "pandalm_human", "tulu_human_eval", "hh_harmless_test", "hh_helpful_test"])
 def test_human_data_is_read_and_measured(run_command, tmp_path, name):

@@ -16,6 +16,7 @@ from rlaif.labeling.audit import (
     human_ceiling,
     read_comparisons,
     reliability,
+    trainable,
     verdict,
 )
 from rlaif.records import Label, Prompt, UserError
@@ -115,6 +116,42 @@ def test_the_verdict_cannot_be_missed(right: float, words: str) -> None:
     assert words in verdict(audit(rows, [], pairs))
 
 
+def test_a_few_pairs_that_all_agree_show_nothing() -> None:
+    """The bootstrap has nothing to resample there; the score interval is not empty."""
+    rows = [comparison(str(n), -1 if n % 2 else 1) for n in range(3)]
+    right = [pair(row.name, float(row.truth)) for row in rows]
+    result = audit(rows, [], right)
+    # Wilson at 3 of 3: 1 / (1 + z^2 / 3).
+    assert (result["agreement"], result["agreement_n"], result["agreement_high"]) == (1.0, 3, 1.0)
+    assert result["agreement_low"] == pytest.approx(1 / (1 + 1.959964**2 / 3), abs=1e-6)
+    assert "DO NOT TRAIN" in verdict(result)
+    assert not trainable(result)
+
+
+def test_no_number_of_pairs_of_one_prompt_shows_anything() -> None:
+    rows = [Comparison(str(n), Prompt("same", PROMPT), f"long {n}", f"{n}", 1) for n in range(50)]
+    result = audit(rows, [], [pair(row.name, 1.0) for row in rows])
+    assert (result["agreement_n"], result["agreement_low"], result["agreement_high"]) == (1, 0.0, 1.0)
+    assert not trainable(result)
+
+
+def test_enough_pairs_are_trainable_and_missing_ones_are_said() -> None:
+    rows = [comparison(str(n), -1 if n % 2 else 1) for n in range(40)]
+    result = audit(rows, [], [pair(row.name, float(row.truth)) for row in rows[:30]])
+    assert trainable(result)
+    assert verdict(result).endswith("10 of 40 pairs had no label.")
+    nothing = audit(rows, [], [])
+    assert not trainable(nothing)
+    assert verdict(nothing).startswith("NO VERDICT")
+
+
+def test_equal_gains_over_the_longer_have_an_interval() -> None:
+    rows = [comparison(str(n), -1) for n in range(2)]  # people prefer the shorter, the labeler too
+    result = audit(rows, [], [pair(row.name, -1.0) for row in rows])
+    assert result["gain_over_longer"] == 1.0
+    assert result["gain_over_longer_low"] < 0.5
+
+
 def test_the_temperature_that_calibrates_is_recovered() -> None:
     # A labeler that is right three times out of four and says 95 %: log(3) is what its logit should have been.
     rows = [comparison(str(n), 1 if n % 2 else -1) for n in range(400)]
@@ -182,3 +219,29 @@ def test_ids_must_be_unique(tmp_path: Path) -> None:
     file = write(tmp_path / "pairs.jsonl", {**CHOSEN, "id": "x"}, {**CHOSEN, "id": "x", "chosen": "other"})
     with pytest.raises(UserError, match=r"line 2: .*'x' was used"):
         read_comparisons(file)
+
+
+def test_transcripts_are_read_as_for_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    begin = "\n\nHuman: hi\n\nAssistant:"
+    whole = {"chosen": f"{begin} hello", "rejected": f"{begin} go away"}
+    file = write(
+        tmp_path / "pairs.jsonl",
+        whole,
+        {"chosen": f"{begin} hello", "rejected": "\n\nHuman: ho\n\nAssistant: go away"},
+        {"chosen": begin, "rejected": f"{begin} go away"},
+        whole,
+    )
+    [found] = read_comparisons(file)
+    assert found.prompt.messages == ({"role": "user", "content": "hi"},)
+    assert {found.a, found.b} == {"hello", "go away"}
+    assert "3 of 4 pairs are left out" in caplog.text
+    assert "1 that repeat an earlier one" in caplog.text
+
+
+def test_what_people_preferred_is_p_chosen(tmp_path: Path) -> None:
+    shares = (1.0, 0.8, 0.5, 0.2, None)
+    rows = [{**CHOSEN, "prompt": "same", "chosen": f"good {n}", "p_chosen": p} for n, p in enumerate(shares)]
+    # Several pairs of a prompt share its id, as in this project's own datasets.
+    found = read_comparisons(write(tmp_path / "pairs.jsonl", *({**row, "prompt_id": "one"} for row in rows)))
+    assert [row.truth * (1 if row.a.startswith("good") else -1) for row in found] == [1, 1, 0, -1, 1]
+    assert len({row.prompt.prompt_id for row in found}) == 1
