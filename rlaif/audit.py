@@ -84,28 +84,32 @@ def measure(
     return result
 
 
-def between_labelers(own: Path, others: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Agreement of labelers with each other on the pairs that both labelled with a side.
+def between_labelers(own: Path, others: Sequence[Path], comparisons: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
+    """Agreement of labelers with each other on the pairs that both labelled with a side; 0 pairs where there are none.
 
-    Raises:
-        UserError: if a folder holds none of the same pairs.
+    Args:
+        own: folder of this audit.
+        others: folders of earlier ones.
+        comparisons: the pairs of this audit, which tell the prompts to resample.
     """
-    from rlaif.evaluation.statistics import bootstrap_mean, pairs_agreement
+    from rlaif.evaluation.statistics import clustered_share, pairs_agreement
 
-    logits: dict[str, dict[str, float]] = {}
-    for folder in (own, *others):
-        rows = read_jsonl(folder / COMPARISONS, lambda line: (str(line["id"]), line["logit"]))
-        logits[str(folder)] = {name: value for name, value in rows if value}
-    mine = logits.pop(str(own))
+    prompts = {comparison.name: comparison.prompt.prompt_id for comparison in comparisons}
+    mine = _logits(own)
     result = {}
-    for name, theirs in logits.items():
-        shared = sorted(mine.keys() & theirs.keys())
-        estimate = bootstrap_mean(pairs_agreement([mine[key] for key in shared], [theirs[key] for key in shared]))
-        if estimate is None:
-            raise UserError(f"compare={name}: no pair in common with this audit")
-        labeler = read_json(Path(name) / "audit.json")["labeler"]
-        result[name] = {"labeler": labeler, **estimate.flat("agreement")}
+    for folder in others:
+        theirs = _logits(folder)
+        shared = sorted(name for name in prompts if mine.get(name) and theirs.get(name))
+        agreed = pairs_agreement([mine[name] or 0.0 for name in shared], [theirs[name] or 0.0 for name in shared])
+        estimate = clustered_share(agreed, [prompts[name] for name in shared])
+        labeler = read_json(folder / "audit.json")["labeler"]
+        result[str(folder)] = {"labeler": labeler, **(estimate.flat("agreement") if estimate else {"agreement_n": 0})}
     return result
+
+
+def _logits(folder: Path) -> dict[str, float | None]:
+    """An audit's logit for each pair; ``None`` where it has no label."""
+    return dict(read_jsonl(folder / COMPARISONS, lambda line: (str(line["id"]), line["logit"])))
 
 
 def _has_failures(folder: Path) -> bool:
@@ -125,6 +129,8 @@ def main(config: AuditConfig, output: Path) -> None:
     for folder in others:
         if not (folder / COMPARISONS).is_file():
             raise UserError(f"compare={folder}: no {COMPARISONS} in it; give the output_dir of an earlier rlaif.audit")
+        if not _logits(folder).keys() & {comparison.name for comparison in comparisons}:
+            raise UserError(f"compare={folder}: no pair in common with this audit")
 
     def make(folder: Path) -> None:
         from rlaif.engines import build_labeler
@@ -133,7 +139,7 @@ def main(config: AuditConfig, output: Path) -> None:
         with build_labeler(config.labeler, config.seed) as engine, VerdictStore(folder / STORE) as store:
             measure(comparisons, constitution, engine, config.labeling, store, folder, config.seed)
         if others:
-            write_json(folder / "between_labelers.json", between_labelers(folder, others))
+            write_json(folder / "between_labelers.json", between_labelers(folder, others, comparisons))
 
     settings = plain(labeler=labeler_settings(config.labeler), labeling=config.labeling, max_pairs=config.max_pairs)
     inputs = {

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from rlaif.audit import between_labelers
+from rlaif.labeling.audit import Comparison
+from rlaif.records import Prompt
+
 HUMAN_DATA = Path(os.environ.get("RLAIF_HUMAN_DATA", Path(__file__).parents[3] / "shared" / "data"))
 SCRIPTED = [
     "constitution=warm",
@@ -62,6 +66,32 @@ def test_a_contrary_labeler_is_reported_and_compared(run_command, human_pairs, t
     assert "DO NOT TRAIN ON THESE LABELS: the labeler agrees with people less often than a coin" in result.stderr
     [between] = json.loads((tmp_path / "two" / "between_labelers.json").read_text()).values()
     assert (between["agreement"], between["agreement_n"]) == (0.0, 60)
+
+
+def test_an_audit_of_other_pairs_is_refused_before_anything_is_asked(run_command, human_pairs, tmp_path):
+    run_command("audit", *SCRIPTED, f"comparisons={human_pairs}", f"output_dir={tmp_path}/one", "max_pairs=4")
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"prompt": "else", "chosen": "x y", "rejected": "z"}) + "\n")
+    arguments = [f"comparisons={other}", f"output_dir={tmp_path}/two", f"compare=[{tmp_path}/one]"]
+    # A server that does not exist would be complained about, if it were looked for.
+    server = ["labeler=openai", "labeler.base_url=http://127.0.0.1:9/v1", "labeler.model=m"]
+    result = run_command("audit", "constitution=warm", *server, *arguments, expect=2)
+    assert "no pair in common with this audit" in result.stderr
+
+
+def test_agreement_between_labelers_resamples_prompts(tmp_path):
+    comparisons = [Comparison(str(n), Prompt(f"p{n // 10}", ()), "a", "b", 1) for n in range(40)]
+    for name in ("own", "other"):
+        (tmp_path / name).mkdir()
+        lines = [
+            {"id": one.name, "logit": 1.0 if name == "own" or n < 20 else -1.0} for n, one in enumerate(comparisons)
+        ]
+        (tmp_path / name / "comparisons.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (tmp_path / name / "audit.json").write_text('{"labeler": "x"}')
+    [found] = between_labelers(tmp_path / "own", [tmp_path / "other"], comparisons).values()
+    assert (found["agreement"], found["agreement_n"]) == (0.5, 4)
+    # Four prompts, two of which agree: 40 independent pairs would give 0.35 to 0.65.
+    assert found["agreement_low"] < 0.2
 
 
 def test_labels_are_refused_below_the_agreement_asked_for(run_command, human_pairs, tmp_path):
