@@ -56,6 +56,8 @@ class TokenScorer:
             "tokenizer": name,
             "revision": config.revision,
             "template": content_hash(self.tokenizer.chat_template),
+            # Not its name alone: a folder can get another content, and a hub name another commit.
+            "vocabulary": _vocabulary(self.tokenizer),
         }
         self._config, self._client = config, client
         self._encode = ChatEncoder(self.tokenizer)
@@ -264,6 +266,12 @@ class TokenScorer:
             **body,
         }
         return await self._client.post("/completions", body, Usage(sum(map(len, prompts)), len(prompts)), parse)
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    """Hash of everything that decides which ids a text gets."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return content_hash(backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()))
 
 
 def _asked(answer: Continuation, want: Sequence[int]) -> dict[int, float] | None:

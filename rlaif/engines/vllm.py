@@ -84,10 +84,12 @@ class VLLMEngine(Engine):
             name=config.model, revision=config.revision, dtype=config.dtype, trust_remote_code=config.trust_remote_code
         )
         self.tokenizer = load_tokenizer(model, "labeler")
+        # A branch moves: both processes take the commit that it stands for now.
+        revision = _commit(config) or config.revision
         self._python = settings.python or sys.executable
         self._arguments = {
             "model": resolve_model(config.model, "labeler.model"),
-            "revision": config.revision,
+            "revision": revision,
             "dtype": config.dtype.value,
             "trust_remote_code": config.trust_remote_code,
             "enable_prefix_caching": True,
@@ -103,7 +105,7 @@ class VLLMEngine(Engine):
         self.identity = {
             "engine": "vllm",
             "model": config.model,
-            "revision": config.revision,
+            "revision": revision,
             "weights": input_hash(Path(config.model)) if config.model and Path(config.model).is_dir() else None,
             "dtype": config.dtype.value,
             "engine_args": dict(settings.engine_args),
@@ -302,3 +304,16 @@ class VLLMEngine(Engine):
                 os.killpg(process.pid, kind)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_SHUTDOWN_S)
+
+
+def _commit(config: LabelerConfig) -> str | None:
+    """The hub commit that a model's name and revision stand for, once its tokenizer is loaded; none for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not config.model or config.model in ("embedded", "tiny") or Path(config.model).is_dir():
+        return None
+    for name in ("tokenizer_config.json", "tokenizer.json", "config.json"):
+        found = try_to_load_from_cache(config.model, name, revision=config.revision)
+        if isinstance(found, str):
+            return Path(found).parent.name  # .../snapshots/COMMIT/NAME
+    return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,3 +190,18 @@ def test_identity_has_what_makes_the_prompts(server: FakeServer) -> None:
         assert engine.identity["endpoint"] == "completions"
         assert engine.identity["tokenizer"] == "tiny"
         assert engine.identity["template"]
+
+
+def test_identity_changes_with_the_tokenizers_content(server: FakeServer, tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    with build(server, tokenizer=str(tmp_path)) as engine:
+        before = dict(engine.identity)
+    with build(server, tokenizer=str(tmp_path)) as engine:
+        assert engine.identity == before
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with build(server, tokenizer=str(tmp_path)) as engine:
+        assert engine.identity != before

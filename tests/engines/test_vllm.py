@@ -22,6 +22,7 @@ from rlaif.chat import encode_chat, encode_text
 from rlaif.config import Endpoint, LabelerConfig, LabelerType, VLLMConfig
 from rlaif.engines import build_labeler
 from rlaif.engines.base import CompletionRequest, Failure, Likelihood, OptionMass, OptionRequest, Sampled, SampleRequest
+from rlaif.engines.vllm import _commit
 from rlaif.records import UserError
 
 REAL = [
@@ -89,6 +90,19 @@ def test_masses_are_sums_over_spellings_with_a_prompt_more_for_each_later_token(
     [broken] = [results[i] for i, ids in enumerate(encoded) if len(ids) == 46]
     assert isinstance(broken, Failure)
     assert (broken.reason, broken.detail) == ("engine_error", "ValueError: not today")
+
+
+def test_a_hub_name_is_recorded_with_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789" * 4
+    cached = tmp_path / "models--owner--name"
+    for file, text in ((f"snapshots/{commit}/tokenizer.json", "{}"), ("refs/main", commit)):
+        (cached / file).parent.mkdir(parents=True)
+        (cached / file).write_text(text)
+    assert _commit(LabelerConfig(model="owner/name")) == commit
+    assert _commit(LabelerConfig(model="owner/name", revision="elsewhere")) is None
+    assert _commit(LabelerConfig(model="tiny")) is None
+    assert _commit(LabelerConfig(model=str(tmp_path))) is None
 
 
 def test_answers_of_a_stream_that_was_given_up_are_nobody_elses(tmp_path: Path) -> None:
