@@ -103,7 +103,7 @@ def _longer(preference: Preference) -> str:
 
 def _accuracies(
     preferences: Sequence[Preference], margins: Sequence[float], groups: Sequence[str]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | int | None]]:
     """Accuracy by group, with its interval."""
     result = {}
     for group in sorted(set(groups)):

@@ -20,13 +20,13 @@ class Estimate:
     low: float
     high: float
 
-    def flat(self, name: str) -> dict[str, float | int]:
-        """The four keys of this estimate in a metrics file."""
+    def flat(self, name: str) -> dict[str, float | int | None]:
+        """The four keys of this estimate in a metrics file; an infinite bound is ``None``, as JSON has no infinity."""
         return {
             name: round(self.value, 6),
             f"{name}_n": self.n,
-            f"{name}_low": round(self.low, 6),
-            f"{name}_high": round(self.high, 6),
+            f"{name}_low": round(self.low, 6) if math.isfinite(self.low) else None,
+            f"{name}_high": round(self.high, 6) if math.isfinite(self.high) else None,
         }
 
 

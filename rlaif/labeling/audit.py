@@ -55,8 +55,8 @@ def read_comparisons(path: Path, limit: int | None = None) -> list[Comparison]:
     """Labelled pairs: ``prompt`` with ``chosen`` and ``rejected``, or with ``response_a``, ``response_b``, ``label``.
 
     The second form takes ties and, as ``annotators``, a list of ``{"annotator", "label"}``. ``subset`` and ``id``
-    are optional. ``chosen`` and ``rejected`` may be HH transcripts, and a row's ``p_chosen`` says what people preferred:
-    0.5 is a tie, less turns the pair. Pairs of equal completions are left out: nobody can prefer one of them. So are
+    are optional. ``chosen`` and ``rejected`` may be HH transcripts, and ``p_chosen`` says what people preferred: 0.5 is
+    a tie, less turns the pair. Pairs of equal completions are left out: nobody can prefer one of them. So are
     transcripts that hold no pair and rows without an id that repeat an earlier one, with a warning that counts them.
 
     Args:
@@ -224,7 +224,7 @@ def _gain(gains: Sequence[float], prompts: Sequence[str]) -> Estimate | None:
     return Estimate(estimate.value, estimate.n, 2 * share.low - 1, 2 * share.high - 1)
 
 
-def _flat(name: str, estimate: Estimate | None) -> dict[str, float | int]:
+def _flat(name: str, estimate: Estimate | None) -> dict[str, float | int | None]:
     return estimate.flat(name) if estimate else {}
 
 
@@ -254,7 +254,7 @@ def human_ceiling(comparisons: Sequence[Comparison]) -> Estimate | None:
     return clustered_share(same, clusters)
 
 
-def _by_length(rows: Sequence[tuple[Comparison, float]]) -> dict[str, float | int]:
+def _by_length(rows: Sequence[tuple[Comparison, float]]) -> dict[str, float | int | None]:
     """Agreement where people preferred the longer completion, the shorter one, and where lengths hardly differ."""
     groups: dict[str, list[tuple[Comparison, float]]] = defaultdict(list)
     for comparison, logit in rows:
@@ -265,15 +265,15 @@ def _by_length(rows: Sequence[tuple[Comparison, float]]) -> dict[str, float | in
             groups["longer_preferred" if difference * comparison.truth > 0 else "shorter_preferred"].append(
                 (comparison, logit)
             )
-    result: dict[str, float | int] = {}
+    result: dict[str, float | int | None] = {}
     for name, group in groups.items():
         result |= _flat(f"agreement_{name}", _agreement(group))
     return result
 
 
-def _by_principle(rows: Sequence[tuple[Comparison, PairLabel]]) -> dict[str, float | int]:
+def _by_principle(rows: Sequence[tuple[Comparison, PairLabel]]) -> dict[str, float | int | None]:
     names = sorted({name for _, pair in rows for name in pair.principles})
-    result: dict[str, float | int] = {}
+    result: dict[str, float | int | None] = {}
     if len(names) < 2:
         return result
     for name in names:
@@ -325,8 +325,8 @@ def _verdict(result: Mapping[str, Any]) -> str:
             f"DO NOT TRAIN ON THESE LABELS: agreement with people cannot be told from that of a coin, on {figures}. "
             "More pairs would narrow the interval."
         )
-    longer = result.get("gain_over_longer_low")
-    if longer is not None and longer <= 0:
+    longer = result["gain_over_longer_low"]
+    if longer is None or longer <= 0:
         return (
             f"Above chance, on {figures}, but not shown to be better than preferring the longer completion "
             f"({result['longer_wins']:.1%})."

@@ -141,10 +141,11 @@ def summary(quality: Mapping[str, Any]) -> str:
         )
     if "agreement" in quality:
         low, high = quality["agreement_low"], quality["agreement_high"]
+        interval = "" if low is None else f" [{low:.1%}, {high:.1%}]"
         lines.append(
-            f"agreement with {quality['gold']}: {quality['agreement']:.1%} [{low:.1%}, {high:.1%}]; "
+            f"agreement with {quality['gold']}: {quality['agreement']:.1%}{interval}; "
             f"the longer one wins: {quality['longer_wins']:.1%}"
         )
-        if low <= 0.5:
+        if low is None or low <= 0.5:
             lines.append("WARNING: no better than chance; do not train on these labels")
     return "\n".join([lines[0], *(f"  {line}" for line in lines[1:])])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlaif.reporting.text import markdown
+from rlaif.reporting.text import MISSING, markdown
 
 _ROWS = (
     ("agreement", "agreement with people"),
@@ -74,5 +74,6 @@ def audit_markdown(result: Mapping[str, Any]) -> str:
 
 
 def _estimate(result: Mapping[str, Any], key: str, name: str, form: str) -> str:
-    low, high = form.format(result[f"{key}_low"]), form.format(result[f"{key}_high"])
-    return f"| {markdown(name)} | {form.format(result[key])} | {low} to {high} | {result[f'{key}_n']} |"
+    low, high = result[f"{key}_low"], result[f"{key}_high"]
+    interval = MISSING if low is None or high is None else f"{form.format(low)} to {form.format(high)}"
+    return f"| {markdown(name)} | {form.format(result[key])} | {interval} | {result[f'{key}_n']} |"

@@ -1,5 +1,7 @@
 """Estimates, intervals and calibration agree with what can be worked out."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -72,6 +74,13 @@ def test_the_interval_stays_within_the_data(rows):
 
 def test_flat():
     assert Estimate(0.12345678, 7, -1.0, 1.0).flat("x") == {"x": 0.123457, "x_n": 7, "x_low": -1.0, "x_high": 1.0}
+
+
+def test_an_interval_that_is_the_whole_line_is_json():
+    single = bootstrap_mean([0.5])
+    assert single is not None
+    assert single.flat("x") == {"x": 0.5, "x_n": 1, "x_low": None, "x_high": None}
+    json.dumps(single.flat("x"), allow_nan=False)
 
 
 def test_expected_calibration_error_by_hand():
