@@ -11,7 +11,7 @@ import hashlib
 import math
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,10 @@ UNCOVERED, UNLISTED, UNCLEAR, BROKEN = "#uncovered", "#unlisted", "#unclear", "#
 a server error for good."""
 
 
+SCALE = "from 1 (as bad as a reply can be) to 10"
+"""What tells a question for a number from one for a verdict word."""
+
+
 def worth(principle: str, completion: str) -> float:
     """The planted value."""
     found = re.search(rf"{principle}=([+-][\d.]+)", completion)
@@ -40,36 +44,73 @@ def worth(principle: str, completion: str) -> float:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks: the logit of the first option, what the options are called, and the texts it is about."""
+    """What a request asks: the logit of each option, what the options are called, and the texts it is about."""
 
-    logit: float
-    options: tuple[str, str]
+    logits: tuple[float, ...]
+    options: tuple[str, ...]
     texts: tuple[str, ...]
+
+
+def shares(logits: Sequence[float], bias: float) -> list[float]:
+    """Softmax, with ``bias`` logits for the first."""
+    weights = [math.exp(logit + bias * (place == 0)) for place, logit in enumerate(logits)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def grades(value: float) -> tuple[float, ...]:
+    """Logits of the numbers from 1 to 10 for something worth ``value``: a discretised normal around 5.5 + value."""
+    return tuple(-((number - 5.5 - value) ** 2) / 4 for number in range(1, 11))
 
 
 def read_pairwise(content: str) -> Asked | None:
     """Two replies between markers, and a letter to answer with."""
+    if "[Reply C]" in content:
+        return None
     found = re.search(
         r"\[Reply A\]\n(.*)\n\[End of reply a\]\n\n\[Reply B\]\n(.*)\n\[End of reply b\]", content, re.DOTALL
     )
     if found is None:
         return None
     [principle] = [name for name, question in QUESTIONS.items() if f"Principle: {question}" in content]
-    return Asked(worth(principle, found[1]) - worth(principle, found[2]), ("A", "B"), found.groups())
+    return Asked((worth(principle, found[1]) - worth(principle, found[2]), 0.0), ("A", "B"), found.groups())
+
+
+def read_listwise(content: str) -> Asked | None:
+    """Three replies or more between markers, and a letter to answer with."""
+    found = re.findall(r"\[Reply ([A-Z])\]\n(.*?)\n\[End of reply [a-z]\]", content, re.DOTALL)
+    if len(found) < 3:
+        return None
+    [principle] = [name for name, question in QUESTIONS.items() if f"Principle: {question}" in content]
+    letters, texts = zip(*found, strict=True)
+    return Asked(tuple(worth(principle, one) for one in texts), letters, texts)
 
 
 def read_pointwise(content: str) -> Asked | None:
     """One reply between markers, and a sentence to finish with a verdict word."""
     found = re.search(r"\[Reply\]\n(.*)\n\[End of reply\]", content, re.DOTALL)
-    if found is None:
+    if found is None or SCALE in content:
         return None
     [principle] = [
         name for name, statement in STATEMENTS.items() if statement in content.rpartition("[End of reply]")[2]
     ]
-    return Asked(worth(principle, found[1]), WORDS[principle], found.groups())
+    return Asked((worth(principle, found[1]), 0.0), WORDS[principle], found.groups())
 
 
-READERS: dict[str, Callable[[str], Asked | None]] = {"pairwise": read_pairwise, "pointwise": read_pointwise}
+def read_score(content: str) -> Asked | None:
+    """One reply between markers, and a number to answer with."""
+    found = re.search(r"\[Reply\]\n(.*)\n\[End of reply\]", content, re.DOTALL)
+    if found is None or SCALE not in content:
+        return None
+    [principle] = [name for name, question in QUESTIONS.items() if f"Principle: {question}" in content]
+    return Asked(grades(worth(principle, found[1])), tuple(map(str, range(1, 11))), found.groups())
+
+
+READERS: dict[str, Callable[[str], Asked | None]] = {
+    "pairwise": read_pairwise,
+    "pointwise": read_pointwise,
+    "listwise": read_listwise,
+    "score": read_score,
+}
 
 
 class Oracle:
@@ -87,22 +128,22 @@ class Oracle:
 
     def __call__(self, body: dict[str, Any]) -> Reply:
         content = "\n".join(message["content"] for message in body["messages"])
+        if "[End of reply" not in content:
+            # A question of the engine's own: are there log-probabilities?
+            return text("A") if self.gives == "text" else logprobs([("A", 0.9), ("B", 0.1)])
         [asked] = [found for reader in READERS.values() if (found := reader(content)) is not None]
         shown = " ".join(asked.texts)
         if BROKEN in shown:
             return error(500, "out of order")
-        p = 1 / (1 + math.exp(-asked.logit - self.bias))
+        p = shares(asked.logits, self.bias)
         if self.gives == "text":
-            return self._replies(asked, shown, p, body.get("n", 1))
+            return self._replies(asked, shown, p[0], body.get("n", 1))
         mass = 0.001 if UNCOVERED in shown else self.mass
-        yes, no = asked.options
-        # Each option in two spellings, among tokens that are none.
-        listed = [
-            (yes, 0.75 * mass * p),
-            (f" {yes}", 0.25 * mass * p),
-            (no, 0.5 * mass * (1 - p)),
-            (f" {no}", 0.5 * mass * (1 - p)),
-        ]
+        # Each option in two spellings, in changing parts, among tokens that are none.
+        listed = []
+        for place, (option, share) in enumerate(zip(asked.options, p, strict=True)):
+            part = 0.5 if place % 2 else 0.75
+            listed += [(option, part * mass * share), (f" {option}", (1 - part) * mass * share)]
         listed += [("The", 0.4 * (1 - mass)), ("Both", 0.4 * (1 - mass))]
         if UNLISTED in shown:
             listed = [("The", 0.5), ("Both", 0.3)]
