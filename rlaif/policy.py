@@ -217,12 +217,13 @@ def merged(model: Any) -> Iterator[Any]:
     """The model with its LoRA updates added to the base weights, for fast sampling.
 
     The base weights are set aside and put back, not computed back: nothing drifts, however often it is done.
+    Only float32 weights are added to: an update finer than a shorter float (or 4 bits) can hold would vanish, and the
+    sampler would be another policy than the one that trains. There the adapter stays beside the weights.
     """
     from peft.tuners.lora import LoraLayer
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if not layers or getattr(model, "is_loaded_in_4bit", False):
-        # An update is finer than 4 bits can hold: such a model samples with its adapter beside the weights.
+    if any(layer.get_base_layer().weight.dtype != torch.float32 for layer in layers) or not layers:
         yield model
         return
     kept: list[tuple[Any, Tensor]] = []
@@ -233,7 +234,7 @@ def merged(model: Any) -> Iterator[Any]:
                     if name in layer.lora_A:
                         weight = layer.get_base_layer().weight
                         kept.append((weight, weight.data))
-                        weight.data = (weight.data.float() + layer.get_delta_weight(name).float()).to(weight.dtype)
+                        weight.data = weight.data + layer.get_delta_weight(name)
         with model.disable_adapter():
             yield model
     finally:

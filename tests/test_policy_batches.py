@@ -1,5 +1,7 @@
 """Packing changes no number, and merging adapters leaves no trace."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -153,6 +155,20 @@ def test_merged_gives_the_adapters_logits_and_puts_every_bit_back(policy):
     assert torch.equal(logits_of(policy.model), wanted)
     for name, value in policy.model.named_parameters():
         assert torch.equal(value, weights[name]), name
+
+
+def test_a_sampler_in_a_short_float_keeps_an_update_finer_than_its_weights():
+    """Rounded into bfloat16 weights, most of this update would be gone, and the sampler would be another policy."""
+    config = dataclasses.replace(TINY, dtype=Dtype.bfloat16)
+    policy, base = load_policy(config, Tuning.lora, LoraSettings(r=4, alpha=8)), load_causal_lm(config)
+    with torch.no_grad():
+        for name, value in policy.trainable():
+            if "lora_B" in name:
+                value.fill_(1e-3)
+    with merged(policy.model) as sampler:
+        found = logits_of(sampler)
+    assert torch.equal(found, logits_of(policy.model))
+    assert not torch.equal(found, logits_of(base))
 
 
 def test_merged_keeps_what_is_trained(policy):

@@ -197,6 +197,7 @@ class PPOTrainer:
             "reward": reward,
             # The mean of -log p over the policy's own samples estimates its entropy without bias.
             "entropy": float(losses.masked_mean(-rollouts.logps, mask)),
+            "sampler_difference": float(losses.masked_mean((rollouts.sampled - rollouts.logps).abs(), mask)),
             "length": float(mask.sum(dim=1).mean()),
             "eos_rate": float(rollouts.ended.float().mean()),
             "kl_coef": self.progress.kl_coef,
@@ -241,7 +242,8 @@ class PPOTrainer:
         with self.timed("reference"):
             ref_logps = self.actor.evaluate_reference(batch)
         ended = torch.tensor([generation.ended for generation in generations], device=self.device)
-        return Rollouts(prompts, texts, batch, ended, scores, logps, ref_logps, values)
+        sampled = self.actor.sampled(batch, generations)
+        return Rollouts(prompts, texts, batch, ended, scores, logps, sampled, ref_logps, values)
 
     def relative_scores(
         self, prompts: Sequence[Prompt], encoded: Sequence[list[int]], texts: Sequence[str]

@@ -45,7 +45,7 @@ def tolerance(dtype: torch.dtype) -> Tolerance:
 
 
 def check_start(trainer: PPOTrainer, rollouts: Rollouts) -> None:
-    """Before the first update: KL is 0, the ratio is 1, values are the head's start, padding does not matter.
+    """Before the first update: KL is 0, the ratio is 1, the sampler drew from the policy, values are the head's start, padding does not matter.
 
     If the starting policy came as an adapter, which is merged before training, the reference must also be what the
     adapter says on its base.
@@ -62,6 +62,7 @@ def check_start(trainer: PPOTrainer, rollouts: Rollouts) -> None:
     width, few = part.tokens.shape[1], part.completion_mask
     again, _ = actor.evaluate(part)
     check_close("log of the probability ratio", again - rollouts.logps[rows, :width], few, limit)
+    check_close("the sampler's log-probabilities minus the policy's", rollouts.sampled[rows, :width] - again, few, limit)
     padded, _ = actor.evaluate(more_padding(part, actor.pad))
     check_close("effect of padding on log-probabilities", padded - again, few, limit)
     if trainer.pm_head is None:
@@ -74,7 +75,7 @@ def check_start(trainer: PPOTrainer, rollouts: Rollouts) -> None:
         expected = unmerged_logps(trainer, part)
         check_close("reference minus the starting policy", rollouts.ref_logps[rows, :width] - expected, few, limit)
     log.info(
-        "ppo: start checks passed (KL 0, ratio 1, value %s, padding invariant%s)",
+        "ppo: start checks passed (KL 0, ratio 1, sampler as the policy, value %s, padding invariant%s)",
         "0" if trainer.pm_head is None else "the PM's",
         ", reference as its adapter says" if merged else "",
     )

@@ -35,6 +35,8 @@ class Rollouts:
     ended: Tensor
     scores: Tensor
     logps: Tensor
+    sampled: Tensor
+    """What the sampler noted where the policy evaluated ``logps``: log-probabilities that the tokens were drawn with."""
     ref_logps: Tensor
     values: Tensor
 
@@ -167,9 +169,7 @@ class Actor:
                 same: in float32, merged weights give the figures of the training forward pass.
         """
         if generations is not None and self.dtype == torch.float32:
-            return self._noted([row.logps for row in generations], batch), self._noted(
-                [row.values or [] for row in generations], batch
-            )
+            return self.sampled(batch, generations), self._noted([row.values or [] for row in generations], batch)
         logps, values = (torch.zeros(batch.tokens.shape, device=self.device) for _ in range(2))
         with torch.no_grad():
             for rows in self.micro_batches(batch):
@@ -177,6 +177,10 @@ class Actor:
                 width = part.tokens.shape[1]
                 logps[rows, :width], values[rows, :width], _ = self.forward(part)
         return logps, values
+
+    def sampled(self, batch: Packed, generations: Sequence[Generation]) -> Tensor:
+        """Log-probabilities that the sampler drew the tokens with: (B, T)."""
+        return self._noted([row.logps for row in generations], batch)
 
     def _noted(self, rows: Sequence[Sequence[float]], batch: Packed) -> Tensor:
         """Figures of each completion's tokens as (B, T), 0 after its end."""

@@ -14,6 +14,7 @@ from peft import get_peft_model
 
 from rlaif import losses
 from rlaif.config import Dtype, Keep, KLControl, KLEstimator, LoraSettings, ModelConfig, PPOConfig, Tuning, ValueInit
+from rlaif.generation import generate
 from rlaif.methods.ppo import PPOTrainer, train_ppo
 from rlaif.methods.ppo_checks import StartCheckError, check_start, more_padding
 from rlaif.methods.ppo_rollout import PromptStream, ScoreFunction
@@ -138,6 +139,29 @@ def test_start_check_catches_logps_scored_at_another_temperature(tmp_path: Path,
     ppo.actor.config = dataclasses.replace(ppo.config, temperature=0.7)
     with pytest.raises(StartCheckError, match="probability ratio"):
         check_start(ppo, rollouts)
+
+
+@pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16])
+def test_start_check_catches_a_sampler_at_another_temperature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Dtype
+) -> None:
+    monkeypatch.setattr(
+        "rlaif.methods.ppo_rollout.generate", lambda *args, **options: generate(*args, **options | {"temperature": 0.7})
+    )
+    ppo = trainer(tmp_path, dtype=dtype)
+    # In float32 the sampler's figures are taken for the policy's, so that an earlier check sees the fault.
+    found = "the sampler's" if dtype is Dtype.bfloat16 else "KL"
+    with pytest.raises(StartCheckError, match=found):
+        check_start(ppo, ppo.rollout(0))
+
+
+@pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16])
+def test_the_curve_says_how_far_the_sampler_is_from_the_policy(tmp_path: Path, dtype: Dtype) -> None:
+    ppo = trainer(tmp_path, dtype=dtype)
+    line, rollouts = ppo.step(0)
+    difference = (rollouts.sampled - rollouts.logps)[rollouts.batch.completion_mask.bool()].abs().mean()
+    assert line["sampler_difference"] == pytest.approx(float(difference))
+    assert (line["sampler_difference"] > 0) == (dtype is Dtype.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16])
