@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def _build_tiny(target: Path) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is this process's GPU if there is one.
+    """``auto`` is this process's GPU if there is one; so is ``cuda``, which gets its number.
 
     Raises:
         UserError: if the device does not exist here.
@@ -146,6 +147,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
@@ -165,6 +168,20 @@ def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     }[dtype]
 
 
+def arithmetic(config: ModelConfig) -> torch.dtype:
+    """What a model's layers compute in, whatever its weights are kept in.
+
+    Weights that all train are float32 unless a dtype is set, 4-bit ones are packed: with both, the arithmetic is that
+    of ``dtype``.
+    """
+    return pick_dtype(config.dtype, pick_device(config.device))
+
+
+def autocasts(config: ModelConfig, tuning: Tuning) -> bool:
+    """Whether training computes in bfloat16 on float32 weights: all of them train, and ``dtype`` says bfloat16."""
+    return tuning is Tuning.full and arithmetic(config) is torch.bfloat16
+
+
 def check_tuning(tuning: Tuning, config: ModelConfig, method: str) -> None:
     """Fail early where QLoRA cannot work.
 
@@ -178,7 +195,7 @@ def check_tuning(tuning: Tuning, config: ModelConfig, method: str) -> None:
         raise UserError(f"{key} needs a CUDA GPU, and there is none here; use {method}.tuning=lora")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"{key} needs bitsandbytes: pip install bitsandbytes, or use {method}.tuning=lora")
-    if config.adapter or is_adapter(config.name or ""):
+    if config.adapter or is_adapter(config.name):
         raise UserError(f"{key} starts from a whole model, not from an adapter; use {method}.tuning=lora")
 
 
@@ -207,11 +224,20 @@ def load_tokenizer(config: ModelConfig, key: str = "policy") -> Any:
     return tokenizer
 
 
-def load_causal_lm(config: ModelConfig, key: str = "policy", trainable: bool = False, quantized: bool = False) -> Any:
-    """A causal language model in evaluation mode on its device, with its adapter merged in if it has one.
+def load_causal_lm(
+    config: ModelConfig, key: str = "policy", trainable: bool = False, quantized: bool = False, merged: bool = False
+) -> Any:
+    """A causal language model in evaluation mode on its device, with its adapters.
 
-    ``trainable`` asks for float32 weights (unless a dtype is set), which all-weights training needs; ``quantized`` for
-    4-bit weights, frozen, as QLoRA trains on them (Dettmers et al. 2023; see :func:`check_tuning`).
+    Adapters are merged, in float32. What is not trained further keeps the last one beside weights of a shorter float,
+    into which its update would be rounded; a model that training starts from has it merged and then rounded.
+
+    Args:
+        config: the model.
+        key: the section of the configuration that errors name.
+        trainable: float32 weights (unless a dtype is set), as all-weights training needs them; adapters merged.
+        quantized: 4-bit weights, frozen, as QLoRA trains on them (Dettmers et al. 2023; see :func:`check_tuning`).
+        merged: every adapter merged, as a start of training needs them.
 
     Raises:
         UserError: if it cannot be found or loaded.
@@ -222,7 +248,8 @@ def load_causal_lm(config: ModelConfig, key: str = "policy", trainable: bool = F
     path, adapters = resolve_model(config.name, name_key(key)), []
     if is_adapter(path):
         adapters.append(path)
-        path = adapter_base(path)
+        path, revision = adapter_base(path)
+        config = replace(config, revision=revision or config.revision)
     if config.adapter:
         if not is_adapter(config.adapter):
             raise UserError(f"{key}.adapter={config.adapter}: not a PEFT adapter folder")
@@ -232,17 +259,38 @@ def load_causal_lm(config: ModelConfig, key: str = "policy", trainable: bool = F
         arguments["dtype"] = torch.float32
     if quantized:
         arguments |= _four_bit(config, device)
+    dtype = arguments["dtype"]
+    beside = adapters.pop() if adapters and dtype != torch.float32 and not (merged or trainable) else None
+    if adapters:
+        arguments["dtype"] = torch.float32
     _check_hub(path, config.revision, config.name, name_key(key))
     with _loading(config.name, name_key(key)):
         model = AutoModelForCausalLM.from_pretrained(path, **arguments)
-        for adapter in adapters:
+        if adapters or beside:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+            for adapter in adapters:
+                model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+            if adapters:
+                _cast(model, dtype)
+            if beside:
+                model = PeftModel.from_pretrained(model, beside)
     if trainable:
         # PEFT freezes what it adapts, and merging leaves it so.
         model.requires_grad_(True)
     return _frozen(model) if quantized else model.to(device).eval()
+
+
+def merge(model: Any) -> Any:
+    """The model with its adapter merged, in float32: a shorter float would round the update away."""
+    _cast(model, torch.float32)
+    return model.merge_and_unload()
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Turn weights to another precision; buffers, the frequencies of rotary positions among them, keep theirs."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _four_bit(config: ModelConfig, device: torch.device) -> dict[str, Any]:
@@ -264,16 +312,17 @@ def _frozen(model: Any) -> Any:
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False).eval()
 
 
-def is_adapter(path: str | Path) -> bool:
-    """Whether a folder holds a PEFT adapter."""
-    return (Path(path) / "adapter_config.json").is_file()
+def is_adapter(path: str | Path | None) -> bool:
+    """Whether a model name is a folder with a PEFT adapter."""
+    return path is not None and (Path(path) / "adapter_config.json").is_file()
 
 
-def adapter_base(path: str | Path) -> str:
-    """Name or folder of the model that an adapter was trained on."""
+def adapter_base(path: str | Path) -> tuple[str, str | None]:
+    """Name or folder, and hub revision, of the model that an adapter was trained on."""
     from peft import PeftConfig
 
-    return resolve_model(PeftConfig.from_pretrained(path).base_model_name_or_path)
+    config = PeftConfig.from_pretrained(path)
+    return resolve_model(config.base_model_name_or_path), config.revision
 
 
 def _load_arguments(config: ModelConfig, device: torch.device) -> dict[str, Any]:
@@ -302,13 +351,15 @@ def load_sequence_scorer(
     from transformers import AutoModelForSequenceClassification
 
     device = pick_device(config.device)
-    path = resolve_model(config.name, name_key(key))
+    path = base = resolve_model(config.name, name_key(key))
+    if is_adapter(path):
+        base, revision = adapter_base(path)
+        config = replace(config, revision=revision or config.revision)
     arguments = _load_arguments(config, device) | {"num_labels": 1}
     if quantized:
         arguments |= _four_bit(config, device)
-    _check_hub(path, config.revision, config.name, name_key(key))
+    _check_hub(base, config.revision, config.name, name_key(key))
     with _loading(config.name, name_key(key)):
-        base = adapter_base(path) if is_adapter(path) else path
         model = AutoModelForSequenceClassification.from_pretrained(base, **arguments)
         if is_adapter(path) and not new_head:
             from peft import PeftModel
@@ -316,7 +367,7 @@ def load_sequence_scorer(
             model = PeftModel.from_pretrained(model, path)
     if new_head and (is_adapter(path) or config.adapter):
         # The adapters of a policy fit a language model only; what they make of its body is taken over.
-        model.base_model.load_state_dict(load_causal_lm(config, key).base_model.state_dict())
+        model.base_model.load_state_dict(load_causal_lm(config, key, merged=True).base_model.state_dict())
     if not hasattr(_inner(model), "score"):
         raise UserError(
             f"{name_key(key)}={config.name}: transformers has no sequence classifier with a `score` head for "
@@ -375,8 +426,17 @@ def _loading(name: str | None, key: str) -> Any:
         raise UserError(f"{key}={name}: {why}") from None
 
 
-def lora_config(settings: LoraSettings, model: Any, task: str, modules_to_save: list[str] | None = None) -> Any:
-    """PEFT's configuration for a LoRA adapter on ``model``; ``task`` is ``CAUSAL_LM`` or ``SEQ_CLS``."""
+def lora_config(
+    settings: LoraSettings,
+    model: Any,
+    task: str,
+    modules_to_save: list[str] | None = None,
+    revision: str | None = None,
+) -> Any:
+    """PEFT's configuration for a LoRA adapter on ``model``.
+
+    ``task`` is ``CAUSAL_LM`` or ``SEQ_CLS``; ``revision`` the hub revision of ``model``, by which it is found again.
+    """
     from peft import LoraConfig
 
     names = settings.target_modules or _linear_names(model)
@@ -387,6 +447,7 @@ def lora_config(settings: LoraSettings, model: Any, task: str, modules_to_save: 
         layers = list(range(min(first, depth - 1), depth))
     return LoraConfig(
         task_type=task,
+        revision=revision,
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=0.0,

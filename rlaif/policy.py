@@ -14,7 +14,7 @@ from torch import Tensor
 from rlaif.config import LoraSettings, ModelConfig, Tuning
 from rlaif.generation import left_pad
 from rlaif.losses import token_logps
-from rlaif.models import load_causal_lm, load_tokenizer, lora_config
+from rlaif.models import is_adapter, load_causal_lm, load_tokenizer, lora_config, merge
 from rlaif.trunk import starting_at
 
 
@@ -177,12 +177,12 @@ class Policy:
     def save(self, folder: Path) -> None:
         """A standard PEFT adapter folder, or a standard model folder.
 
-        A policy that started from a merged adapter is saved as a whole model: its adapter alone would miss
-        what was merged.
+        A policy that started from a merged adapter is saved as a whole model, in float32: its adapter alone would
+        miss what was merged.
         """
         model = self.model
-        if self.tuning is Tuning.lora and (self.start.adapter or is_adapter_name(self.start.name)):
-            model = model.merge_and_unload()
+        if self.tuning is Tuning.lora and (self.start.adapter or is_adapter(self.start.name)):
+            model = merge(model)
         if hasattr(model, "peft_config"):
             # A preference model may be another adapter on the same base.
             model.save_pretrained(folder, selected_adapters=["default"])
@@ -191,24 +191,17 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
 
 
-def is_adapter_name(name: str | None) -> bool:
-    """Whether a model name is a folder with a PEFT adapter."""
-    return bool(name) and (Path(str(name)) / "adapter_config.json").is_file()
-
-
-def load_policy(config: ModelConfig, tuning: Tuning, lora: LoraSettings, with_reference: bool = True) -> Policy:
+def load_policy(config: ModelConfig, tuning: Tuning, lora: LoraSettings) -> Policy:
     """Load the starting policy and make it trainable. Dropout stays off: the model is in evaluation mode."""
     tokenizer = load_tokenizer(config)
     if tuning is not Tuning.full:
         from peft import get_peft_model
 
-        base = load_causal_lm(config, quantized=tuning is Tuning.qlora)
-        model = get_peft_model(base, lora_config(lora, base, "CAUSAL_LM")).eval()
+        base = load_causal_lm(config, quantized=tuning is Tuning.qlora, merged=True)
+        model = get_peft_model(base, lora_config(lora, base, "CAUSAL_LM", revision=config.revision)).eval()
         return Policy(model, tokenizer, tuning, config)
     model = load_causal_lm(config, trainable=True)
-    frozen = None
-    if with_reference:
-        frozen = load_causal_lm(config).requires_grad_(False)
+    frozen = load_causal_lm(config, merged=True).requires_grad_(False)
     return Policy(model, tokenizer, tuning, config, frozen)
 
 

@@ -133,8 +133,10 @@ class PreferenceModel:
 
     def _load(self, config: ModelConfig) -> Any:
         model = load_sequence_scorer(config, "preference_model")
-        # Only scored with, never trained further: without the adapter's extra products it is faster.
-        return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+        # Only scored with, never trained further: without the adapter's extra products it is faster. A shorter float
+        # would round the update.
+        whole = hasattr(model, "merge_and_unload") and model.dtype == torch.float32
+        return model.merge_and_unload() if whole else model
 
     def score(self, examples: Sequence[Example]) -> list[float]:
         """The score of each (prompt, completion)."""
@@ -214,10 +216,22 @@ def load_preference_model(config: ModelConfig, policy: Policy) -> PreferenceMode
     path = str(config.name)
     if not is_adapter(path) or policy.tuning is not Tuning.lora or policy.start.adapter:
         return PreferenceModel(config)
-    if adapter_base(path) != resolve_model(policy.start.name):
+    if adapter_base(path) != (resolve_model(policy.start.name), policy.start.revision) or not _is_plain_lora(path):
         return PreferenceModel(config)
     log.info("the preference model is an adapter on the policy's base model: loaded once for both")
     return AdapterPreferenceModel(config, policy)
+
+
+def _is_plain_lora(folder: str) -> bool:
+    """Whether an adapter is low-rank products and a head alone, which is what can stand beside a policy's adapter."""
+    from peft import PeftConfig
+
+    settings = PeftConfig.from_pretrained(folder)
+    if settings.peft_type != "LORA":
+        return False
+    # PEFT lists both of its names for a classifier's head.
+    heads = set(settings.modules_to_save or ()) <= {"score", "classifier"}
+    return heads and settings.bias == "none" and not settings.use_dora
 
 
 def read_head(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:

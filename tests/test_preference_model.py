@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 from peft import get_peft_model
 
-from rlaif.config import LoraSettings, ModelConfig, Tuning
+from rlaif.config import Dtype, LoraSettings, ModelConfig, Tuning
 from rlaif.models import load_sequence_scorer, load_tokenizer, lora_config
 from rlaif.policy import completion_logits, load_policy, merged, pack
 from rlaif.preference_model import (
@@ -119,6 +120,24 @@ def test_another_base_full_weights_or_a_merged_start_get_a_model_of_their_own(pm
         dataclasses.replace(TINY, adapter=str(tmp_path / "sft")), Tuning.lora, LoraSettings(r=4, alpha=8)
     )
     assert type(load_preference_model(of(pm), started)) is PreferenceModel
+
+
+@pytest.mark.parametrize(
+    "changes", [{"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["score", "norm"]}, {"revision": "v2"}]
+)
+def test_an_adapter_that_is_more_than_lora_gets_a_model_of_its_own(pm, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(PreferenceModel, "_load", lambda self, config: None)
+    shutil.copytree(pm, tmp_path, dirs_exist_ok=True)
+    settings = json.loads((pm / "adapter_config.json").read_text())
+    assert isinstance(load_preference_model(of(pm), policy_of()), AdapterPreferenceModel)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | changes))
+    assert type(load_preference_model(of(tmp_path), policy_of())) is PreferenceModel
+
+
+def test_a_pm_in_a_short_float_keeps_its_adapter_beside_the_weights(pm):
+    short = PreferenceModel(dataclasses.replace(of(pm), dtype=Dtype.bfloat16))
+    assert hasattr(short.model, "peft_config")
+    assert short.score(EXAMPLES) == pytest.approx(PreferenceModel(of(pm)).score(EXAMPLES), abs=0.1)
 
 
 def test_an_adapter_that_does_not_fit_is_an_error(pm, tmp_path):

@@ -107,7 +107,7 @@ def train_dpo(config: DPOConfig, start: ModelConfig, train: Sequence[Preference]
     )
     groups = group_comparisons(kept)
     model = load_start(start, config.tuning)
-    reference = load_causal_lm(start) if config.tuning is Tuning.full else None
+    reference = load_causal_lm(start, merged=True) if config.tuning is Tuning.full else None
     arguments = TRLDPOConfig(
         **trainer_arguments(config, start, folder, seed, len(groups)), max_length=None, beta=config.beta
     )
@@ -118,7 +118,7 @@ def train_dpo(config: DPOConfig, start: ModelConfig, train: Sequence[Preference]
         train_dataset=Dataset.from_list(groups),
         processing_class=tokenizer,
         data_collator=collate_comparisons,
-        **peft_arguments(config, model, "CAUSAL_LM"),
+        **peft_arguments(config, start, model, "CAUSAL_LM"),
     )
     trainer.settings = config
     run_trainer(trainer, folder, "dpo")

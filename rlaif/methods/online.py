@@ -96,11 +96,11 @@ def train_online(
         args=on_one_device(arguments, start),
         train_dataset=Dataset.from_list([{"prompt": list(prompt.messages)} for prompt in kept]),
         processing_class=tokenizer,
-        **peft_arguments(config, model, "CAUSAL_LM"),
+        **peft_arguments(config, start, model, "CAUSAL_LM"),
     )
     if trainer.ref_model is not None:
         # TRL loads it anew by the model's name, which knows of no revision and no merged adapter.
-        trainer.ref_model.load_state_dict(load_causal_lm(start).state_dict())
+        trainer.ref_model.load_state_dict(load_causal_lm(start, merged=True).state_dict())
     run_trainer(trainer, folder, method.value)
     policy = Policy(trainer.model, tokenizer, config.tuning, start)
     save_result(folder, lambda: policy.save(folder / "policy"))

@@ -26,8 +26,7 @@ from rlaif.methods.supervised import (
     save_result,
     trainer_arguments,
 )
-from rlaif.models import load_sequence_scorer, load_tokenizer, seed_everything
-from rlaif.policy import is_adapter_name
+from rlaif.models import is_adapter, load_sequence_scorer, load_tokenizer, merge, seed_everything
 from rlaif.preference_model import (
     CALIBRATION,
     ENSEMBLE,
@@ -179,7 +178,7 @@ def _train_member(
         train_dataset=Dataset.from_list(groups),
         processing_class=tokenizer,
         data_collator=collate,
-        **peft_arguments(config, model, "SEQ_CLS", ["score"]),
+        **peft_arguments(config, start, model, "SEQ_CLS", ["score"]),
     )
     trainer.margin = config.margin
     # PEFT raises only adapters to float32: a bfloat16 head would round small updates away.
@@ -195,9 +194,9 @@ def _train_member(
 
     def save() -> None:
         trained = trainer.model
-        if config.tuning is not Tuning.full and (start.adapter or is_adapter_name(start.name)):
+        if config.tuning is not Tuning.full and (start.adapter or is_adapter(start.name)):
             # The adapter alone would miss what was merged into the base before.
-            trained = trained.merge_and_unload()
+            trained = merge(trained)
         trained.save_pretrained(target)
         tokenizer.save_pretrained(target)
         figures = calibration(PreferenceModel(pm_config(start, target)), seen)

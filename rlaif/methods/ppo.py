@@ -15,7 +15,6 @@ import math
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from rlaif.methods.ppo_checks import check_start
 from rlaif.methods.ppo_rollout import Actor, PromptStream, Rollouts, ScoreFunction
 from rlaif.models import return_freed_memory, seed_everything
 from rlaif.policy import Policy, load_policy
-from rlaif.preference_model import load_preference_model, read_head
+from rlaif.preference_model import load_preference_model, pm_config, read_head
 from rlaif.progress import progress
 from rlaif.records import Prompt, UserError
 from rlaif.trunk import recomputing
@@ -77,7 +76,7 @@ def train_ppo(
         head = read_head(preference_model)
     if score is None:
         assert preference_model is not None
-        pm = load_preference_model(replace(start, name=str(preference_model), adapter=None), policy)
+        pm = load_preference_model(pm_config(start, preference_model), policy)
 
         def score(asked: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
             return pm.score([(prompt.messages, text) for prompt, text in zip(asked, texts, strict=True)])

@@ -45,7 +45,9 @@ def tolerance(dtype: torch.dtype) -> Tolerance:
 
 
 def check_start(trainer: PPOTrainer, rollouts: Rollouts) -> None:
-    """Before the first update: KL is 0, the ratio is 1, the sampler drew from the policy, values are the head's start, padding does not matter.
+    """Before the first update: KL is 0, the ratio is 1, values are the head's start, padding does not matter.
+
+    And the sampler drew its tokens from the policy, which only float32 takes for granted.
 
     If the starting policy came as an adapter, which is merged before training, the reference must also be what the
     adapter says on its base.
@@ -62,7 +64,8 @@ def check_start(trainer: PPOTrainer, rollouts: Rollouts) -> None:
     width, few = part.tokens.shape[1], part.completion_mask
     again, _ = actor.evaluate(part)
     check_close("log of the probability ratio", again - rollouts.logps[rows, :width], few, limit)
-    check_close("the sampler's log-probabilities minus the policy's", rollouts.sampled[rows, :width] - again, few, limit)
+    sampled = rollouts.sampled[rows, :width]
+    check_close("the sampler's log-probabilities minus the policy's", sampled - again, few, limit)
     padded, _ = actor.evaluate(more_padding(part, actor.pad))
     check_close("effect of padding on log-probabilities", padded - again, few, limit)
     if trainer.pm_head is None:
@@ -132,8 +135,12 @@ def unmerged_logps(trainer: PPOTrainer, batch: Packed) -> Tensor:
 
     start = trainer.policy.start
     path = resolve_model(start.name)
-    adapters = [path] if is_adapter(path) else []
-    model = load_causal_lm(replace(start, name=adapter_base(path) if adapters else path, adapter=None, device="cpu"))
+    adapters, base, revision = [], path, start.revision
+    if is_adapter(path):
+        adapters = [path]
+        base, found = adapter_base(path)
+        revision = found or revision
+    model = load_causal_lm(replace(start, name=base, revision=revision, adapter=None, device="cpu"))
     for adapter in [*adapters, *([start.adapter] if start.adapter else [])]:
         if isinstance(model, PeftModel):
             model = model.merge_and_unload()  # A second adapter was trained on the first one merged in.

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from rlaif import losses
 from rlaif.chat import encode_chat
-from rlaif.config import PPOConfig, Tuning
+from rlaif.config import PPOConfig
 from rlaif.generation import STREAM_PROMPTS, Generation, generate, head_inputs
-from rlaif.models import eos_ids
+from rlaif.models import arithmetic, autocasts, eos_ids
 from rlaif.policy import Packed, Policy, completion_logits, completion_states, has_plain_head, merged, pack
 from rlaif.records import Prompt, UserError
 from rlaif.trunk import with_trunk
@@ -36,7 +36,7 @@ class Rollouts:
     scores: Tensor
     logps: Tensor
     sampled: Tensor
-    """What the sampler noted where the policy evaluated ``logps``: log-probabilities that the tokens were drawn with."""
+    """Log-probabilities that the tokens were drawn with, as the sampler noted them."""
     ref_logps: Tensor
     values: Tensor
 
@@ -115,9 +115,7 @@ class Actor:
         self.device = next(self.model.parameters()).device
         self.pad, self.eos = self.tokenizer.pad_token_id, eos_ids(self.model, self.tokenizer)
         self.value_head = ValueHead(self.model.config.get_text_config().hidden_size).to(self.device)
-        # All-weights training keeps float32 weights; on a GPU the arithmetic is bfloat16.
-        self.autocast = self.device.type == "cuda" and config.tuning is Tuning.full
-        self.dtype = torch.bfloat16 if self.autocast else next(self.model.parameters()).dtype
+        self.dtype, self.autocast = arithmetic(policy.start), autocasts(policy.start, config.tuning)
         self.plain_head = has_plain_head(self.model)
 
     def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[Generation]:

@@ -54,7 +54,7 @@ def train_sft(
         args=on_one_device(arguments, start),
         train_dataset=Dataset.from_list(kept),
         processing_class=tokenizer,
-        **peft_arguments(config, model, "CAUSAL_LM"),
+        **peft_arguments(config, start, model, "CAUSAL_LM"),
     )
     run_trainer(trainer, folder, method)
     policy = Policy(trainer.model, tokenizer, config.tuning, start)

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from rlaif.config import LoraSettings, ModelConfig, TrainerSettings, Tuning
-from rlaif.models import load_causal_lm, lora_config, pick_device
+from rlaif.models import autocasts, load_causal_lm, lora_config, pick_device
 from rlaif.processes import is_main, wait_for_all, world_size
 from rlaif.progress import progress
 from rlaif.records import UserError
@@ -27,7 +27,7 @@ _GROUP = 16
 
 def load_start(start: ModelConfig, tuning: Tuning) -> Any:
     """The causal language model that training starts from, with the weights that the tuning needs."""
-    return load_causal_lm(start, trainable=tuning is Tuning.full, quantized=tuning is Tuning.qlora)
+    return load_causal_lm(start, trainable=tuning is Tuning.full, quantized=tuning is Tuning.qlora, merged=True)
 
 
 def trainer_arguments(
@@ -49,7 +49,7 @@ def trainer_arguments(
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "gradient_checkpointing": config.gradient_checkpointing,
-        "bf16": device.type == "cuda" and config.tuning is Tuning.full,
+        "bf16": autocasts(start, config.tuning),
         "report_to": list(config.report_to) or "none",
         "seed": seed,
         "data_seed": seed,
@@ -82,12 +82,14 @@ def on_one_device(arguments: Any, start: ModelConfig) -> Any:
     return arguments
 
 
-def peft_arguments(config: TrainerSettings, model: Any, task: str, keep: list[str] | None = None) -> dict[str, Any]:
+def peft_arguments(
+    config: TrainerSettings, start: ModelConfig, model: Any, task: str, keep: list[str] | None = None
+) -> dict[str, Any]:
     """``peft_config`` for LoRA, nothing for all weights."""
     if config.tuning is Tuning.full:
         return {}
     settings: LoraSettings = config.lora
-    return {"peft_config": lora_config(settings, model, task, keep)}
+    return {"peft_config": lora_config(settings, model, task, keep, start.revision)}
 
 
 def drop_long(

@@ -1,0 +1,119 @@
+"""Loading: devices, precision, adapters and the revision of their base."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlaif.config import Dtype, LoraSettings, ModelConfig, SFTConfig, Tuning
+from rlaif.methods.supervised import trainer_arguments
+from rlaif.models import adapter_base, arithmetic, autocasts, load_causal_lm, pick_device, resolve_model
+from rlaif.policy import Policy, load_policy
+
+TINY = ModelConfig(name="tiny", device="cpu")
+SHORT = dataclasses.replace(TINY, dtype=Dtype.bfloat16)
+LORA = LoraSettings(r=4, alpha=8)
+
+
+def adapter(folder, config=TINY, fill=1e-3):
+    policy = load_policy(config, Tuning.lora, LORA)
+    with torch.no_grad():
+        for name, value in policy.trainable():
+            if "lora_B" in name:
+                value.fill_(fill)
+    policy.save(folder)
+    return folder
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(torch.arange(20).unsqueeze(0)).logits.float()
+
+
+@pytest.mark.parametrize("given_as", ["name", "adapter"])
+def test_what_is_not_trained_keeps_its_adapter_beside_short_weights(tmp_path, given_as):
+    """Merged into bfloat16, an update finer than the weights would be lost."""
+    config = dataclasses.replace(SHORT, **{given_as: str(adapter(tmp_path))})
+    model = load_causal_lm(config)
+    base = load_causal_lm(SHORT)
+    weights = dict(base.named_parameters())
+    kept = {name.split("base_model.model.")[-1].replace(".base_layer", ""): v for name, v in model.named_parameters()}
+    assert all(torch.equal(kept[name], value) for name, value in weights.items())
+    assert not torch.equal(logits(model), logits(base))
+
+
+def test_a_merged_start_is_merged_in_float32_and_then_rounded(tmp_path):
+    folder = adapter(tmp_path, fill=0.05)
+    exact = load_causal_lm(dataclasses.replace(TINY, adapter=str(folder)))
+    start = load_causal_lm(dataclasses.replace(SHORT, adapter=str(folder)), merged=True)
+    assert not hasattr(start, "peft_config")
+    for (name, value), expected in zip(start.named_parameters(), exact.parameters(), strict=True):
+        assert torch.equal(value, expected.to(torch.bfloat16)), name
+    whole, plain = (dict(model.named_buffers()) for model in (start, load_causal_lm(SHORT)))
+    assert {name: value.dtype for name, value in whole.items()} == {name: value.dtype for name, value in plain.items()}
+
+
+def test_of_two_adapters_the_first_is_merged(tmp_path):
+    first = adapter(tmp_path / "first", fill=0.05)
+    second = adapter(tmp_path / "second", fill=-0.05)
+    both = {"name": str(first), "adapter": str(second)}
+    expected = logits(load_causal_lm(dataclasses.replace(TINY, **both)))
+    torch.testing.assert_close(logits(load_causal_lm(dataclasses.replace(SHORT, **both))), expected, atol=0.3, rtol=0.1)
+
+
+def test_a_policy_on_a_merged_start_is_saved_without_rounding(tmp_path):
+    start = dataclasses.replace(SHORT, adapter=str(adapter(tmp_path / "sft", fill=0.05)))
+    policy = load_policy(start, Tuning.lora, LORA)
+    layer = next(module for module in policy.model.modules() if hasattr(module, "lora_B"))
+    with torch.no_grad():
+        for name, value in policy.trainable():
+            value.fill_(1e-3 if "lora_B" in name else 0.01)
+    expected = layer.get_base_layer().weight.float() + layer.get_delta_weight("default").float()
+    Policy.save(policy, tmp_path / "policy")
+    saved = load_causal_lm(dataclasses.replace(TINY, name=str(tmp_path / "policy"), dtype=Dtype.float32))
+    weight = saved.model.layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(weight, expected, atol=1e-7, rtol=1e-6)
+
+
+def test_an_adapter_remembers_the_revision_of_its_base(tmp_path, monkeypatch):
+    folder = adapter(tmp_path, dataclasses.replace(TINY, revision="v2"))
+    assert adapter_base(folder) == (resolve_model("tiny"), "v2")
+    asked = []
+    plain = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda path, **o: asked.append(o["revision"]) or plain(path, **o)
+    )
+    load_causal_lm(dataclasses.replace(TINY, name=str(folder)))
+    load_causal_lm(dataclasses.replace(TINY, name=str(adapter(tmp_path / "other")), revision="v1"))
+    assert asked == ["v2", None, "v1"]
+
+
+def test_cuda_is_this_processs_gpu(monkeypatch):
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: None)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert pick_device("cuda") == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert pick_device("cuda") == torch.device("cuda", 3)
+    assert pick_device("cuda:1") == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "able", "expected"),
+    [
+        (Dtype.auto, True, True),
+        (Dtype.auto, False, False),
+        (Dtype.float32, True, False),
+        (Dtype.bfloat16, True, True),
+    ],
+)
+def test_all_weights_train_in_bfloat16_where_that_is_asked_for_or_can_be(tmp_path, monkeypatch, dtype, able, expected):
+    monkeypatch.setattr("rlaif.models.pick_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr("rlaif.methods.supervised.pick_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: able)
+    start = ModelConfig(name="tiny", dtype=dtype)
+    assert autocasts(start, Tuning.full) == expected
+    assert not autocasts(start, Tuning.lora)
+    assert arithmetic(start) is (torch.bfloat16 if expected else torch.float32)
+    for tuning, value in {Tuning.full: expected, Tuning.lora: False}.items():
+        assert trainer_arguments(SFTConfig(tuning=tuning), start, tmp_path, 0, 32)["bf16"] == value
