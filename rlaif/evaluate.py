@@ -68,6 +68,7 @@ def run_evaluation(
             score_samples,
             write_evaluation,
         )
+        from rlaif.generation import STREAM_BEST_OF_N
         from rlaif.preference_model import pm_config, pm_identity
 
         pm = pm_config(policy, preference_model) if preference_model else None
@@ -77,7 +78,8 @@ def run_evaluation(
         else:
             n, source = best_of
             many = replace(config, samples_per_prompt=n * config.samples_per_prompt)
-            samples = sample_policy(policy, None, prompts, many, seed)
+            # The baseline's random numbers would make it one of the n.
+            samples = sample_policy(policy, None, prompts, many, seed, STREAM_BEST_OF_N)
             with source.open(folder) as reward:
                 scores = reward.score([(sample.prompt, sample.completion) for sample in samples])
             samples = best_of_n(samples, scores, n)

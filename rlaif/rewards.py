@@ -77,6 +77,24 @@ class PMReward:
         yield load_scorer(pm_config(self.policy, self.folder), self.pm.ensemble_score, self.pm.ensemble_penalty)
 
 
+def check_unaudited(role: str, labeler: LabelerConfig, labeling: LabelingConfig) -> None:
+    """Training asks its labeler as it is.
+
+    Raises:
+        UserError: where settings ask for the labeler to be measured on people's pairs first.
+    """
+    asked = {
+        "labeler.audit": labeler.audit,
+        "labeler.min_agreement": labeler.min_agreement,
+        "labeling.calibrate": labeling.calibrate,
+    }
+    for key, value in asked.items():
+        if value is not None:
+            raise UserError(
+                f"{key}={value}: {role} does not measure its labeler; run rlaif.audit first and leave {key} out"
+            )
+
+
 @dataclass(frozen=True)
 class LabelerReward:
     """The labeler's own verdict on each completion, without a PM (Lee et al. 2023, section 2.3: direct RLAIF)."""
@@ -95,6 +113,7 @@ class LabelerReward:
         """
         if self.labeler.type is None:
             raise UserError("reward=labeler needs a labeler: labeler=hf, labeler=vllm, labeler=openai or scripted")
+        check_unaudited("reward=labeler", self.labeler, self.labeling)
         check_mode(load_constitution(self.constitution), LabelMode.pointwise)
 
     @property
@@ -125,7 +144,7 @@ class LabelerScores:
     seed: int
 
     def score(self, examples: Sequence[tuple[Sequence[Message], str]]) -> list[float | None]:
-        """The weighted mean over principles of the verdicts' logits, divided by ``labeling.temperature``.
+        """The weighted mean over the principles asked of the verdicts' logits, divided by ``labeling.temperature``.
 
         Raises:
             UserError: if the labeler gave no verdict at all.
@@ -135,7 +154,7 @@ class LabelerScores:
             for index, (prompt, text) in enumerate(examples)
         ]
         weights = {principle.id: principle.weight for principle in self.constitution.principles}
-        totals = [0.0] * len(lines)
+        totals, asked = [0.0] * len(lines), [0.0] * len(lines)
         missing: set[int] = set()
         reasons: list[str | None] = []
         labels = label_candidates(lines, self.constitution, self.engine, self.labeling, self.store, self.seed)
@@ -146,14 +165,18 @@ class LabelerScores:
                 reasons.append(label.reason)
             else:
                 totals[index] += weights[label.principle] * logit(label.p)
+                asked[index] += weights[label.principle]
         if missing and len(missing) == len(lines):
             raise UserError(f"the labeler gave no usable verdict on {len(lines)} completions; first: {reasons[0]}")
         if missing:
             log.warning(
                 "reward: %d of %d completions have no verdict (first: %s)", len(missing), len(lines), reasons[0]
             )
-        scale = sum(weights.values()) * self.labeling.temperature
-        return [None if index in missing else total / scale for index, total in enumerate(totals)]
+        # Each by the weights of its own principles: with labeling.principles=sample it was asked under one of them.
+        return [
+            None if index in missing else total / (weight * self.labeling.temperature)
+            for index, (total, weight) in enumerate(zip(totals, asked, strict=True))
+        ]
 
 
 def known_scores(scores: Sequence[float | None]) -> list[float]:

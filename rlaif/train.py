@@ -87,6 +87,7 @@ def check(config: TrainConfig) -> None:
     from rlaif.constitution import load_constitution
     from rlaif.methods.critique_revision import revising_principles
     from rlaif.methods.stages import REWARDED, TOGETHER, labeler_reward
+    from rlaif.rewards import check_unaudited
 
     method = config.method
     if method is None:
@@ -121,6 +122,7 @@ def check(config: TrainConfig) -> None:
             asks_labeler = True
             if config.labeler.type is None:
                 raise UserError("critique_revision.critic=labeler needs a labeler: labeler=hf, vllm, openai, scripted")
+            check_unaudited("critique_revision.critic=labeler", config.labeler, config.labeling)
     if asks_labeler and config.labeler.type is LabelerType.openai:
         from rlaif.engines import build_labeler
 
@@ -139,6 +141,17 @@ def _check_tunings(config: TrainConfig) -> None:
         used["pm"] = config.pm
     if config.method is not None and config.method is not Method.best_of_n:
         used[config.method.value] = getattr(config, config.method.value)
+    for name, settings in used.items():
+        if (
+            settings.tuning is Tuning.qlora
+            and name != "sft"
+            and config.sft_first
+            and config.sft.tuning is not Tuning.full
+        ):
+            raise UserError(
+                f"sft_first=true with {name}.tuning=qlora needs sft.tuning=full: QLoRA starts from a whole model, "
+                "not from an adapter"
+            )
     if any(settings.tuning is Tuning.qlora for settings in used.values()):
         from rlaif.models import check_tuning
 

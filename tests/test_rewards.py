@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rlaif.config import LabelerConfig, LabelerType, LabelingConfig, ScriptedConfig
+from rlaif.config import LabelerConfig, LabelerType, LabelingConfig, Principles, ScriptedConfig
 from rlaif.engines.base import OptionMass, OptionRequest
 from rlaif.engines.scripted import ScriptedEngine
 from rlaif.gold import gold_score
@@ -20,7 +21,7 @@ TEXTS = ["aeiou", "rhythm", "banana", ""]
 SCRIPTED = LabelerConfig(type=LabelerType.scripted, scripted=ScriptedConfig(utility="letters", sharpness=4.0))
 
 
-def scores(folder: Path, labeler: LabelerConfig = SCRIPTED, **labeling: float) -> list[float | None]:
+def scores(folder: Path, labeler: LabelerConfig = SCRIPTED, **labeling: Any) -> list[float | None]:
     folder.mkdir(exist_ok=True)
     source = LabelerReward(labeler, LabelingConfig(**labeling), "helpful", seed=0)
     with source.open(folder) as reward:
@@ -32,6 +33,21 @@ def test_the_score_is_the_logit_of_the_verdicts(tmp_path: Path) -> None:
     expected = [4 * gold_score("letters", text) for text in TEXTS]
     assert scores(tmp_path) == pytest.approx(expected, abs=1e-6)
     assert scores(tmp_path, temperature=2.0) == pytest.approx([value / 2 for value in expected], abs=1e-6)
+
+
+def test_a_sampled_principle_counts_alone(tmp_path: Path) -> None:
+    """Each completion is asked under one principle: its verdict is the score, whatever the others would weigh."""
+    expected = [4 * gold_score("letters", text) for text in TEXTS]
+    assert scores(tmp_path, principles=Principles.sample) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("key", ["labeler.audit", "labeler.min_agreement", "labeling.calibrate"])
+def test_a_labeler_that_was_to_be_measured_first_is_refused(key: str) -> None:
+    group, name = key.split(".")
+    labeler, labeling = replace(SCRIPTED), LabelingConfig()
+    setattr(labeler if group == "labeler" else labeling, name, "x")
+    with pytest.raises(UserError, match=rf"{key}=x: reward=labeler .* run rlaif.audit first"):
+        LabelerReward(labeler, labeling, "helpful", 0).check()
 
 
 def test_verdicts_are_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,11 +44,12 @@ def sample_policy(
     prompts: Sequence[Prompt],
     config: EvalConfig,
     seed: int,
+    stream: int = STREAM_EVALUATION,
 ) -> list[Sample]:
     """Sample completions and measure the KL of each to the reference (None: the policy is the reference).
 
     The random numbers of a completion depend on the seed, the prompt's place and the sample's number only, so
-    two policies are compared under common random numbers.
+    two policies are compared under common random numbers. Another ``stream`` has other ones.
     """
     tokenizer = load_tokenizer(policy)
     model = load_causal_lm(policy)
@@ -63,7 +64,7 @@ def sample_policy(
             generations = generate(
                 model,
                 [encoded[index] for index, _ in part],
-                [(seed, STREAM_EVALUATION, index, number, 1) for index, number in part],
+                [(seed, stream, index, number, 1) for index, number in part],
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,
                 eos=eos,

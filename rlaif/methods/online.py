@@ -22,6 +22,7 @@ from rlaif.methods.supervised import (
 )
 from rlaif.models import eos_ids, load_causal_lm, load_tokenizer, seed_everything
 from rlaif.policy import Policy
+from rlaif.processes import world_size
 from rlaif.records import Prompt, UserError
 from rlaif.rewards import RewardModel
 
@@ -131,10 +132,11 @@ def _fitting(tokenizer: Any, prompts: Sequence[Prompt], config: OnlineConfig, na
             name,
             config.max_length,
         )
-    needed = config.batch_size * config.gradient_accumulation_steps // config.generations
+    needed = config.batch_size * config.gradient_accumulation_steps * world_size() // config.generations
     if len(kept) < needed:
         raise UserError(
             f"{name}: a step takes {needed} prompts ({name}.batch_size={config.batch_size} completions, "
-            f"{name}.generations={config.generations} a prompt), but there are {len(kept)}; lower {name}.batch_size"
+            f"{name}.generations={config.generations} a prompt, {world_size()} process(es)), but there are "
+            f"{len(kept)}; lower {name}.batch_size"
         )
     return kept

@@ -15,6 +15,8 @@ from rlaif.config import (
     CritiqueRevisionConfig,
     DPOConfig,
     EvalConfig,
+    LabelerConfig,
+    LabelerType,
     Method,
     ModelConfig,
     PMConfig,
@@ -174,6 +176,23 @@ REVISE = Method.critique_revision
     [
         ({"method": Method.dpo, "dpo": DPOConfig(tuning=Tuning.qlora)}, "dpo.tuning=qlora needs a CUDA GPU"),
         ({"method": Method.ppo, "pm": PMConfig(tuning=Tuning.qlora)}, "pm.tuning=qlora needs a CUDA GPU"),
+        (
+            {"method": Method.dpo, "dpo": DPOConfig(tuning=Tuning.qlora), "sft_first": True},
+            "sft_first=true with dpo.tuning=qlora needs sft.tuning=full",
+        ),
+        (
+            {"method": Method.ppo, "pm": PMConfig(tuning=Tuning.qlora), "sft_first": True},
+            "sft_first=true with pm.tuning=qlora needs sft.tuning=full",
+        ),
+        (
+            {
+                "method": REVISE,
+                "constitution": "helpful",
+                "critique_revision": CritiqueRevisionConfig(critic=Critic.labeler),
+                "labeler": LabelerConfig(type=LabelerType.scripted, audit="pairs.jsonl"),
+            },
+            "labeler.audit=pairs.jsonl: critique_revision.critic=labeler does not measure its labeler; run rlaif.audit",
+        ),
         ({"method": Method.dpo, "reward": Reward.labeler}, "method=dpo scores nothing"),
         ({"method": Method.ppo, "reward": Reward.labeler}, "reward=labeler needs a labeler"),
         ({"method": Method.best_of_n, "eval": EvalConfig(enabled=False)}, "best_of_n trains nothing"),

@@ -1,18 +1,23 @@
 """Metrics of a policy from samples made by hand."""
 
+import contextlib
 import math
+from typing import ClassVar
 
 import pytest
 
+from rlaif.config import EvalConfig, ModelConfig
+from rlaif.evaluate import run_evaluation
 from rlaif.evaluation.policy import (
     Sample,
     best_of_n,
     best_of_n_kl,
     policy_metrics,
     read_samples,
+    sample_policy,
     write_evaluation,
 )
-from rlaif.records import UserError, read_json
+from rlaif.records import Prompt, UserError, read_json
 
 USER = [{"role": "user", "content": "q"}]
 
@@ -102,6 +107,44 @@ def test_best_of_n_keeps_the_best_of_each_group():
     assert [row.completion for row in best] == ["text p 1", "text p 3", "text q 0", "text q 2"]
     assert [row.sample for row in best] == [0, 1, 0, 1]
     assert best_of_n(samples, scores, 4)[0].completion == "text p 1"
+
+
+class First:
+    """Finds the first completion of each prompt the best."""
+
+    settings: ClassVar = {}
+    inputs: ClassVar = {}
+    carry_over = ()
+
+    @contextlib.contextmanager
+    def open(self, folder):
+        yield self
+
+    def score(self, examples):
+        return [-float(place) for place in range(len(examples))]
+
+
+def test_the_best_of_n_are_not_the_baselines_completions(tmp_path):
+    """Under the baseline's random numbers the first of the n would be the baseline's own completion."""
+    (tmp_path / "prompts.jsonl").write_text("")
+    run_evaluation(
+        tmp_path / "evaluation",
+        policy=ModelConfig(name="tiny", device="cpu"),
+        reference=ModelConfig(name="tiny", device="cpu"),
+        prompts=[Prompt(f"p{n}", ({"role": "user", "content": "ab" * n},)) for n in range(1, 5)],
+        prompts_file=tmp_path / "prompts.jsonl",
+        config=EvalConfig(gold="letters", max_new_tokens=8, resamples=100),
+        row={"name": "bon"},
+        seed=0,
+        best_of=(2, First()),
+    )
+    found = read_samples(tmp_path / "evaluation" / "samples.jsonl")
+    plain = sample_policy(
+        ModelConfig(name="tiny", device="cpu"), None,
+        [Prompt(row.prompt_id, tuple(row.prompt)) for row in found], EvalConfig(max_new_tokens=8), 0,
+    )  # fmt: skip
+    drawn = {row.prompt_id: row.completion for row in plain}
+    assert all(row.completion != drawn[row.prompt_id] for row in found)
 
 
 def test_the_kl_bound_of_best_of_n():

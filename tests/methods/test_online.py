@@ -12,7 +12,7 @@ import torch
 
 from rlaif.chat import encode_chat
 from rlaif.config import GRPOConfig, LoraSettings, Method, ModelConfig, OnlineConfig, RLOOConfig, Tuning
-from rlaif.methods.online import SafeRLOOTrainer, train_online
+from rlaif.methods.online import SafeRLOOTrainer, _fitting, train_online
 from rlaif.models import load_causal_lm, load_tokenizer
 from rlaif.records import Prompt, UserError
 
@@ -99,7 +99,14 @@ def test_the_reference_of_full_tuning_is_the_starting_policy(tmp_path: Path) -> 
     assert curve(tmp_path / "second")[0]["kl_per_token"] == pytest.approx(0, abs=1e-5)
 
 
-def test_too_few_prompts_and_too_long_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_too_few_prompts_and_too_long_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each process takes batch_size completions.
+    monkeypatch.setattr("rlaif.methods.online.world_size", lambda: 2)
+    with pytest.raises(UserError, match=r"a step takes 8 prompts .* 2 process\(es\)\), but there are 3"):
+        _fitting(load_tokenizer(TINY), PROMPTS[:3], settings(RLOOConfig), "rloo")
+    monkeypatch.undo()
     with pytest.raises(UserError, match=r"a step takes 4 prompts .* but there are 3; lower rloo.batch_size"):
         train_online(Method.rloo, settings(RLOOConfig), TINY, PROMPTS[:3], Vowels(), tmp_path, seed=0)
     long = [Prompt("long", ({"role": "user", "content": "x" * 200},))]
