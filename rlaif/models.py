@@ -51,7 +51,9 @@ def resolve_model(name: str | None, key: str = "policy.name") -> str:
 
 def name_key(key: str) -> str:
     """The configuration key that names the model of a config section."""
-    return {"labeler": "labeler.model", "preference_model": "preference_model"}.get(key, f"{key}.name")
+    return {"labeler": "labeler.model", "preference_model": "preference_model", "pm.model": "pm.model"}.get(
+        key, f"{key}.name"
+    )
 
 
 def _cached(name: str, build: Callable[[Path], None]) -> Path:

@@ -64,6 +64,8 @@ class PMReward:
 
     @property
     def settings(self) -> dict[str, Any]:
+        if not self.is_ensemble:
+            return {}
         return plain(ensemble_score=self.pm.ensemble_score, ensemble_penalty=self.pm.ensemble_penalty)
 
     @property

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,8 +22,9 @@ from rlaif.config import (
     Tuning,
     ValueInit,
 )
+from rlaif.demonstrations import read_demonstrations
 from rlaif.processes import is_main, world_size
-from rlaif.records import Preference, Prompt, UserError, existing_dir, find_prompts
+from rlaif.records import Message, Prompt, UserError, existing_dir, existing_file, find_prompts
 from rlaif.splits import read_split
 
 if TYPE_CHECKING:
@@ -129,9 +131,43 @@ def check(config: TrainConfig) -> None:
         # Asks the server whether it is there, takes the key and serves the model.
         build_labeler(config.labeler, config.seed).close()
     _check_tunings(config)
+    _check_trackers(config)
+    _check_launcher()
 
 
-def _check_tunings(config: TrainConfig) -> None:
+def _check_trackers(config: TrainConfig) -> None:
+    """Names in report_to must be trackers that are installed."""
+    for name, settings in _trained(config).items():
+        if not isinstance(settings, TrainerSettings) or not settings.report_to:
+            continue
+        from transformers.integrations import get_available_reporting_integrations
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+        installed = get_available_reporting_integrations()
+        for tracker in set(settings.report_to) - {"all", "none"}:
+            if tracker not in INTEGRATION_TO_CALLBACK:
+                known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+                raise UserError(f"{name}.report_to: transformers knows no tracker {tracker!r}; it knows {known}")
+            if tracker not in installed:
+                raise UserError(f"{name}.report_to: {tracker} is not installed")
+
+
+def _check_launcher() -> None:
+    """Refuse what a launcher asks for and nothing here can do: weights spread over processes.
+
+    Raises:
+        UserError: naming it.
+    """
+    for variable, what in {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}.items():
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise UserError(
+                f"accelerate is configured for {what}, which rlaif does not support; launch with --multi_gpu, where "
+                "each process holds the whole model"
+            )
+
+
+def _trained(config: TrainConfig) -> dict[str, TrainerSettings | PPOConfig]:
+    """The settings of everything that will be trained, by their group."""
     from rlaif.methods.stages import REWARDED
 
     used: dict[str, TrainerSettings | PPOConfig] = {}
@@ -141,6 +177,11 @@ def _check_tunings(config: TrainConfig) -> None:
         used["pm"] = config.pm
     if config.method is not None and config.method is not Method.best_of_n:
         used[config.method.value] = getattr(config, config.method.value)
+    return used
+
+
+def _check_tunings(config: TrainConfig) -> None:
+    used = _trained(config)
     for name, settings in used.items():
         if (
             settings.tuning is Tuning.qlora
@@ -167,6 +208,8 @@ def fit(config: TrainConfig, output: Path) -> Trained:
     assert method is not None
     arm = Arm(config, output, config.policy)
     _check_evaluation(arm)
+    if method is Method.ppo and config.ppo.eval_every:
+        arm.validation_prompts()
     given = existing_dir(config.preference_model, "preference_model") if config.preference_model else None
     arm = started_from(arm)
     if method is Method.pm:
@@ -193,18 +236,22 @@ def _check_evaluation(arm: Arm) -> None:
             "prompts is not set: evaluation needs held-out prompts; give prompts=FILE, or eval.enabled=false"
         )
     held_out = read_split(find_prompts(config.prompts), config.data, config.eval.split)
-    _warn_of_leak(held_out, arm.preferences("train"))
+    _warn_of_leak(held_out, (preference.prompt for preference in arm.preferences("train")), "training preferences")
+    if config.demonstrations and (config.sft_first or config.method is Method.sft):
+        shown = read_demonstrations(existing_file(config.demonstrations, "demonstrations"))
+        _warn_of_leak(held_out, (each.prompt for each in shown if each.prompt), "demonstrations")
 
 
-def _warn_of_leak(held_out: Sequence[Prompt], preferences: Sequence[Preference]) -> None:
-    """Preferences that people bring may hold the very prompts that evaluation holds out."""
-    trained = {preference.prompt[-1]["content"] for preference in preferences}
+def _warn_of_leak(held_out: Sequence[Prompt], prompts: Iterable[Sequence[Message]], where: str) -> None:
+    """Preferences and demonstrations that people bring may hold the very prompts that evaluation holds out."""
+    trained = {prompt[-1]["content"] for prompt in prompts}
     leaked = sum(prompt.messages[-1]["content"] in trained for prompt in held_out)
     if leaked:
         log.warning(
-            "WARNING: %d of %d evaluation prompts are also in the training preferences; the evaluation will flatter",
+            "WARNING: %d of %d evaluation prompts are also in the %s; the evaluation will flatter",
             leaked,
             len(held_out),
+            where,
         )
 
 

@@ -142,7 +142,8 @@ def _train_member(
     if (target / CALIBRATION).is_file():
         return dict(read_json(target / CALIBRATION)["trained_on"])
     seed_everything(seed)
-    tokenizer = load_tokenizer(start, "pm.model" if config.model else "policy")
+    key = "pm.model" if config.model else "policy"
+    tokenizer = load_tokenizer(start, key)
     separate_pad_token(tokenizer)
     rows: list[dict[str, Any]] = [
         {
@@ -156,7 +157,7 @@ def _train_member(
     ]
     kept = drop_long(rows, lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])), config.max_length, "pm")
     groups = group_comparisons(kept)
-    model = load_sequence_scorer(start, new_head=True, quantized=config.tuning is Tuning.qlora)
+    model = load_sequence_scorer(start, key, new_head=True, quantized=config.tuning is Tuning.qlora)
     model.config.pad_token_id = tokenizer.pad_token_id
     if config.tuning is Tuning.full:
         model = model.float()

@@ -163,7 +163,8 @@ class PPOTrainer:
             log.info(
                 "ppo: keeping the policy of iteration %s, the best on validation prompts", self.progress.best_iteration
             )
-            self.load_policy(self.checkpoints.best(self.device))
+            assert self.progress.best_iteration is not None
+            self.load_policy(self.checkpoints.best(self.progress.best_iteration, self.device))
 
     def step(self, iteration: int) -> tuple[dict[str, Any], Rollouts]:
         """One iteration: rollouts, rewards, advantages, updates. Returns its line of the training curve."""
@@ -248,18 +249,22 @@ class PPOTrainer:
         self, prompts: Sequence[Prompt], encoded: Sequence[list[int]], texts: Sequence[str]
     ) -> list[float]:
         """Scores of completions; with ``relative_reward`` minus that of the reference's completion on the prompt."""
-        scores = [float(value) for value in self.score(prompts, texts)]
         if not self.config.relative_reward:
-            return scores
+            return [float(value) for value in self.score(prompts, texts)]
         known = self.progress.baselines
         new = {p.prompt_id: (p, ids) for p, ids in zip(prompts, encoded, strict=True) if p.prompt_id not in known}
+        baselines: list[str] = []
         if new:
             generations = self.actor.sample_reference(
                 [ids for _, ids in new.values()],
                 [(self.seed, STREAM_BASELINE, zlib.crc32(name.encode()), 0, 1) for name in new],
             )
-            found = self.score([prompt for prompt, _ in new.values()], self.actor.decode(generations))
-            known |= dict(zip(new, map(float, found), strict=True))
+            baselines = self.actor.decode(generations)
+        # Scored together: where a score is missing, the mean of the others takes its place, and there are others.
+        asked = [*prompts, *(prompt for prompt, _ in new.values())]
+        found = [float(value) for value in self.score(asked, [*texts, *baselines])]
+        scores = found[: len(prompts)]
+        known |= dict(zip(new, found[len(prompts) :], strict=True))
         return [score - known[prompt.prompt_id] for prompt, score in zip(prompts, scores, strict=True)]
 
     def start_from(self, scores: Tensor) -> None:
@@ -380,7 +385,7 @@ class PPOTrainer:
         if best is None or objective > best:
             self.progress.best_iteration, self.progress.best_objective = iteration, objective
             if self.config.keep is Keep.best:
-                self.checkpoints.save_best(self.weights())
+                self.checkpoints.save_best(iteration, self.weights())
         return {
             "validation_score": float(scores.mean()),
             "validation_kl": kl,

@@ -52,6 +52,9 @@ class Checkpoints:
         for other in self.root.glob("iteration-*"):
             if other != final:
                 shutil.rmtree(other)
+        for other in self.root.glob("best-*.pt"):
+            if progress.best_iteration is None or other != self._best(progress.best_iteration):
+                other.unlink()
 
     def newest(self, device: torch.device) -> tuple[Progress, dict[str, Any]] | None:
         """The newest checkpoint, if there is one."""
@@ -61,18 +64,21 @@ class Checkpoints:
         tensors = torch.load(found[-1] / "state.pt", map_location=device, weights_only=True)
         return Progress(**read_json(found[-1] / "progress.json")), tensors
 
-    def save_best(self, policy: dict[str, Tensor]) -> None:
-        """Keep the trained weights of the best policy so far.
+    def save_best(self, iteration: int, policy: dict[str, Tensor]) -> None:
+        """Keep the trained weights of the best policy so far, that after ``iteration``.
 
-        A run that goes on from before the best finds the same one again, so the file needs no history.
+        The one that the newest checkpoint knows of stays beside it: a run that goes on from there may still need it.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         torch.save(policy, self.root / ".best.pt.partial")
-        os.replace(self.root / ".best.pt.partial", self.root / "best.pt")
+        os.replace(self.root / ".best.pt.partial", self._best(iteration))
 
-    def best(self, device: torch.device) -> dict[str, Tensor]:
+    def best(self, iteration: int, device: torch.device) -> dict[str, Tensor]:
         """What ``save_best`` kept."""
-        return torch.load(self.root / "best.pt", map_location=device, weights_only=True)
+        return torch.load(self._best(iteration), map_location=device, weights_only=True)
+
+    def _best(self, iteration: int) -> Path:
+        return self.root / f"best-{iteration:06d}.pt"
 
     def remove(self) -> None:
         """Drop what only an interrupted run needs."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlaif.models import adapter_base, is_adapter, load_causal_lm, resolve_model
 from rlaif.policy import Packed, completion_logits
+from rlaif.records import UserError
 
 if TYPE_CHECKING:
     from rlaif.methods.ppo import PPOTrainer
@@ -21,7 +22,7 @@ log = logging.getLogger("rlaif")
 _ROWS = 4
 
 
-class StartCheckError(RuntimeError):
+class StartCheckError(UserError):
     """A property that must hold before the first update does not."""
 
 

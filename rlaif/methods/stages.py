@@ -155,7 +155,8 @@ class Arm:
         carry_over: Sequence[str] = (),
     ) -> Path:
         """Run a stage into its folder, unless it is up to date."""
-        settings = {**settings, **plain(policy=self.start, columns=self.config.columns)}
+        # Where things lie, and on which device they are computed, decides nothing; the model itself is an input.
+        settings = {**settings, **plain(columns=self.config.columns, trust_remote_code=self.start.trust_remote_code)}
         if world_size() > 1:
             # A batch is per process: more of them take larger steps.
             settings["processes"] = world_size()

@@ -13,19 +13,27 @@ import pytest
 from rlaif.config import (
     Critic,
     CritiqueRevisionConfig,
+    DataConfig,
     DPOConfig,
+    EnsembleScore,
     EvalConfig,
+    Feedback,
     LabelerConfig,
     LabelerType,
     Method,
     ModelConfig,
     PMConfig,
+    PPOConfig,
     Reward,
+    Split,
     TrainConfig,
     Tuning,
 )
-from rlaif.records import UserError
-from rlaif.train import check
+from rlaif.methods.pm import train_pm
+from rlaif.methods.stages import Arm
+from rlaif.records import Preference, UserError
+from rlaif.rewards import PMReward
+from rlaif.train import _check_evaluation, check, fit
 
 Command = Callable[..., Any]
 
@@ -87,7 +95,7 @@ def test_methods_that_need_a_pm_train_one(train: Command, tmp_path: Path, method
         assert not (out / "best_of_n").exists()
         assert found["kl_bound"] == pytest.approx(math.log(3) - 2 / 3, abs=1e-5)
         assert "kl" not in found
-        # The PM chose by its score, so the score cannot be lower than that of a single sample.
+        # The PM chose by its score.
         assert found["pm_gain"] > 0
     else:
         assert (out / method / "policy" / "adapter_config.json").is_file()
@@ -193,6 +201,11 @@ REVISE = Method.critique_revision
             },
             "labeler.audit=pairs.jsonl: critique_revision.critic=labeler does not measure its labeler; run rlaif.audit",
         ),
+        (
+            {"method": Method.dpo, "dpo": DPOConfig(report_to=["abacus"])},
+            "dpo.report_to: transformers knows no tracker 'abacus'; it knows",
+        ),
+        ({"method": Method.pm, "pm": PMConfig(report_to=["dagshub"])}, "pm.report_to: dagshub is not installed"),
         ({"method": Method.dpo, "reward": Reward.labeler}, "method=dpo scores nothing"),
         ({"method": Method.ppo, "reward": Reward.labeler}, "reward=labeler needs a labeler"),
         ({"method": Method.best_of_n, "eval": EvalConfig(enabled=False)}, "best_of_n trains nothing"),
@@ -214,6 +227,89 @@ def test_what_cannot_work_is_said_before_any_work(changes: dict[str, Any], said:
         check(config(**changes))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "said"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+)
+def test_spread_weights_are_refused(monkeypatch: pytest.MonkeyPatch, variable: str, said: str) -> None:
+    check(config(method=Method.dpo))
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(UserError, match=f"configured for {said}, which rlaif does not support"):
+        check(config(method=Method.dpo))
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> dict[str, Any]:
+    """Preferences without a validation split."""
+    (tmp_path / "preferences").mkdir()
+    row = {"prompt": "what is seen in training", "chosen": "a", "rejected": "b"}
+    (tmp_path / "preferences" / "train.jsonl").write_text(json.dumps(row) + "\n")
+    return {"preferences": str(tmp_path / "preferences"), "feedback": Feedback.human}
+
+
+def test_validation_prompts_are_missed_before_anything_is_trained(tmp_path: Path, own: dict[str, Any]) -> None:
+    settings = config(method=Method.ppo, ppo=PPOConfig(eval_every=1), eval=EvalConfig(enabled=False), **own)
+    with pytest.raises(UserError, match=r"ppo.eval_every=1: .* has no validation split"):
+        fit(settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("source", ["preferences", "demonstrations"])
+def test_evaluation_prompts_that_were_trained_on_are_counted(
+    tmp_path: Path, own: dict[str, Any], caplog: pytest.LogCaptureFixture, source: str
+) -> None:
+    held_out = "what is seen in training" if source == "preferences" else "what is shown"
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": held_out}) + "\n")
+    (tmp_path / "shown.jsonl").write_text(json.dumps({"prompt": "what is shown", "completion": "a"}) + "\n")
+    settings = config(
+        method=Method.dpo,
+        sft_first=True,
+        demonstrations=str(tmp_path / "shown.jsonl"),
+        prompts=str(tmp_path / "prompts.jsonl"),
+        data=DataConfig(validation_fraction=0, test_fraction=0),
+        eval=EvalConfig(split=Split.train),
+        **own,
+    )
+    with caplog.at_level("WARNING", logger="rlaif"):
+        _check_evaluation(Arm(settings, tmp_path, settings.policy))
+    assert f"1 of 1 evaluation prompts are also in the {'training ' * (source == 'preferences')}{source}" in caplog.text
+    assert caplog.text.count("will flatter") == 1
+
+
+def test_a_folder_that_moved_is_up_to_date(tmp_path: Path) -> None:
+    """Neither the place of a model nor the device decides what comes out."""
+    made: list[Path] = []
+
+    def run(root: Path, device: str = "cpu", **changes: Any) -> None:
+        start = ModelConfig(name=str(root / "start"), adapter=str(root / "adapter"), device=device, **changes)
+        Arm(config(method=Method.dpo), root / "out", start).run("dpo", {}, {}, made.append)
+
+    for name in ("start", "adapter"):
+        (tmp_path / "old" / name).mkdir(parents=True)
+        (tmp_path / "old" / name / "config.json").write_text(name)
+    run(tmp_path / "old")
+    (tmp_path / "old").rename(tmp_path / "new")
+    run(tmp_path / "new", device="auto")
+    assert len(made) == 1
+    run(tmp_path / "new", trust_remote_code=True)
+    (tmp_path / "new" / "start" / "config.json").write_text("other")
+    run(tmp_path / "new", trust_remote_code=True)
+    assert len(made) == 3
+
+
+def test_how_an_ensemble_is_combined_decides_nothing_for_one_pm(tmp_path: Path) -> None:
+    one, other = [PMReward(tmp_path, ModelConfig(), PMConfig(ensemble_score=how)) for how in EnsembleScore][:2]
+    assert one.settings == other.settings
+    (tmp_path / "ensemble.json").write_text("{}")
+    assert one.settings != other.settings
+
+
+def test_a_pm_base_that_cannot_be_loaded_is_named_by_its_key(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    row = Preference("p", ({"role": "user", "content": "q"},), "a", "b", "0", "1", 1.0, "people", "human")
+    with pytest.raises(UserError, match=r"^pm\.model="):
+        train_pm(PMConfig(model=str(tmp_path / "base")), ModelConfig(name="tiny", device="cpu"), [row], [], tmp_path, 0)
 
 
 def test_a_pm_that_is_not_trained_needs_no_gpu() -> None:

@@ -16,11 +16,13 @@ from rlaif import losses
 from rlaif.config import Dtype, Keep, KLControl, KLEstimator, LoraSettings, ModelConfig, PPOConfig, Tuning, ValueInit
 from rlaif.generation import generate
 from rlaif.methods.ppo import PPOTrainer, train_ppo
+from rlaif.methods.ppo_checkpoint import Checkpoints, Progress
 from rlaif.methods.ppo_checks import StartCheckError, check_start, more_padding
 from rlaif.methods.ppo_rollout import PromptStream, ScoreFunction
 from rlaif.models import load_sequence_scorer, load_tokenizer, lora_config, seed_everything
 from rlaif.policy import Packed, has_plain_head, load_policy
 from rlaif.records import Prompt, UserError
+from rlaif.rewards import known_scores
 
 TINY = ModelConfig(name="tiny", device="cpu")
 PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": "ab" * (i + 1)},)) for i in range(6)]
@@ -532,6 +534,28 @@ def test_the_best_policy_on_validation_prompts_is_kept(tmp_path: Path) -> None:
     assert weights(tmp_path / "best") == weights(tmp_path / "short")
     assert weights(tmp_path / "best") != weights(tmp_path / "last")
     assert not (tmp_path / "best" / "checkpoints").exists()
+
+
+def test_one_baseline_without_a_score_counts_as_average(tmp_path: Path) -> None:
+    def last_is_missing(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        return known_scores([*vowels(prompts, texts)[:-1], None])
+
+    ppo = trainer(tmp_path, score=last_is_missing, relative_reward=True)
+    ppo.progress.baselines = {prompt.prompt_id: 0.0 for prompt in PROMPTS[1:]}
+    rollouts = ppo.rollout(0)
+    others = vowels(rollouts.prompts, rollouts.texts)
+    assert ppo.progress.baselines["p0"] == pytest.approx(sum(others) / len(others))
+
+
+def test_the_best_policy_that_a_checkpoint_knows_of_outlives_a_newer_one(tmp_path: Path) -> None:
+    """A run that is killed after the newer one goes on from the checkpoint, and may not find that one again."""
+    checkpoints, cpu = Checkpoints(tmp_path), torch.device("cpu")
+    checkpoints.save_best(1, {"x": torch.tensor(1.0)})
+    checkpoints.save(Progress(iteration=2, best_iteration=1), {})
+    checkpoints.save_best(3, {"x": torch.tensor(3.0)})
+    assert [float(checkpoints.best(iteration, cpu)["x"]) for iteration in (1, 3)] == [1.0, 3.0]
+    checkpoints.save(Progress(iteration=4, best_iteration=3), {})
+    assert [file.name for file in (tmp_path / "checkpoints").glob("best*")] == ["best-000003.pt"]
 
 
 def test_samples_are_logged_and_hostile_text_stays_inside_its_line(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ rounds = 0
 
 def score(asked, texts):
     global rounds
-    if asked[0].prompt_id[0] == "p" and len(texts) == 8:
+    if asked[0].prompt_id[0] == "p":
         rounds += 1
         if rounds == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
