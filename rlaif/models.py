@@ -370,10 +370,10 @@ def load_sequence_scorer(
     if new_head and (is_adapter(path) or config.adapter):
         # The adapters of a policy fit a language model only; what they make of its body is taken over.
         model.base_model.load_state_dict(load_causal_lm(config, key, merged=True).base_model.state_dict())
-    if not hasattr(_inner(model), "score"):
+    if not hasattr(inner(model), "score"):
         raise UserError(
             f"{name_key(key)}={config.name}: transformers has no sequence classifier with a `score` head for "
-            f"{type(_inner(model)).__name__}; give another base with pm.model=MODEL"
+            f"{type(inner(model)).__name__}; give another base with pm.model=MODEL"
         )
     if quantized:
         model = _frozen(model)
@@ -385,7 +385,8 @@ def load_sequence_scorer(
     return model if quantized else model.to(device).eval()
 
 
-def _inner(model: Any) -> Any:
+def inner(model: Any) -> Any:
+    """The transformers model inside a PEFT wrapper (whose layers are replaced in place), or the model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlaif.config import LoraSettings, ModelConfig, Tuning
 from rlaif.generation import left_pad
 from rlaif.losses import token_logps
-from rlaif.models import is_adapter, load_causal_lm, load_tokenizer, lora_config, merge
+from rlaif.models import inner, is_adapter, load_causal_lm, load_tokenizer, lora_config, merge
 from rlaif.trunk import starting_at
 
 
@@ -102,7 +102,7 @@ def completion_states(model: Any, batch: Packed) -> Tensor:
     """Hidden states that the output head turns into those logits: (B, T, H). No logits are made."""
     keep = batch.tokens.shape[1] + 1
     with starting_at(model, batch.trunk):
-        output = _backbone(model)(
+        output = inner(model).base_model(
             input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
         )
     return output[0][:, -keep:-1]
@@ -111,7 +111,7 @@ def completion_states(model: Any, batch: Packed) -> Tensor:
 @torch.no_grad()
 def has_plain_head(model: Any) -> bool:
     """Whether logits are the output head of the backbone's states and nothing else (Gemma 2 caps them, for one)."""
-    head, backbone = model.get_output_embeddings(), _backbone(model)
+    head, backbone = model.get_output_embeddings(), inner(model).base_model
     if head is None or backbone is model:
         return False
     ids = torch.arange(4, device=next(model.parameters()).device).unsqueeze(0)
@@ -119,11 +119,6 @@ def has_plain_head(model: Any) -> bool:
     if states.shape[-1] != head.weight.shape[-1]:
         return False
     return torch.allclose(head(states), model(input_ids=ids, use_cache=False).logits, rtol=1e-2, atol=1e-2)
-
-
-def _backbone(model: Any) -> Any:
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    return inner.base_model
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from rlaif.artifacts import input_hash
 from rlaif.chat import encode_chat
 from rlaif.config import EnsembleScore, ModelConfig, Tuning
 from rlaif.generation import left_pad
-from rlaif.models import adapter_base, is_adapter, load_sequence_scorer, load_tokenizer, resolve_model
+from rlaif.models import adapter_base, inner, is_adapter, load_sequence_scorer, load_tokenizer, resolve_model
 from rlaif.policy import Policy
 from rlaif.records import Message, UserError, read_json
 
@@ -260,7 +260,7 @@ def last_hidden(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tens
     in transformers' classification models) would stop one token early.
     """
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    backbone = _classifier(model).base_model
+    backbone = inner(model).base_model
     return backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)[0][:, -1]
 
 
@@ -271,7 +271,7 @@ def training_scores(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.
     gradients that processes exchange. What its head says of the last position is caught on the way.
     """
     caught: list[torch.Tensor] = []
-    head = _classifier(getattr(model, "module", model)).score
+    head = inner(getattr(model, "module", model)).score
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
 
     def widen(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -290,11 +290,6 @@ def training_scores(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.
 
 def head_scores(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Scores of last hidden states: (B, H) -> (B,), float32."""
-    head = _classifier(model).score
+    head = inner(model).score
     weight = next(head.parameters())
     return head(hidden.to(weight.dtype)).squeeze(-1).float()
-
-
-def _classifier(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper (whose layers are replaced in place), or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model

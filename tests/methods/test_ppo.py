@@ -18,7 +18,7 @@ from rlaif.generation import generate
 from rlaif.methods.ppo import PPOTrainer, train_ppo
 from rlaif.methods.ppo_checkpoint import Checkpoints, Progress
 from rlaif.methods.ppo_checks import StartCheckError, check_start, more_padding
-from rlaif.methods.ppo_rollout import PromptStream, ScoreFunction
+from rlaif.methods.ppo_rollout import Actor, PromptStream, ScoreFunction
 from rlaif.models import load_sequence_scorer, load_tokenizer, lora_config, seed_everything
 from rlaif.policy import Packed, has_plain_head, load_policy
 from rlaif.records import Prompt, UserError
@@ -95,6 +95,13 @@ def test_a_head_with_something_after_it_gives_the_same_numbers(tmp_path: Path, e
     for one, other in zip(short, ppo.actor.forward(batch, entropy), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     assert bool(short[2].any()) == entropy
+
+
+def test_the_precision_is_that_of_the_arithmetic_and_not_of_the_weights(tmp_path: Path) -> None:
+    """Over 4-bit layers that compute in bfloat16, the first parameter is float32, and tells nothing."""
+    policy = trainer(tmp_path, dtype=Dtype.bfloat16).policy
+    policy.model.float()
+    assert Actor(policy, config()).dtype is torch.bfloat16
 
 
 def test_a_capped_head_is_not_plain(tmp_path: Path) -> None:

@@ -1,0 +1,95 @@
+"""PM and DPO training that was killed and started again makes the weights of a run that was not, to the last bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlaif.config import Tuning
+
+# 40 steps of 16 prompts in batches of 4: ten times around, so that the order of the data is part of the state.
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from rlaif.config import DPOConfig, LoraSettings, ModelConfig, PMConfig, Tuning
+from rlaif.methods import supervised
+from rlaif.methods.dpo import train_dpo
+from rlaif.methods.pm import train_pm
+from rlaif.records import Preference
+
+torch.set_num_threads(1)
+folder, method, tuning, kill_after = Path(sys.argv[1]), sys.argv[2], Tuning(sys.argv[3]), int(sys.argv[4])
+step_end = supervised.Curve.on_step_end
+
+
+def dies(self, args, state, control, **kwargs):
+    if state.global_step == kill_after:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step_end(self, args, state, control, **kwargs)
+
+
+supervised.Curve.on_step_end = dies
+train = [
+    Preference(
+        f"p{i}", ({"role": "user", "content": "ab" * (i + 1)},), "a" * (3 + i % 4), "z" * (3 + i % 3), "0", "1", 0.9,
+        "test", "ai",
+    )
+    for i in range(16)
+]
+start = ModelConfig(name="tiny", device="cpu")
+settings = dict(
+    tuning=tuning, lora=LoraSettings(r=4, alpha=8), max_steps=40, batch_size=4, learning_rate=1e-3, warmup_ratio=0.2
+)
+folder.mkdir(parents=True, exist_ok=True)
+if method == "pm":
+    train_pm(PMConfig(**settings), start, train, [], folder, 5)
+else:
+    train_dpo(DPOConfig(**settings), start, train, folder, 5)
+"""
+
+
+def start(folder: Path, method: str, tuning: Tuning, kill_after: int = 0) -> int:
+    command = [sys.executable, "-c", SCRIPT, str(folder), method, tuning.value, str(kill_after)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert result.returncode in (0, -signal.SIGKILL), result.stderr
+    return result.returncode
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", [Tuning.lora, Tuning.full])
+@pytest.mark.parametrize(("method", "result"), [("pm", "preference_model"), ("dpo", "policy")])
+def test_40_steps_are_20_then_a_kill_then_the_rest(tmp_path: Path, method: str, result: str, tuning: Tuning) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(whole, method, tuning) == 0
+    # Checkpoints are written every eighth step: four steps of work are lost.
+    assert start(cut, method, tuning, kill_after=20) == -signal.SIGKILL
+    assert (cut / "checkpoints" / "checkpoint-16").is_dir()
+    assert not (cut / result).exists()
+    assert start(cut, method, tuning) == 0
+
+    left, right = (
+        {path.name: load_file(path) for path in (root / result).glob("*.safetensors")} for root in (whole, cut)
+    )
+    assert left.keys() == right.keys()
+    assert left
+    for file, tensors in left.items():
+        assert tensors.keys() == right[file].keys()
+        assert max(float((tensors[name] - right[file][name]).abs().max()) for name in tensors) == 0
+        assert any(bool(torch.any(value != 0)) for value in tensors.values())
+    keep = {"step", "loss", "learning_rate", "grad_norm", "accuracy", "margin"}
+    rows = [[{key: row[key] for key in keep & row.keys()} for row in curve(root)] for root in (whole, cut)]
+    assert [row["step"] for row in rows[0]] == list(range(1, 41))
+    assert rows[0] == rows[1]
