@@ -320,7 +320,7 @@ def _combine(lines: CandidatesFile, config: LabelConfig, output: Path) -> None:
 def _check_agreement(audit: Mapping[str, Any], config: LabelConfig) -> None:
     """Stop before anything is paid for if the labeler is not good enough."""
     wanted, found = config.labeler.min_agreement, audit.get("agreement")
-    if wanted is not None and (found is None or found < wanted):
+    if wanted is not None and (found is None or found < wanted or not audit["trainable"]):
         measured = "no label at all" if found is None else f"{found:.1%} of {audit['n_labelled']} pairs"
         raise UserError(
             f"labeler.min_agreement={wanted}: {audit['labeler']} agrees with {config.labeler.audit} on {measured}. "
