@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from rlaif.artifacts import labeler_inputs, labeler_settings, plain, run_stage
 from rlaif.cli import launch
-from rlaif.config import AuditConfig, LabelingConfig
-from rlaif.constitution import Constitution, check_mode, find_constitution, load_constitution
+from rlaif.config import AuditConfig
+from rlaif.constitution import check_mode, find_constitution, load_constitution
 from rlaif.labeling.store import STORE, STORE_FILES
 from rlaif.records import UserError, existing_dir, existing_file, read_json, read_jsonl, write_json, write_jsonl
 
 if TYPE_CHECKING:
     from rlaif.engines.base import Engine
     from rlaif.labeling.audit import Comparison
+    from rlaif.labeling.modes import Setup
     from rlaif.labeling.store import VerdictStore
 
 log = logging.getLogger("rlaif")
@@ -41,31 +42,24 @@ COMPARISONS = "comparisons.jsonl"
 
 
 def measure(
-    comparisons: Sequence[Comparison],
-    constitution: Constitution,
-    engine: Engine,
-    labeling: LabelingConfig,
-    store: VerdictStore,
-    folder: Path,
-    seed: int,
+    comparisons: Sequence[Comparison], setup: Setup, engine: Engine, store: VerdictStore, folder: Path
 ) -> dict[str, Any]:
     """Ask the labeler about every comparison and write the audit into ``folder``."""
-    from rlaif.labeling.aggregate import combine
     from rlaif.labeling.audit import audit, trainable, verdict
-    from rlaif.labeling.label import label_candidates
-    from rlaif.labeling.modes import Setup
+    from rlaif.labeling.label import Labeling
     from rlaif.reporting.audit import audit_markdown
     from rlaif.reporting.plots import reliability_diagram
 
     lines = [comparison.candidates() for comparison in comparisons]
-    labels = label_candidates(lines, constitution, engine, labeling, store, seed)
-    weights = Setup(constitution, engine.name, labeling, seed).weights
-    pairs, _ = combine(labels, weights, labeling)
+    labeling = Labeling(lambda: lines, setup, engine, store)
+    labeling.ask(len(lines) * setup.expected(2))
+    labels = [label for _, found in labeling.labels() for label in found]
+    pairs, _ = setup.pairs(labels)
     result = {
         "labeler": engine.name,
-        "mode": labeling.mode.value,
-        "constitution": constitution.name,
-        "seed": seed,
+        "mode": setup.config.mode.value,
+        "constitution": setup.constitution.name,
+        "seed": setup.seed,
         **audit(comparisons, labels, pairs),
     }
     if engine.spent is not None:
@@ -134,10 +128,12 @@ def main(config: AuditConfig, output: Path) -> None:
 
     def make(folder: Path) -> None:
         from rlaif.engines import build_labeler
+        from rlaif.labeling.modes import Setup
         from rlaif.labeling.store import VerdictStore
 
         with build_labeler(config.labeler, config.seed) as engine, VerdictStore(folder / STORE) as store:
-            measure(comparisons, constitution, engine, config.labeling, store, folder, config.seed)
+            setup = Setup(constitution, engine.name, config.labeling, config.seed)
+            measure(comparisons, setup, engine, store, folder)
         if others:
             write_json(folder / "between_labelers.json", between_labelers(folder, others, comparisons))
 

@@ -162,18 +162,15 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
         started = time.perf_counter()
         with build_labeler(config.labeler, config.seed) as engine, VerdictStore(folder / STORE) as store:
             loading = time.perf_counter() - started
-            if comparisons:
-                from rlaif.audit import measure
-
-                audit = measure(
-                    comparisons, constitution, engine, config.labeling, store, folder / "audit", config.seed
-                )
-                _check_agreement(audit, config)
             setup = Setup(constitution, engine.name, config.labeling, config.seed)
             calibration: dict[str, Any] = {}
             if known:
                 setup, calibration = _calibrated(setup, known, engine, store)
                 write_json(folder / "calibration.json", calibration)
+            if comparisons:
+                from rlaif.audit import measure
+
+                _check_agreement(measure(comparisons, setup, engine, store, folder / "audit"), config)
             labeling = Labeling(lines, setup, engine, store, config.gold)
             started = time.perf_counter()
             labeling.ask(sum(setup.expected(size) * count for size, count in lines.sizes.items()))

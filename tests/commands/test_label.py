@@ -145,6 +145,18 @@ def test_calibration(run_command, candidates, pairs_of_people, tmp_path):
             assert row["p_chosen"] == pytest.approx(expected, abs=2e-3)
 
 
+def test_the_gate_audits_the_labeler_that_will_label(run_command, candidates, pairs_of_people, tmp_path):
+    """One order with a bias that outweighs every difference: without the calibration it agrees with nobody."""
+    arguments = [
+        *(*SCRIPTED, f"candidates={candidates}", f"labeler.audit={pairs_of_people}"),
+        *("labeling.both_orders=false", "labeler.scripted.position_bias=6", "labeler.scripted.sharpness=1"),
+    ]
+    for name, more in (("plain", []), ("calibrated", [f"labeling.calibrate={pairs_of_people}"])):
+        run_command("label", *arguments, *more, f"output_dir={tmp_path / name}")
+    plain, calibrated = (read(tmp_path / name / "audit" / "audit.json") for name in ("plain", "calibrated"))
+    assert calibrated["agreement"] > plain["agreement"] + 0.1
+
+
 def test_a_labeler_without_a_clue_is_not_calibrated(run_command, candidates, pairs_of_people, tmp_path):
     out = tmp_path / "out"
     arguments = [*SCRIPTED, "labeler.scripted.utility=brevity", f"candidates={candidates}", f"output_dir={out}"]
