@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import statistics
 import tempfile
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import say, spread
+
+RATE = 1e-4
+"""Learning rate of both."""
 
 
 def preferences(completions: int, prompts: int) -> list[Any]:
@@ -41,6 +45,42 @@ def rows(pairs: list[Any]) -> Any:
 
     names = ("prompt", "chosen", "rejected")
     return Dataset.from_list([{name: pair.to_row()[name] for name in names} for pair in pairs])
+
+
+def losses_of(folder: Path) -> list[float]:
+    """The loss of each step of a method of this project."""
+    lines = (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def stock_arguments(folder: Path, steps: int, batch: int) -> dict[str, Any]:
+    """Arguments of TRL's trainers that ours are run with too."""
+    import torch
+
+    return {
+        "output_dir": str(folder),
+        "learning_rate": RATE,
+        "max_steps": steps,
+        "per_device_train_batch_size": batch,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+        "max_length": None,
+        "seed": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": False,
+    }
+
+
+def stock_losses(trainer: Any) -> list[float]:
+    """Train with a trainer of TRL's; the loss of each step."""
+    quiet(trainer).train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
 def quiet(trainer: Any) -> Any:

@@ -9,14 +9,11 @@ model once. Runs alternate; ratios are medians over repeats. ``*_loss_difference
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.against_trl import compare, quiet, rows
+from benchmarks.against_trl import RATE, compare, losses_of, rows, stock_arguments, stock_losses
 from benchmarks.harness import finish, parser
-
-RATE = 1e-4
 
 
 def ours(pairs: list[Any], prompts: int, steps: int, folder: Path) -> list[float]:
@@ -26,13 +23,11 @@ def ours(pairs: list[Any], prompts: int, steps: int, folder: Path) -> list[float
 
     config = DPOConfig(learning_rate=RATE, max_steps=steps, batch_size=prompts, warmup_ratio=0.0)
     train_dpo(config, ModelConfig(name="embedded"), pairs, folder, seed=0)
-    lines = (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return losses_of(folder)
 
 
 def theirs(pairs: list[Any], steps: int, folder: Path) -> list[float]:
     """TRL's trainer as it comes."""
-    import torch
     from trl import DPOConfig, DPOTrainer
 
     from rlaif.config import LoraSettings, ModelConfig
@@ -41,12 +36,7 @@ def theirs(pairs: list[Any], steps: int, folder: Path) -> list[float]:
     seed_everything(0)
     start = ModelConfig(name="embedded")
     model = load_causal_lm(start)
-    arguments = DPOConfig(
-        output_dir=str(folder), learning_rate=RATE, max_steps=steps, per_device_train_batch_size=len(pairs),
-        lr_scheduler_type="linear", warmup_steps=0, max_length=None, beta=0.1, seed=0, logging_steps=1,
-        save_strategy="no", report_to="none", disable_tqdm=True, bf16=False, gradient_checkpointing=False,
-        use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False,
-    )  # fmt: skip
+    arguments = DPOConfig(**stock_arguments(folder, steps, len(pairs)), beta=0.1)
     trainer = DPOTrainer(
         model=model,
         args=arguments,
@@ -54,8 +44,7 @@ def theirs(pairs: list[Any], steps: int, folder: Path) -> list[float]:
         processing_class=load_tokenizer(start),
         peft_config=lora_config(LoraSettings(), model, "CAUSAL_LM", None),
     )
-    quiet(trainer).train()
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return stock_losses(trainer)
 
 
 def main() -> None:

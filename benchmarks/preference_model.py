@@ -9,14 +9,11 @@ model once. Runs alternate; ratios are medians over repeats. ``*_loss_difference
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.against_trl import compare, quiet, rows
+from benchmarks.against_trl import RATE, compare, losses_of, rows, stock_arguments, stock_losses
 from benchmarks.harness import finish, parser
-
-RATE = 1e-4
 
 
 def ours(pairs: list[Any], prompts: int, steps: int, folder: Path) -> list[float]:
@@ -26,13 +23,11 @@ def ours(pairs: list[Any], prompts: int, steps: int, folder: Path) -> list[float
 
     config = PMConfig(learning_rate=RATE, max_steps=steps, batch_size=prompts, warmup_ratio=0.0, center_coefficient=0.0)
     train_pm(config, ModelConfig(name="embedded"), pairs, [], folder, seed=0)
-    lines = (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return losses_of(folder)
 
 
 def theirs(pairs: list[Any], steps: int, folder: Path) -> list[float]:
     """TRL's trainer as it comes, on a model whose head starts at zero as ours does."""
-    import torch
     from trl import RewardConfig, RewardTrainer
 
     from rlaif.config import LoraSettings, ModelConfig
@@ -45,12 +40,7 @@ def theirs(pairs: list[Any], steps: int, folder: Path) -> list[float]:
     separate_pad_token(tokenizer)
     model = load_sequence_scorer(start, new_head=True)
     model.config.pad_token_id = tokenizer.pad_token_id
-    arguments = RewardConfig(
-        output_dir=str(folder), learning_rate=RATE, max_steps=steps, per_device_train_batch_size=len(pairs),
-        lr_scheduler_type="linear", warmup_steps=0, max_length=None, center_rewards_coefficient=None, seed=0,
-        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, bf16=False,
-        gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False,
-    )  # fmt: skip
+    arguments = RewardConfig(**stock_arguments(folder, steps, len(pairs)), center_rewards_coefficient=None)
     trainer = RewardTrainer(
         model=model,
         args=arguments,
@@ -58,8 +48,7 @@ def theirs(pairs: list[Any], steps: int, folder: Path) -> list[float]:
         processing_class=tokenizer,
         peft_config=lora_config(LoraSettings(), model, "SEQ_CLS", ["score"]),
     )
-    quiet(trainer).train()
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return stock_losses(trainer)
 
 
 def main() -> None:

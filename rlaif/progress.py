@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -21,3 +22,9 @@ def progress(total: int | None, what: str, unit: str = "it", initial: int = 0) -
         mininterval=0.2 if terminal else 10,
         ascii=not terminal,
     )
+
+
+def keep_lines(file: Path, count: int) -> None:
+    """Drop lines of a log that came after the checkpoint, and a last one that was cut."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    file.write_text("".join(lines[:count]), encoding="utf-8")

@@ -23,7 +23,7 @@ from rlaif.engines.base import (
     Sampled,
     SampleRequest,
 )
-from rlaif.engines.options import LOG_NEGLIGIBLE, Spelling, sequence_masses, spellings
+from rlaif.engines.options import Spelling, beginnings, sequence_masses, spellings
 from rlaif.generation import generate, left_pad
 from rlaif.losses import token_logps
 from rlaif.models import eos_ids, load_causal_lm, load_tokenizer
@@ -161,16 +161,13 @@ class HFEngine(Engine):
         spelled = self._spelled
         following = self._next_logps([ids for ids, _ in rows])
         logps: list[dict[tuple[int, ...], float]] = []
-        # Which tokens matter after which beginning, for every spelling of several tokens that may have mass.
-        beginnings: dict[tuple[int, tuple[int, ...]], set[int]] = {}
         for row, (_, options) in enumerate(rows):
             logps.append({(first,): float(following[row, first]) for first in {s.tokens[0] for s in spelled[options]}})
-            for _, tokens, _ in spelled[options]:
-                # A longer spelling has at most the mass of its first token.
-                if logps[row][tokens[:1]] > LOG_NEGLIGIBLE:
-                    for place in range(1, len(tokens)):
-                        beginnings.setdefault((row, tokens[:place]), set()).add(tokens[place])
-        asked = [(len(rows[row][0]) + len(begun), row, begun, wanted) for (row, begun), wanted in beginnings.items()]
+        asked = [
+            (len(ids) + len(begun), row, begun, wanted)
+            for row, (ids, options) in enumerate(rows)
+            for begun, wanted in beginnings(spelled[options], logps[row]).items()
+        ]
         found: dict[tuple[int, tuple[int, ...]], float] = {}
         for batch in _token_batches(sorted(asked, key=lambda ask: ask[0]), self.batch_tokens):
             following = self._next_logps([[*rows[row][0], *begun] for _, row, begun, _ in batch])

@@ -47,6 +47,23 @@ def spellings(tokenizer: Any, options: Sequence[Sequence[str]]) -> list[Spelling
     return result
 
 
+def beginnings(spelled: Sequence[Spelling], logps: Mapping[tuple[int, ...], float]) -> dict[tuple[int, ...], set[int]]:
+    """Which tokens matter after which beginning: those of spellings of several tokens that may have mass.
+
+    A longer spelling has at most the mass of its first token.
+
+    Args:
+        spelled: every spelling of every option.
+        logps: at least the log-probability of each spelling's first token, as a sequence of one.
+    """
+    result: dict[tuple[int, ...], set[int]] = {}
+    for _, tokens, _ in spelled:
+        if logps[tokens[:1]] > LOG_NEGLIGIBLE:
+            for place in range(1, len(tokens)):
+                result.setdefault(tokens[:place], set()).add(tokens[place])
+    return result
+
+
 def sequence_masses(
     spelled: Sequence[Spelling], logps: Mapping[tuple[int, ...], float], options: int
 ) -> tuple[float, ...]:

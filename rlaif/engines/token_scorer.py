@@ -19,7 +19,7 @@ from rlaif.config import LabelerConfig, ModelConfig
 from rlaif.engines.base import Failure, OptionMass, OptionRequest, Sampled, SampleRequest
 from rlaif.engines.client import Client
 from rlaif.engines.limits import Usage
-from rlaif.engines.options import LOG_NEGLIGIBLE, Spelling, option_masses, sequence_masses, spellings
+from rlaif.engines.options import Spelling, beginnings, option_masses, sequence_masses, spellings
 from rlaif.engines.wire import TOKEN_ID, AttemptError, Continuation, parse_continuations
 from rlaif.models import load_tokenizer
 from rlaif.records import UserError, content_hash
@@ -153,16 +153,12 @@ class TokenScorer:
                 logps.append(answer)
             else:
                 logps.append({(token,): logp for token, logp in answer.items()})
-        # Which token comes after which beginning, for every spelling that may have mass.
-        asks: dict[tuple[int, tuple[int, ...]], set[int]] = {}
-        for index, (one, known) in enumerate(zip(spelled, logps, strict=True)):
-            if isinstance(known, AttemptError):
-                continue
-            for spelling in one:
-                tokens = spelling.tokens
-                if known[tokens[:1]] > LOG_NEGLIGIBLE:
-                    for place in range(1, len(tokens)):
-                        asks.setdefault((index, tokens[:place]), set()).add(tokens[place])
+        asks = {
+            (index, begun): wanted
+            for index, (one, known) in enumerate(zip(spelled, logps, strict=True))
+            if not isinstance(known, AttemptError)
+            for begun, wanted in beginnings(one, known).items()
+        }
         after: dict[tuple[int, tuple[int, ...]], dict[int, float] | AttemptError] = {}
         size, keys = self._config.batch_size, list(asks)
         parts = [keys[start : start + size] for start in range(0, len(keys), size)]

@@ -37,7 +37,7 @@ from rlaif.engines.base import (
     Sampled,
     SampleRequest,
 )
-from rlaif.engines.options import LOG_NEGLIGIBLE, Spelling, sequence_masses, spellings
+from rlaif.engines.options import Spelling, beginnings, sequence_masses, spellings
 from rlaif.models import load_tokenizer, resolve_model
 from rlaif.records import UserError, content_hash
 
@@ -145,20 +145,13 @@ class VLLMEngine(Engine):
         logps: dict[tuple[int, ...], float] = {
             (token,): logp for token, logp in zip(firsts, answer["logps"], strict=True)
         }
-        # Which tokens matter after which beginning, for every spelling of several tokens that may have mass.
-        beginnings: dict[tuple[int, ...], set[int]] = {}
-        for _, tokens, _ in spelled:
-            if logps[tokens[:1]] > LOG_NEGLIGIBLE:
-                for place in range(1, len(tokens)):
-                    beginnings.setdefault(tokens[:place], set()).add(tokens[place])
-        asked = sorted(beginnings, key=len)
-        answers = (
-            (yield [{"ids": [*ids, *begun], "want": sorted(beginnings[begun])} for begun in asked]) if asked else []
-        )
+        wanted = beginnings(spelled, logps)
+        asked = sorted(wanted, key=len)
+        answers = (yield [{"ids": [*ids, *begun], "want": sorted(wanted[begun])} for begun in asked]) if asked else []
         for begun, answer in zip(asked, answers, strict=True):
             if "error" in answer:
                 return Failure("engine_error", answer["error"], time.perf_counter() - started)
-            for token, logp in zip(sorted(beginnings[begun]), answer["logps"], strict=True):
+            for token, logp in zip(sorted(wanted[begun]), answer["logps"], strict=True):
                 logps[*begun, token] = logps[begun] + logp
         masses = sequence_masses(spelled, logps, len(request.options))
         return OptionMass(masses, "logprob", prompt_tokens=len(ids), latency_s=time.perf_counter() - started)

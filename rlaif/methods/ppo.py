@@ -26,13 +26,13 @@ from rlaif import losses
 from rlaif.chat import encode_chat
 from rlaif.config import Keep, KLControl, KLEstimator, ModelConfig, PPOConfig, ValueInit
 from rlaif.generation import STREAM_BASELINE, STREAM_EVALUATION, STREAM_MINIBATCHES, STREAM_ROLLOUT
-from rlaif.methods.ppo_checkpoint import Checkpoints, Progress, keep_lines
+from rlaif.methods.ppo_checkpoint import Checkpoints, Progress
 from rlaif.methods.ppo_checks import check_start
 from rlaif.methods.ppo_rollout import Actor, PromptStream, Rollouts, ScoreFunction
 from rlaif.models import return_freed_memory, seed_everything
 from rlaif.policy import Policy, load_policy
 from rlaif.preference_model import load_preference_model, pm_config, read_head
-from rlaif.progress import progress
+from rlaif.progress import keep_lines, progress
 from rlaif.records import Prompt, UserError
 from rlaif.trunk import recomputing
 

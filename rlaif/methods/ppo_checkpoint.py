@@ -83,9 +83,3 @@ class Checkpoints:
     def remove(self) -> None:
         """Drop what only an interrupted run needs."""
         shutil.rmtree(self.root, ignore_errors=True)
-
-
-def keep_lines(file: Path, count: int) -> None:
-    """Drop lines of a log that came after the checkpoint, and a last one that was cut."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-    file.write_text("".join(lines[:count]), encoding="utf-8")

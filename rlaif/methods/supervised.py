@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from rlaif.config import LoraSettings, ModelConfig, TrainerSettings, Tuning
 from rlaif.models import autocasts, load_causal_lm, lora_config, pick_device
 from rlaif.processes import is_main, wait_for_all, world_size
-from rlaif.progress import progress
+from rlaif.progress import keep_lines, progress
 from rlaif.records import UserError
 
 log = logging.getLogger("rlaif")
@@ -188,8 +188,7 @@ class Curve(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar; drop lines that a checkpoint does not know of."""
-        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.is_file() else []
-        self.file.write_text("".join(lines[: state.global_step]), encoding="utf-8")
+        keep_lines(self.file, state.global_step)
         self.bar = progress(state.max_steps, self.method, "step", initial=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
