@@ -236,7 +236,7 @@ def _from_config(error: BaseException) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_code.co_filename.endswith(f"rlaif{os.sep}config.py")
+    return trace is not None and f"rlaif{os.sep}config{os.sep}" in trace.tb_frame.f_code.co_filename
 
 
 def _first_line(text: str) -> str:

@@ -105,9 +105,9 @@ def test_cfg_job_shows_every_setting(command, command_env):
 
 
 def config_classes() -> Iterator[ast.ClassDef]:
-    """Dataclasses of config.py."""
-    tree = ast.parse(Path(str(schema.__file__)).read_text(encoding="utf-8"))
-    for node in tree.body:
+    """Every dataclass of the configuration."""
+    files = sorted(Path(str(schema.__file__)).parent.glob("*.py"))
+    for node in (node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body):
         if isinstance(node, ast.ClassDef) and dataclasses.is_dataclass(getattr(schema, node.name)):
             yield node
 

