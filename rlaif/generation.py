@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from rlaif.losses import token_logps
+from rlaif.prefix import read_prefix, shareable, split_prefix
 
 # First words of random streams after the seed, so that no two purposes share numbers. NumPy pads short seeds with
 # zeros, so all have the same length and end in 1.
@@ -121,7 +122,8 @@ def generate(
         observe: a value of the hidden states (B, 1, H) -> (B, 1) before each token, for example a value head.
     """
     device = next(model.parameters()).device
-    ids, mask = left_pad(prompts, pad, device)
+    shared, rest = split_prefix(prompts) if shareable(model) else ([], list(prompts))
+    ids, mask = left_pad(rest, pad, device)
     uniform = torch.from_numpy(
         np.stack([np.random.default_rng(list(seed)).random(max_new_tokens, np.float32) for seed in seeds])
     ).to(device)
@@ -132,8 +134,11 @@ def generate(
     lengths = torch.full((len(prompts),), max_new_tokens, dtype=torch.long, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     active = torch.arange(len(prompts), device=device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0) + len(shared)
     cache = None
+    if shared:
+        cache = read_prefix(model, torch.tensor(shared, device=device), len(prompts), logits_to_keep=1)
+        mask = torch.cat([mask.new_ones(len(mask), len(shared)), mask], dim=1)
     with head_inputs(model) as hidden:
         for step in range(max_new_tokens):
             output = model(

@@ -387,7 +387,7 @@ def load_sequence_scorer(
 
 def inner(model: Any) -> Any:
     """The transformers model inside a PEFT wrapper (whose layers are replaced in place), or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _check_hub(path: str, revision: str | None, name: str | None, key: str) -> None:

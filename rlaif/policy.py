@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rlaif.config import LoraSettings, ModelConfig, Tuning
 from rlaif.generation import left_pad
 from rlaif.losses import token_logps
 from rlaif.models import inner, is_adapter, load_causal_lm, load_tokenizer, lora_config, merge
+from rlaif.prefix import read_after, shareable, split_prefix
 from rlaif.trunk import starting_at
 
 
@@ -23,7 +24,9 @@ class Packed:
     """Prompts padded on the left, completions on the right, so that all completions share their columns.
 
     ``ids``, ``mask``, ``positions``: (B, P + T). ``tokens``, ``completion_mask``: (B, T); the mask is float.
-    ``trunk``: (B, P + T, H), what :mod:`rlaif.trunk` has computed of the rows already.
+    ``prefix``: (L,), tokens before every row, which stand in none of the others; positions count them.
+    ``trunk``: (B, P + T, H), what :mod:`rlaif.trunk` has computed of the rows already, and ``prefix_trunk``:
+    (1, L, H), of the prefix.
     """
 
     ids: Tensor
@@ -31,7 +34,9 @@ class Packed:
     positions: Tensor
     tokens: Tensor
     completion_mask: Tensor
+    prefix: Tensor | None = None
     trunk: Tensor | None = None
+    prefix_trunk: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -46,8 +51,25 @@ class Packed:
             self.positions[rows, columns],
             self.tokens[rows, :longest],
             self.completion_mask[rows, :longest],
+            self.prefix,
             None if self.trunk is None else self.trunk[rows, columns],
+            self.prefix_trunk,
         )
+
+    def whole(self) -> Packed:
+        """The same rows, each with the prefix, and without a trunk."""
+        if self.prefix is None:
+            return replace(self, trunk=None)
+        prefix = self.prefix.expand(len(self), -1)
+        mask = torch.cat([torch.ones_like(prefix), self.mask], dim=1)
+        positions = torch.cat([torch.arange(len(self.prefix), device=mask.device).expand_as(prefix), self.positions], 1)
+        # Padding first, the other columns in their order.
+        order = torch.arange(mask.shape[1], device=mask.device).repeat(len(self), 1)
+        width = len(self.prefix) + self.prompt_width
+        order[:, :width] = mask[:, :width].argsort(dim=1, stable=True)
+        ids = torch.cat([prefix, self.ids], dim=1)
+        ids, mask, positions = (each.gather(1, order) for each in (ids, mask, positions))
+        return Packed(ids, mask, positions, self.tokens, self.completion_mask)
 
     @property
     def prompt_width(self) -> int:
@@ -62,10 +84,15 @@ class Packed:
 
 
 def pack(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad: int, device: torch.device
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    pad: int,
+    device: torch.device,
+    share: bool = False,
 ) -> Packed:
-    """Pack token ids of prompts and their completions."""
-    left, left_mask = left_pad(prompts, pad, device)
+    """Pack token ids of prompts and their completions; with ``share``, what all prompts begin with stands apart."""
+    shared, rest = split_prefix(prompts) if share else ([], list(prompts))
+    left, left_mask = left_pad(rest, pad, device)
     width = max(len(row) for row in completions)
     tokens = torch.full((len(prompts), width), pad, dtype=torch.long)
     mask = torch.zeros((len(prompts), width), dtype=torch.long)
@@ -77,23 +104,25 @@ def pack(
     return Packed(
         ids=torch.cat([left, tokens], dim=1),
         mask=full_mask,
-        positions=(full_mask.cumsum(-1) - 1).clamp(min=0),
+        positions=(full_mask.cumsum(-1) - 1).clamp(min=0) + len(shared),
         tokens=tokens,
         completion_mask=mask.float(),
+        prefix=torch.tensor(shared, device=device) if shared else None,
     )
+
+
+def _arguments(model: Any, batch: Packed, run: Any, **settings: Any) -> dict[str, Any]:
+    """Arguments of a forward pass over the rows by (a part of) the model, once the prefix has been read."""
+    with starting_at(model, batch.prefix_trunk):
+        return read_after(model, batch.prefix, batch.ids, batch.mask, batch.positions, run, **settings)
 
 
 def completion_logits(model: Any, batch: Packed, temperature: float = 1.0) -> Tensor:
     """Logits that predict each completion token: (B, T, V). Prompt positions get none."""
     keep = batch.tokens.shape[1] + 1
+    arguments = _arguments(model, batch, model, logits_to_keep=1)
     with starting_at(model, batch.trunk):
-        output = model(
-            input_ids=batch.ids,
-            attention_mask=batch.mask,
-            position_ids=batch.positions,
-            use_cache=False,
-            logits_to_keep=keep,
-        )
+        output = model(**arguments, logits_to_keep=keep)
     logits = output.logits[:, -keep:-1]
     return logits if temperature == 1 else logits / temperature
 
@@ -101,10 +130,10 @@ def completion_logits(model: Any, batch: Packed, temperature: float = 1.0) -> Te
 def completion_states(model: Any, batch: Packed) -> Tensor:
     """Hidden states that the output head turns into those logits: (B, T, H). No logits are made."""
     keep = batch.tokens.shape[1] + 1
+    backbone = inner(model).base_model
+    arguments = _arguments(model, batch, backbone)
     with starting_at(model, batch.trunk):
-        output = inner(model).base_model(
-            input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-        )
+        output = backbone(**arguments)
     return output[0][:, -keep:-1]
 
 
@@ -136,7 +165,7 @@ def completion_logps(
     result: list[list[float]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = pack([prompts[i] for i in rows], [completions[i] for i in rows], pad, device)
+        batch = pack([prompts[i] for i in rows], [completions[i] for i in rows], pad, device, shareable(model))
         logps = token_logps(completion_logits(model, batch, temperature), batch.tokens)
         for row, values in zip(rows, logps.tolist(), strict=True):
             result[row] = values[: len(completions[row])]

@@ -18,6 +18,7 @@ from rlaif.config import EnsembleScore, ModelConfig, Tuning
 from rlaif.generation import left_pad
 from rlaif.models import adapter_base, inner, is_adapter, load_sequence_scorer, load_tokenizer, resolve_model
 from rlaif.policy import Policy
+from rlaif.prefix import read_after, shareable, split_prefix
 from rlaif.records import Message, UserError, read_json
 
 log = logging.getLogger("rlaif")
@@ -156,12 +157,15 @@ class PreferenceModel:
     @torch.inference_mode()
     def _score_batch(self, batch: list[int], encoded: list[list[int]], scores: list[float]) -> None:
         device = next(self.model.parameters()).device
-        ids, mask = left_pad([encoded[index] for index in batch], self.tokenizer.pad_token_id, device)
-        for index, score in zip(batch, self._head_scores(ids, mask).tolist(), strict=True):
+        rows = [encoded[index] for index in batch]
+        prefix, rest = split_prefix(rows) if shareable(self.model) else ([], rows)
+        before = torch.tensor(prefix, device=device) if prefix else None
+        ids, mask = left_pad(rest, self.tokenizer.pad_token_id, device)
+        for index, score in zip(batch, self._head_scores(ids, mask, before).tolist(), strict=True):
             scores[index] = score
 
-    def _head_scores(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return head_scores(self.model, last_hidden(self.model, ids, mask))
+    def _head_scores(self, ids: torch.Tensor, mask: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
+        return head_scores(self.model, last_hidden(self.model, ids, mask, prefix))
 
 
 class AdapterPreferenceModel(PreferenceModel):
@@ -195,9 +199,9 @@ class AdapterPreferenceModel(PreferenceModel):
         self.weight, self.bias = (tensor.to(device) for tensor in read_head(folder))
         return model.eval()
 
-    def _head_scores(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _head_scores(self, ids: torch.Tensor, mask: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
         with self._active():
-            hidden = last_hidden(self.model, ids, mask)
+            hidden = last_hidden(self.model, ids, mask, prefix)
         return (hidden.float() @ self.weight.T + self.bias).squeeze(-1)
 
     @contextlib.contextmanager
@@ -253,26 +257,30 @@ def read_head(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return found["weight"], found.get("bias", torch.zeros(1))
 
 
-def last_hidden(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Hidden state of the last token of left-padded rows: (B, T) -> (B, H).
+def last_hidden(model: Any, ids: torch.Tensor, mask: torch.Tensor, prefix: torch.Tensor | None = None) -> torch.Tensor:
+    """Hidden state of the last token of left-padded rows, that stand after a prefix (L,): (B, T) -> (B, H).
 
     Read from the backbone by position, not by searching for padding: where pad equals eos, such a search (the one
     in transformers' classification models) would stop one token early.
     """
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
     backbone = inner(model).base_model
-    return backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)[0][:, -1]
+    return backbone(**read_after(model, prefix, ids, mask, _positions(mask, prefix), backbone))[0][:, -1]
 
 
-def training_scores(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Scores of left-padded rows, (B, T) -> (B,), through the model's own forward pass.
+def _positions(mask: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
+    return (mask.cumsum(-1) - 1).clamp(min=0) + (0 if prefix is None else len(prefix))
+
+
+def training_scores(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, prefix: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Scores of left-padded rows, that stand after a prefix (L,), through the model's own forward pass: (B, T) -> (B,).
 
     Calling the model itself, and not its parts, keeps what a launcher has wrapped around it: autocast, and the
     gradients that processes exchange. What its head says of the last position is caught on the way.
     """
     caught: list[torch.Tensor] = []
     head = inner(getattr(model, "module", model)).score
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
 
     def widen(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         # The head is float32 also over bfloat16 weights.
@@ -281,11 +289,11 @@ def training_scores(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.
     before = head.register_forward_pre_hook(widen)
     after = head.register_forward_hook(lambda module, arguments, output: caught.append(output))
     try:
-        model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        model(**read_after(model, prefix, ids, mask, _positions(mask, prefix)))
     finally:
         before.remove()
         after.remove()
-    return caught[0][:, -1, 0].float()
+    return caught[-1][:, -1, 0].float()
 
 
 def head_scores(model: Any, hidden: torch.Tensor) -> torch.Tensor:

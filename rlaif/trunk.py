@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rlaif.prefix import read_after
+
 if TYPE_CHECKING:
     from rlaif.policy import Packed
 
@@ -54,32 +56,37 @@ def with_trunk(model: Any, batch: Packed, parts: Sequence[Tensor]) -> Packed:
     if not frozen:
         return batch
     trunk: Tensor | None = None
+    before: Tensor | None = None
     for rows in parts:
-        output = _run(model, frozen[-1], batch.select(rows))
+        *prefix, output = _run(model, frozen[-1], batch.select(rows))
         if not isinstance(output, Tensor):
             return batch
         if trunk is None:
             trunk = output.new_zeros((*batch.ids.shape, output.shape[-1]))
+            before = prefix[0] if prefix else None
         trunk[rows, batch.columns(rows)] = output
-    return replace(batch, trunk=trunk)
+    return replace(batch, trunk=trunk, prefix_trunk=before)
 
 
 @torch.no_grad()
-def _run(model: Any, last: nn.Module, batch: Packed) -> Any:
+def _run(model: Any, last: nn.Module, batch: Packed) -> list[Any]:
+    """What a layer puts out of the batch's prefix, if it has one, and of its rows."""
     caught: list[Any] = []
 
     def stop(module: nn.Module, arguments: Any, output: Any) -> None:
         caught.append(output)
         raise _ReachedError
 
+    def run(**arguments: Any) -> None:
+        with contextlib.suppress(_ReachedError):
+            model(**arguments)
+
     handle = last.register_forward_hook(stop)
     try:
-        model(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
-    except _ReachedError:
-        pass
+        run(**read_after(model, batch.prefix, batch.ids, batch.mask, batch.positions, run))
     finally:
         handle.remove()
-    return caught[0]
+    return caught
 
 
 @contextlib.contextmanager

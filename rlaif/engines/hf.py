@@ -28,6 +28,7 @@ from rlaif.generation import generate, left_pad
 from rlaif.losses import token_logps
 from rlaif.models import eos_ids, load_causal_lm, load_tokenizer
 from rlaif.policy import completion_logits, pack
+from rlaif.prefix import read_after, shareable, split_prefix
 from rlaif.records import content_hash
 
 _WINDOW = 512
@@ -151,7 +152,8 @@ class HFEngine(Engine):
         """log P(completion | prompt) of each row; 0 for a completion without tokens."""
         if not any(completions):
             return [0.0] * len(prompts)
-        batch = pack(prompts, completions, self.tokenizer.pad_token_id, self.model.device)
+        pad, share = self.tokenizer.pad_token_id, shareable(self.model)
+        batch = pack(prompts, completions, pad, self.model.device, share)
         logps = token_logps(completion_logits(self.model, batch), batch.tokens)
         return [float(total) for total in (logps * batch.completion_mask).sum(dim=1)]
 
@@ -182,9 +184,12 @@ class HFEngine(Engine):
 
     def _next_logps(self, rows: Sequence[list[int]]) -> torch.Tensor:
         """Log-probabilities of the token after each row: (rows, vocabulary), float32."""
-        padded, mask = left_pad(rows, self.tokenizer.pad_token_id, self.model.device)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = self.model(input_ids=padded, attention_mask=mask, position_ids=positions, logits_to_keep=1).logits
+        prefix, rest = split_prefix(rows) if shareable(self.model) else ([], rows)
+        padded, mask = left_pad(rest, self.tokenizer.pad_token_id, self.model.device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0) + len(prefix)
+        before = torch.tensor(prefix, device=self.model.device) if prefix else None
+        arguments = read_after(self.model, before, padded, mask, positions, logits_to_keep=1)
+        logits = self.model(**arguments, logits_to_keep=1).logits
         return torch.log_softmax(logits[:, -1].float(), dim=-1)
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ from rlaif.methods.supervised import (
 )
 from rlaif.models import load_causal_lm, load_tokenizer, seed_everything
 from rlaif.policy import Policy, completion_logits, pack
+from rlaif.prefix import shareable
 from rlaif.records import Preference
 from rlaif.trunk import with_trunk
 
@@ -41,6 +42,7 @@ class SoftDPOTrainer(DPOTrainer):
     """DPOTrainer on soft labels, with logits of completion tokens only."""
 
     settings: DPOConfig
+    share: bool
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
@@ -78,7 +80,8 @@ class SoftDPOTrainer(DPOTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         device = self.accelerator.device
-        batch = pack(inputs.pop("prompts"), inputs.pop("sequences"), self.processing_class.pad_token_id, device)
+        pad = self.processing_class.pad_token_id
+        batch = pack(inputs.pop("prompts"), inputs.pop("sequences"), pad, device, self.share)
         return {"batch": batch, **{name: value.to(device) for name, value in inputs.items()}}
 
 
@@ -121,6 +124,8 @@ def train_dpo(config: DPOConfig, start: ModelConfig, train: Sequence[Preference]
         **peft_arguments(config, start, model, "CAUSAL_LM"),
     )
     trainer.settings = config
+    # transformers recomputes layers without a cache.
+    trainer.share = not config.gradient_checkpointing and shareable(model)
     run_trainer(trainer, folder, "dpo")
     policy = Policy(trainer.model, tokenizer, config.tuning, start)
     save_result(folder, lambda: policy.save(folder / "policy"))

@@ -37,6 +37,7 @@ from rlaif.preference_model import (
     separate_pad_token,
     training_scores,
 )
+from rlaif.prefix import shareable, split_prefix
 from rlaif.processes import is_main
 from rlaif.records import Preference, content_hash, read_json, write_json
 
@@ -58,7 +59,7 @@ class SoftRewardTrainer(RewardTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Soft Bradley-Terry plus centring over the pairs of the batch."""
-        scores = training_scores(model, inputs["input_ids"], inputs["attention_mask"])
+        scores = training_scores(model, inputs["input_ids"], inputs["attention_mask"], inputs.get("prefix"))
         chosen, rejected = scores[inputs["chosen"]], scores[inputs["rejected"]]
         strength = (2 * inputs["p_chosen"] - 1) * self.margin
         losses = soft_bradley_terry(chosen - rejected - strength, inputs["p_chosen"])
@@ -161,12 +162,16 @@ def _train_member(
     model.config.pad_token_id = tokenizer.pad_token_id
     if config.tuning is Tuning.full:
         model = model.float()
+    # transformers recomputes layers without a cache.
+    share = not config.gradient_checkpointing and shareable(model)
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = collate_comparisons(examples)
         del batch["prompts"]
-        ids, mask = left_pad(batch.pop("sequences"), tokenizer.pad_token_id, torch.device("cpu"))
-        return {"input_ids": ids, "attention_mask": mask, **batch}
+        prefix, rest = split_prefix(batch.pop("sequences")) if share else ([], batch.pop("sequences"))
+        ids, mask = left_pad(rest, tokenizer.pad_token_id, torch.device("cpu"))
+        before = {"prefix": torch.tensor(prefix)} if prefix else {}
+        return {"input_ids": ids, "attention_mask": mask, **before, **batch}
 
     arguments = RewardConfig(
         **trainer_arguments(config, start, folder, seed, len(groups)),

@@ -67,7 +67,7 @@ def check_start(trainer: PPOTrainer, rollouts: Rollouts) -> None:
     check_close("log of the probability ratio", again - rollouts.logps[rows, :width], few, limit)
     sampled = rollouts.sampled[rows, :width]
     check_close("the sampler's log-probabilities minus the policy's", sampled - again, few, limit)
-    padded, _ = actor.evaluate(more_padding(part, actor.pad))
+    padded, _ = actor.evaluate(more_padding(part.whole(), actor.pad))
     check_close("effect of padding on log-probabilities", padded - again, few, limit)
     if trainer.pm_head is None:
         check_close("value", rollouts.values, mask, Tolerance(1e-6, 1e-6))
@@ -117,12 +117,13 @@ def pm_values(trainer: PPOTrainer, rollouts: Rollouts, rows: Tensor) -> Tensor:
     assert trainer.pm_head is not None
     weight, bias = (tensor.to(trainer.device) for tensor in trainer.pm_head)
     mean, deviation = trainer.progress.score_mean or 0.0, max(trainer.progress.score_std or 0.0, 1e-6)
-    width = rollouts.batch.select(rows).tokens.shape[1]
+    batch = rollouts.batch.select(rows).whole()
+    width = batch.tokens.shape[1]
     values = torch.zeros(len(rows), width, device=trainer.device)
     with trainer.policy.reference() as reference:
-        for place, row in enumerate(rows):
-            ids = rollouts.batch.ids[row][rollouts.batch.mask[row].bool()].unsqueeze(0)
-            length = int(rollouts.batch.completion_mask[row].sum())
+        for place in range(len(rows)):
+            ids = batch.ids[place][batch.mask[place].bool()].unsqueeze(0)
+            length = int(batch.completion_mask[place].sum())
             states = reference(input_ids=ids, output_hidden_states=True).hidden_states[-1]
             scores = states[0, -length - 1 : -1].float() @ weight.T + bias
             values[place, :length] = (scores.squeeze(-1) - mean) / deviation
@@ -146,6 +147,7 @@ def unmerged_logps(trainer: PPOTrainer, batch: Packed) -> Tensor:
         if isinstance(model, PeftModel):
             model = model.merge_and_unload()  # A second adapter was trained on the first one merged in.
         model = PeftModel.from_pretrained(model, adapter).eval()
+    batch = batch.whole()
     whole = Packed(*(getattr(batch, name).cpu() for name in ("ids", "mask", "positions", "tokens", "completion_mask")))
     logits = completion_logits(model, whole, trainer.config.temperature).float()
     logps = torch.log_softmax(logits, dim=-1).gather(-1, whole.tokens.unsqueeze(-1)).squeeze(-1)

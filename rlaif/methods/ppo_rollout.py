@@ -17,6 +17,7 @@ from rlaif.config import PPOConfig
 from rlaif.generation import STREAM_PROMPTS, Generation, generate, head_inputs
 from rlaif.models import arithmetic, autocasts, eos_ids
 from rlaif.policy import Packed, Policy, completion_logits, completion_states, has_plain_head, merged, pack
+from rlaif.prefix import shareable
 from rlaif.records import Prompt, UserError
 from rlaif.trunk import with_trunk
 
@@ -117,6 +118,8 @@ class Actor:
         self.value_head = ValueHead(self.model.config.get_text_config().hidden_size).to(self.device)
         self.dtype, self.autocast = arithmetic(policy.start), autocasts(policy.start, config.tuning)
         self.plain_head = has_plain_head(self.model)
+        # Layers that are recomputed would write into the cache twice.
+        self.share = not config.gradient_checkpointing and shareable(self.model)
 
     def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[Generation]:
         """A completion of each prompt by the policy."""
@@ -155,7 +158,7 @@ class Actor:
 
     def pack(self, prompts: Sequence[Sequence[int]], generations: Sequence[Generation]) -> Packed:
         """Prompts and completions as a batch that has passed through the layers that do not train."""
-        batch = pack(prompts, [generation.tokens for generation in generations], self.pad, self.device)
+        batch = pack(prompts, [row.tokens for row in generations], self.pad, self.device, self.share)
         return with_trunk(self.model, batch, self.micro_batches(batch))
 
     def evaluate(self, batch: Packed, generations: Sequence[Generation] | None = None) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,7 @@ def test_at_the_start_kl_is_zero_ratio_one_value_zero(tmp_path: Path, tuning: Tu
 def test_rollout_logps_are_those_of_the_tokens_without_padding(tmp_path: Path) -> None:
     ppo = trainer(tmp_path, temperature=0.7)
     rollouts = ppo.rollout(0)
-    batch = rollouts.batch
+    batch = rollouts.batch.whole()
     for row in range(len(batch)):
         ids = batch.ids[row][batch.mask[row].bool()]
         length = int(batch.completion_mask[row].sum())
@@ -80,7 +80,8 @@ def test_rollout_logps_are_those_of_the_tokens_without_padding(tmp_path: Path) -
             logits = ppo.actor.model(ids.unsqueeze(0)).logits[0] / 0.7
         expected = torch.log_softmax(logits, -1)[:-1].gather(-1, ids[1:, None]).squeeze(-1)[-length:]
         assert torch.allclose(rollouts.logps[row, :length], expected, atol=1e-4)
-        assert torch.allclose(ppo.actor.evaluate(batch)[0][row, :length], expected, atol=1e-4)
+        for packed in (batch, rollouts.batch):
+            assert torch.allclose(ppo.actor.evaluate(packed)[0][row, :length], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("entropy", [False, True])
@@ -266,8 +267,9 @@ def test_values_start_from_the_pm_in_units_of_the_reward(tmp_path: Path, normali
     assert bool(rollouts.values.any())
     mean, deviation = float(rollouts.scores.mean()), float(rollouts.scores.std(unbiased=False))
     with torch.no_grad():
-        ids = rollouts.batch.ids[0][rollouts.batch.mask[0].bool()].unsqueeze(0)
-        length = int(rollouts.batch.completion_mask[0].sum())
+        batch = rollouts.batch.whole()
+        ids = batch.ids[0][batch.mask[0].bool()].unsqueeze(0)
+        length = int(batch.completion_mask[0].sum())
         state = ppo.actor.model(ids, output_hidden_states=True).hidden_states[-1][0, -length - 1]
         raw = float(HEAD[0][0] @ state + HEAD[1])
     expected = (raw - mean) / deviation if normalize else raw
@@ -360,7 +362,12 @@ def test_gradient_checkpointing_runs_layers_again_and_changes_no_number(tmp_path
         calls: list[int] = []
         layers = ppo.actor.model.get_base_model().model.layers
         for number, layer in enumerate(layers):
-            layer.mlp.register_forward_pre_hook(lambda *_, number=number, calls=calls: calls.append(number))
+
+            def note(_: Any, inputs: Any, number: int = number, calls: list[int] = calls) -> None:
+                if len(inputs[0]) > 1:  # Not the pass over the prefix, which is one row.
+                    calls.append(number)
+
+            layer.mlp.register_forward_pre_hook(note)
         advantages = torch.ones_like(rollouts.logps)
         statistics = ppo.minibatch(torch.arange(4), rollouts, advantages, advantages, train_policy=True)
         # The lower layer does not train: the trunk has run it already.
@@ -369,13 +376,14 @@ def test_gradient_checkpointing_runs_layers_again_and_changes_no_number(tmp_path
         found[again] = statistics, [parameter.grad.clone() for parameter in ppo.parameters]  # type: ignore[union-attr]
     assert found[True][0] == pytest.approx(found[False][0], rel=1e-6)
     for one, other in zip(found[True][1], found[False][1], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_sampling_is_the_same_with_gradient_checkpointing(tmp_path: Path) -> None:
     """Recomputing layers have no cache; a sampler that lost its cache would see one token at a time."""
     one, other = (trainer(tmp_path, gradient_checkpointing=again).rollout(0) for again in (False, True))
-    assert torch.equal(one.batch.ids, other.batch.ids)
+    assert torch.equal(one.batch.tokens, other.batch.tokens)
+    assert one.batch.whole().mask.sum() == other.batch.whole().mask.sum()
 
 
 def test_warmup_trains_only_the_value_head(tmp_path: Path) -> None:
