@@ -80,8 +80,10 @@ class HFEngine(Engine):
                     continue
                 room = request.max_new_tokens if self.context is None else self.context - len(ids)
                 settings = (min(request.max_new_tokens, room), request.temperature, request.top_p)
-                encoded.append((settings, len(ids), index, ids, request.seed))
-            encoded.sort(key=lambda row: row[:2])
+                # Equal system messages together: a batch reads once what its prompts begin with.
+                system = next((m["content"] for m in request.messages if m["role"] == "system"), "")
+                encoded.append((settings, system, len(ids), index, ids, request.seed))
+            encoded.sort(key=lambda row: row[:3])
             for (max_new_tokens, temperature, top_p), group in itertools.groupby(encoded, key=lambda row: row[0]):
                 for batch in _windows(group, self.batch_size):
                     generations = generate(
@@ -94,7 +96,7 @@ class HFEngine(Engine):
                         eos=self.eos,
                         pad=self.tokenizer.pad_token_id,
                     )
-                    for (_, length, index, _, _), generation in zip(batch, generations, strict=True):
+                    for (*_, length, index, _, _), generation in zip(batch, generations, strict=True):
                         text = self.tokenizer.decode(generation.tokens, skip_special_tokens=True)
                         yield (
                             index,
