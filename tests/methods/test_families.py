@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlaif.chat import encode_chat, turn_end
 from rlaif.config import DPOConfig, LoraSettings, ModelConfig, PMConfig, PPOConfig, SFTConfig, Tuning
@@ -14,7 +15,9 @@ from rlaif.methods.pm import train_pm
 from rlaif.methods.ppo import train_ppo
 from rlaif.methods.sft import _rows, train_sft
 from rlaif.models import eos_ids, load_causal_lm, load_tokenizer
+from rlaif.policy import completion_logits, pack
 from rlaif.preference_model import load_scorer, pm_config
+from rlaif.prefix import shareable
 from rlaif.records import Preference, Prompt, UserError
 from tests.methods.families import FAMILIES, family
 
@@ -51,6 +54,21 @@ def test_completions_end_with_the_turn(model: tuple[str, ModelConfig]) -> None:
         assert row["input_ids"] == whole[: len(row["input_ids"])]
     else:
         assert row["input_ids"][:-1] == whole[: len(row["input_ids"]) - 1]
+
+
+@torch.no_grad()
+def test_a_shared_prefix_changes_no_logits(model: tuple[str, ModelConfig]) -> None:
+    name, config = model
+    loaded = load_causal_lm(config)
+    # Where attention ends at some distance nothing is shared.
+    assert shareable(loaded) == (name not in ("mistral", "gemma2", "gemma3_text"))
+    start = list(range(20, 32))
+    prompts, completions = [[*start, 5, 6, 7], [*start, 8]], [[20], [21, 22, 23]]
+    alone, shared = (pack(prompts, completions, 0, torch.device("cpu"), share) for share in (False, True))
+    assert shared.prefix is not None
+    real = alone.completion_mask.bool()
+    expected, found = (completion_logits(loaded, batch)[real] for batch in (alone, shared))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("tuning", [Tuning.lora, pytest.param(Tuning.full, marks=pytest.mark.slow)])
