@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -335,3 +336,12 @@ def test_the_tutorial_brings_a_constitution_and_pairs_that_are_read(tmp_path: Pa
     # Neither the position nor the length gives the answer away.
     assert sum(pair.truth > 0 for pair in pairs) == 6
     assert 4 <= sum((len(pair.a) - len(pair.b)) * pair.truth > 0 for pair in pairs) <= 8
+
+
+def test_the_page_of_benchmarks_is_made_of_the_results():
+    made = runpy.run_path(str(ROOT / "scripts" / "publish_benchmarks.py"))
+    assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == made["page"]()
+    for file in made["RESULTS"].glob("*.json"):
+        about = made["MEANING"][file.stem][1]
+        if about:
+            assert set(yaml.safe_load(file.read_text(encoding="utf-8"))["ratios"]) <= set(about), file.name

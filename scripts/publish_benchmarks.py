@@ -1,0 +1,168 @@
+"""Write docs/benchmarks.md from the last results in benchmarks/results.
+
+make bench
+python scripts/publish_benchmarks.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rlaif.records import read_json
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "benchmarks.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+HEAD = """<!-- made by scripts/publish_benchmarks.py -->
+
+# Benchmarks
+
+`make bench` runs them all, `python -m benchmarks.NAME` one of them, `--quick` a short form that writes no result. Each
+compares side by side in one run, in turns, and writes its ratios, every single measurement, the machine and the
+versions to `benchmarks/results/NAME.json`. Timings depend on the machine; ratios less so.
+"""
+
+# Benchmark: what it is about, and what each of its figures says.
+MEANING: dict[str, tuple[str, dict[str, str]]] = {
+    "labeling_engine": (
+        "Labeling by vLLM in process, against the bare engine that is fed the same token ids.",
+        {"vs_bare_engine": "labels a second of `rlaif.label` over those of the bare engine"},
+    ),
+    "labeling_server": (
+        "Labeling over HTTP.",
+        {
+            "labels_per_s_instant_server": "labels a second by chat, server answers at once, one client core",
+            "labels_per_s_instant_batched": "the same by batches of token ids",
+            "vs_bare_client": "labels a second over those of a bare asyncio client, against a real vLLM server",
+            "vs_distilabel": "wall time of distilabel over that of `rlaif.label` on the same comparisons",
+        },
+    ),
+    "labeling_scale": (
+        "A million comparisons against ten thousand, scripted labeler, killed and resumed.",
+        {
+            "rss_ratio_1m_to_10k": "resident memory at its peak",
+            "cost_per_label_ratio_1m_to_10k": "seconds a label",
+            "seconds_to_go_on_at_nine_tenths": "seconds until the resumed run asks its next question",
+        },
+    ),
+    "labeling_budget": (
+        "What asking less saves ([label.md](label.md)).",
+        {
+            "calls_saved_at_equal_agreement": "share of calls saved, one principle",
+            "policy": "by this setting",
+            "confirmed_saved": "share saved on new prompts",
+            "confirmed_difference": "change of agreement there, with its 95 % interval",
+            "principles_calls_saved_at_equal_agreement": "share of calls saved, three principles",
+            "principles_policy": "by this setting",
+            "principles_confirmed_saved": "share saved on new prompts",
+            "principles_confirmed_difference": "change of agreement there, with its 95 % interval",
+        },
+    ),
+    "ppo": (
+        "PPO against TRL 1.12.0's (the last release that has one) at equal settings; `lean` is TRL's with a frozen "
+        "value model.",
+        {
+            "episodes_per_s": "episodes a second",
+            "episodes_per_s_vs_trl": "over TRL's",
+            "episodes_per_s_vs_trl_lean": "over TRL's, lean",
+            "peak_memory_mb": "peak resident memory, MB",
+            "peak_memory_vs_trl": "over TRL's",
+            "peak_memory_vs_trl_lean": "over TRL's, lean",
+            "time_sampling": "share of the time in sampling",
+            "time_scoring": "in scoring by the PM",
+            "time_reference": "in the reference",
+            "time_update": "in updates",
+            "time_other": "in everything else",
+            "maths_difference_to_trl": "largest differences of losses, advantages, rewards to what TRL's loop computes",
+            "cost_ratio_100k_to_1k": "cost of an episode with 100,000 prompts over that with 1,000",
+            "start_up_s_100k": "seconds to start with 100,000 prompts",
+        },
+    ),
+    "preference_model": (
+        "PM training against TRL's stock trainer.",
+        {
+            "pairs_per_s_vs_trl": "pairs a second over TRL's, one pair a prompt",
+            "pairs_loss_difference": "largest difference of a step's loss",
+            "groups_of_4_per_s_vs_trl": "pairs a second over TRL's, all pairs of four completions",
+            "groups_of_4_loss_difference": "largest difference of a step's loss",
+        },
+    ),
+    "dpo": (
+        "DPO against TRL's stock trainer.",
+        {
+            "pairs_per_s_vs_trl": "pairs a second over TRL's, one pair a prompt",
+            "pairs_loss_difference": "largest difference of a step's loss",
+            "groups_of_4_per_s_vs_trl": "pairs a second over TRL's, all pairs of four completions",
+            "groups_of_4_loss_difference": "largest difference of a step's loss",
+        },
+    ),
+    "optimum": (
+        "How far training ends from the KL-regularised optimum that is known ([optimum.md](optimum.md)).",
+        {
+            "reference_total_variation": "total variation before training",
+            "ppo_total_variation": "after PPO",
+            "ppo_k3_total_variation": "after PPO with k3 in the reward, which is biased",
+            "dpo_total_variation": "after DPO",
+            "ppo_to_dpo_total_variation": "between the two",
+        },
+    ),
+    "labeling_attacks": (
+        "How often the loser of a pair wins when its text is attacked, and when harmless sentences of the same length "
+        "are put there instead ([safety.md](safety.md)).",
+        {},
+    ),
+}
+
+
+def shown(value: Any) -> str:
+    """A figure as the page shows it."""
+    if value is None:
+        return "not measured"
+    if isinstance(value, dict):
+        if "flip_rate" in value:
+            rates = [
+                f"{value[name]:.0%} [{value[name + '_low']:.0%}, {value[name + '_high']:.0%}]"
+                for name in ("flip_rate", "flip_rate_harmless")
+            ]
+            return f"{rates[0]} attacked, {rates[1]} harmless, n = {value['flip_rate_n']}"
+        return ", ".join(f"{name} {shown(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        middle, low, high = value
+        return f"{shown(middle)} [{shown(low)}, {shown(high)}]"
+    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else str(value)
+
+
+def section(name: str, result: dict[str, Any]) -> str:
+    """One benchmark."""
+    about, meaning = MEANING[name]
+    machine = result["machine"]
+    processor = f"{machine['cores']} cores of {machine['processor']}"
+    where = f"{machine['gpu']}, {processor}" if machine.get("gpu") else f"{processor}, no GPU"
+    versions = ", ".join(
+        f"{package} {version}" for package, version in result["versions"].items() if package != "rlaif"
+    )
+    lines = [
+        f"## {name}",
+        "",
+        about,
+        "",
+        "| figure | value | what it says |",
+        "|---|---|---|",
+        *(f"| `{key}` | {shown(value)} | {meaning.get(key, '')} |" for key, value in result["ratios"].items()),
+        "",
+        f"`python -m benchmarks.{name}`, {result['date']}, {where}" + (f"; {versions}" if versions else "") + ".",
+    ]
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """The whole page."""
+    found = {name: RESULTS / f"{name}.json" for name in MEANING}
+    sections = [section(name, read_json(file)) for name, file in found.items() if file.is_file()]
+    return "\n\n".join([HEAD.rstrip("\n"), *sections]) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
