@@ -6,18 +6,6 @@ starts with the first request, so a run that knows every verdict already never s
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import itertools
-import json
-import logging
-import os
-import queue
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -38,20 +26,16 @@ from rlaif.engines.base import (
     SampleRequest,
 )
 from rlaif.engines.options import Spelling, beginnings, sequence_masses, spellings
+from rlaif.engines.vllm_process import Job, VLLMProcess, check_installed
 from rlaif.models import load_tokenizer, resolve_model
-from rlaif.records import UserError, content_hash
+from rlaif.records import content_hash
 
 T = TypeVar("T")
-Job = dict[str, Any]
 Talk = Generator[list[Job], list[Job], T]
 """A request's talk with the engine: yields jobs, is sent their answers, returns the result."""
 
-log = logging.getLogger("rlaif")
-
 IN_FLIGHT = 1024
 """Requests given to vLLM at once; it makes its own batches of them."""
-_WORKER = Path(__file__).with_name("vllm_worker.py")
-_SHUTDOWN_S = 1.5
 
 
 @dataclass
@@ -73,21 +57,14 @@ class VLLMEngine(Engine):
 
     def __init__(self, config: LabelerConfig) -> None:
         settings = config.vllm
-        if settings.python is None and importlib.util.find_spec("vllm") is None:
-            raise UserError(
-                "labeler=vllm: vLLM is not installed; run `make setup-vllm`, or name an interpreter that has it: "
-                "labeler.vllm.python=PATH"
-            )
-        if settings.python is not None and not Path(settings.python).is_file():
-            raise UserError(f"labeler.vllm.python={settings.python}: no such file")
+        check_installed(settings.python, "labeler=vllm", "labeler.vllm.python")
         model = ModelConfig(
             name=config.model, revision=config.revision, dtype=config.dtype, trust_remote_code=config.trust_remote_code
         )
         self.tokenizer = load_tokenizer(model, "labeler")
         # A branch moves: both processes take the commit that it stands for now.
         revision = _commit(config) or config.revision
-        self._python = settings.python or sys.executable
-        self._arguments = {
+        arguments = {
             "model": resolve_model(config.model, "labeler.model"),
             "revision": revision,
             "dtype": config.dtype.value,
@@ -102,6 +79,12 @@ class VLLMEngine(Engine):
             "disable_log_stats": True,
             **settings.engine_args,
         }
+        self.process = VLLMProcess(
+            arguments,
+            settings.python,
+            f"labeler=vllm, labeler.model={config.model}",
+            "answers that came before are stored",
+        )
         self.identity = {
             "engine": "vllm",
             "model": config.model,
@@ -111,12 +94,7 @@ class VLLMEngine(Engine):
             "engine_args": dict(settings.engine_args),
             "template": content_hash(self.tokenizer.chat_template),
         }
-        self._process: subprocess.Popen[str] | None = None
-        self._answers: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._numbers = itertools.count()
-        self._max_length = 0
         self._spelled: dict[tuple[tuple[str, ...], ...], list[Spelling]] = {}
-        self._log: Any = None
 
     def score_options(self, requests: Iterable[OptionRequest]) -> Iterator[tuple[int, OptionMass | Failure]]:
         """One prompt a request, and one more for each beginning of a longer spelling that may have mass."""
@@ -136,7 +114,7 @@ class VLLMEngine(Engine):
         if request.options not in self._spelled:
             self._spelled[request.options] = spellings(self.tokenizer, request.options)
         spelled = self._spelled[request.options]
-        if len(ids) + max(len(spelling.tokens) for spelling in spelled) > self._max_length:
+        if len(ids) + max(len(spelling.tokens) for spelling in spelled) > self.process.max_length:
             return self._too_long(len(ids))
         firsts = sorted({spelling.tokens[0] for spelling in spelled})
         [answer] = yield [{"ids": ids, "want": firsts}]
@@ -162,7 +140,7 @@ class VLLMEngine(Engine):
         if not tokens:
             return Likelihood(0.0, 0, len(ids))
         # vLLM always samples a token after the prompt.
-        if len(ids) + len(tokens) + 1 > self._max_length:
+        if len(ids) + len(tokens) + 1 > self.process.max_length:
             return self._too_long(len(ids) + len(tokens))
         [answer] = yield [{"ids": [*ids, *tokens], "after": len(ids)}]
         if "error" in answer:
@@ -171,7 +149,7 @@ class VLLMEngine(Engine):
 
     def _complete(self, request: SampleRequest) -> Talk[Sampled | Failure]:
         ids = encode_chat(self.tokenizer, request.messages)
-        if len(ids) + 1 > self._max_length:
+        if len(ids) + 1 > self.process.max_length:
             return self._too_long(len(ids))
         parameters = {
             "max_tokens": request.max_new_tokens,
@@ -187,7 +165,7 @@ class VLLMEngine(Engine):
         return Sampled(text, finish, len(answer["tokens"]), len(ids))
 
     def _too_long(self, length: int) -> Failure:
-        return Failure("too_long", f"{length} tokens, and the model takes {self._max_length}")
+        return Failure("too_long", f"{length} tokens, and the model takes {self.process.max_length}")
 
     def _stream(self, requests: Iterable[Any], begin: Callable[[Any], Talk[T]]) -> Iterator[tuple[int, T]]:
         """Hold up to ``IN_FLIGHT`` talks; results come in the order in which they end."""
@@ -201,7 +179,7 @@ class VLLMEngine(Engine):
                 if request is None:
                     more = False
                     break
-                self._start()
+                self.process.start()
                 opened = _Open(index, begin(request), 0)
                 try:
                     self._submit(opened, next(opened.talk), jobs)
@@ -210,9 +188,9 @@ class VLLMEngine(Engine):
                     yield index, end.value
             if not talking:
                 return
-            answer = self._answers.get()
+            answer = self.process.answers.get()
             if answer is None:
-                raise self._died("ended early")
+                raise self.process.died("ended early")
             job = jobs.pop(answer["id"], None)
             if job is None:
                 continue  # of a stream that was given up
@@ -230,73 +208,11 @@ class VLLMEngine(Engine):
     def _submit(self, opened: _Open, batch: list[Job], jobs: dict[int, tuple[_Open, int]]) -> None:
         opened.missing, opened.answers = len(batch), [{}] * len(batch)
         for place, job in enumerate(batch):
-            number = next(self._numbers)
-            jobs[number] = (opened, place)
-            self._send({"id": number, **job})
-
-    def _send(self, message: Job) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
-        except OSError:
-            raise self._died("ended early") from None
-
-    def _start(self) -> None:
-        if self._process is not None:
-            return
-        log.info("starting vLLM for %s", self.name)
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - read when it died
-        self._process = subprocess.Popen(
-            [self._python, str(_WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            encoding="utf-8",
-            # A group of its own: Ctrl-C is for this process, which then ends the whole group.
-            start_new_session=True,
-        )
-        threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
-        self._send(self._arguments)
-        ready = self._answers.get()
-        if ready is None:
-            raise self._died("could not start")
-        self._max_length = ready["max_model_len"]
-        log.info("vLLM %s is ready", ready["vllm"])
-
-    def _read(self, stdout: Any) -> None:
-        # Pipes are finite: were answers not taken off while jobs are written, both sides would wait for ever.
-        with contextlib.suppress(ValueError, OSError):
-            for line in stdout:
-                self._answers.put(json.loads(line))
-        self._answers.put(None)
-
-    def _died(self, what: str) -> UserError:
-        self.close()
-        self._log.seek(0)
-        lines = [line.strip() for line in self._log.read()[-20_000:].splitlines() if line.strip()]
-        reasons = [line for line in lines if "Error" in line and "engine core" not in line.lower()] or lines
-        shown = "; ".join(dict.fromkeys(reasons[-2:])) or "no message"
-        return UserError(
-            f"labeler=vllm, labeler.model={self.name}: vLLM {what}: {shown[-600:]} "
-            "(answers that came before are stored)"
-        )
+            jobs[self.process.submit(job)] = (opened, place)
 
     def close(self) -> None:
         """End the process and everything that it started."""
-        process = self._process
-        if process is None:
-            return
-        self._process = None
-        with contextlib.suppress(OSError):
-            process.stdin.close()  # type: ignore[union-attr]
-        for kind in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, kind)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_SHUTDOWN_S)
+        self.process.close()
 
 
 def _commit(config: LabelerConfig) -> str | None:

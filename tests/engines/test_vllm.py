@@ -224,7 +224,7 @@ def test_the_process_starts_with_the_first_request_and_ends_with_the_engine(tmp_
     stream = engine.score_options(ask("x") for _ in range(10))
     next(stream)
     assert mark.exists()
-    process = engine._process  # type: ignore[attr-defined]
+    process = engine.process._process  # type: ignore[attr-defined]
     started = time.monotonic()
     engine.close()
     assert process.poll() is not None
