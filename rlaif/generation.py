@@ -20,6 +20,7 @@ from rlaif.prefix import read_prefix, shareable, split_prefix
 # First words of random streams after the seed, so that no two purposes share numbers. NumPy pads short seeds with
 # zeros, so all have the same length and end in 1.
 STREAM_ROLLOUT, STREAM_EVALUATION, STREAM_PROMPTS, STREAM_MINIBATCHES, STREAM_BASELINE, STREAM_BEST_OF_N = range(1, 7)
+STREAM_CHECK = 7
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ def check(config: TrainConfig) -> None:
     """
     from rlaif.constitution import load_constitution
     from rlaif.methods.critique_revision import revising_principles
+    from rlaif.methods.ppo_sampler import check_sampler
     from rlaif.methods.stages import REWARDED, TOGETHER, labeler_reward
     from rlaif.rewards import check_unaudited
 
@@ -131,6 +132,8 @@ def check(config: TrainConfig) -> None:
         # Asks the server whether it is there, takes the key and serves the model.
         build_labeler(config.labeler, config.seed).close()
     _check_tunings(config)
+    if method is Method.ppo:
+        check_sampler(config.ppo, config.policy)
     _check_trackers(config)
     _check_launcher()
 

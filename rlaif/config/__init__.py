@@ -21,6 +21,7 @@ from rlaif.config.choices import (
     Pairs,
     Principles,
     Reward,
+    Sampler,
     Selection,
     Split,
     Tuning,
@@ -50,6 +51,7 @@ from rlaif.config.labeling import (
 )
 from rlaif.config.models import DataConfig, EvalConfig, LoraSettings, ModelConfig, SamplingConfig, StyleConfig
 from rlaif.config.training import (
+    VLLM_RANKS,
     BestOfNConfig,
     CritiqueRevisionConfig,
     DPOConfig,
@@ -58,12 +60,14 @@ from rlaif.config.training import (
     PMConfig,
     PPOConfig,
     RLOOConfig,
+    SamplerVLLMConfig,
     SFTConfig,
     TrainerSettings,
 )
 
 __all__ = [
     "COMMANDS",
+    "VLLM_RANKS",
     "AnnotatorConfig",
     "ArmConfig",
     "AuditConfig",
@@ -105,6 +109,8 @@ __all__ = [
     "RunConfig",
     "SFTConfig",
     "SampleConfig",
+    "Sampler",
+    "SamplerVLLMConfig",
     "SamplingConfig",
     "ScriptedConfig",
     "Selection",

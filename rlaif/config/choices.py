@@ -152,6 +152,13 @@ class Keep(StrEnum):
     best = "best"
 
 
+class Sampler(StrEnum):
+    """What samples PPO's rollouts: the policy's own model in this process, or vLLM with the policy's weights."""
+
+    hf = "hf"
+    vllm = "vllm"
+
+
 class Dtype(StrEnum):
     """Weight precision. ``auto`` is bfloat16 on a GPU that supports it and float32 elsewhere."""
 

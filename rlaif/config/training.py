@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from rlaif.config.checks import fraction, positive, positive_or_null, require
-from rlaif.config.choices import Critic, DPOLoss, EnsembleScore, Keep, KLControl, KLEstimator, Tuning, ValueInit
+from rlaif.config.choices import (
+    Critic,
+    DPOLoss,
+    EnsembleScore,
+    Keep,
+    KLControl,
+    KLEstimator,
+    Sampler,
+    Tuning,
+    ValueInit,
+)
 from rlaif.config.models import LoraSettings
 
 
@@ -193,6 +204,33 @@ class BestOfNConfig:
         require(self.n >= 2, f"best_of_n.n={self.n}: must be at least 2")
 
 
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The LoRA ranks that vLLM can be started for (MaxLoRARanks in its config/lora.py); an adapter's may be smaller."""
+
+
+@dataclass
+class SamplerVLLMConfig:
+    """The vLLM that samples PPO's rollouts, in a process of its own beside the training."""
+
+    tensor_parallel_size: int = 1
+    """GPUs that the model is spread over."""
+    gpu_memory_utilization: float = 0.3
+    """Share of each GPU's memory that vLLM may take; training needs the rest."""
+    enforce_eager: bool = False
+    """Start sooner, run slower: neither compilation nor CUDA graphs."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Any other arguments of vLLM's EngineArgs, by name."""
+    python: str | None = None
+    """Interpreter that has vLLM, where that is not this one."""
+
+    def __post_init__(self) -> None:
+        positive(self, "ppo.vllm", "tensor_parallel_size")
+        value = self.gpu_memory_utilization
+        require(
+            0 < value < 1, f"ppo.vllm.gpu_memory_utilization={value}: must be between 0 and 1; training needs a part"
+        )
+
+
 @dataclass
 class PPOConfig:
     """PPO with a preference model (Ouyang et al. 2022; details after Huang et al. 2023/2024)."""
@@ -215,6 +253,10 @@ class PPOConfig:
     """Sequences decoded at once."""
     max_new_tokens: int = 128
     """Completions are cut after this many tokens."""
+    sampler: Sampler = Sampler.hf
+    """What samples rollouts, and completions on validation prompts: ``hf`` or ``vllm``."""
+    vllm: SamplerVLLMConfig = field(default_factory=SamplerVLLMConfig)
+    """With ``sampler=vllm``: how vLLM runs."""
     temperature: float = 1.0
     """Sampling temperature of rollouts; log-probabilities are scored at the same temperature."""
     learning_rate: float = 1e-5
@@ -302,6 +344,16 @@ class PPOConfig:
             self.value_init is ValueInit.zero or not self.relative_reward,
             "ppo.value_init=pm starts at scores, ppo.relative_reward=true trains on differences: set value_init=zero",
         )
+        if self.sampler is Sampler.vllm:
+            require(
+                self.tuning is not Tuning.qlora,
+                "ppo.sampler=vllm with ppo.tuning=qlora: vLLM would sample from other weights than the 4-bit ones that "
+                "train; give ppo.tuning=lora or ppo.sampler=hf",
+            )
+            require(
+                self.tuning is Tuning.full or self.lora.r <= max(VLLM_RANKS),
+                f"ppo.lora.r={self.lora.r}: with ppo.sampler=vllm at most {max(VLLM_RANKS)}, vLLM's largest",
+            )
         require(
             self.rollouts % self.minibatch_size == 0,
             f"ppo.rollouts={self.rollouts} must be a multiple of ppo.minibatch_size={self.minibatch_size}",

@@ -7,9 +7,12 @@ The first line holds the arguments of vLLM's engine. A job is one of
 
 - ``{"id", "ids", "want"}``: log-probabilities of the tokens ``want`` after the prompt ``ids``;
 - ``{"id", "ids", "after"}``: log-probability of each token of ``ids`` after the first ``after``;
-- ``{"id", "ids", "sample"}``: a completion with these sampling parameters.
+- ``{"id", "ids", "sample"}``: a completion with these sampling parameters; with ``adapter`` by the model under the
+  adapter of that number, with ``logprobs`` among the parameters also the log-probabilities of its tokens;
+- ``{"id", "load", "adapter"}``: load the LoRA adapter in the folder ``load`` under a number that was never used;
+- ``{"id", "weights"}``: take the weights of the model in this folder (safetensors) instead of the present ones.
 
-The answer is ``{"id", "logps"}``, ``{"id", "tokens", "finish"}`` or ``{"id", "error"}``.
+The answer is ``{"id", "logps"}``, ``{"id", "tokens", "finish"}`` (and ``logps``), ``{"id"}`` or ``{"id", "error"}``.
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ async def serve(channel: Any) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     import vllm
     from vllm import AsyncEngineArgs, SamplingParams
+    from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -63,8 +67,11 @@ async def serve(channel: Any) -> None:
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
     send({"max_model_len": engine.model_config.max_model_len, "vllm": vllm.__version__})
 
-    async def run(name: str, ids: list[int], params: Any) -> Any:
-        *_, last = [output async for output in engine.generate({"prompt_token_ids": ids}, params, request_id=name)]
+    adapters: dict[int, Any] = {}
+
+    async def run(name: str, ids: list[int], params: Any, adapter: Any = None) -> Any:
+        prompt = {"prompt_token_ids": ids}
+        *_, last = [output async for output in engine.generate(prompt, params, request_id=name, lora_request=adapter)]
         return last
 
     async def logps(job: dict[str, Any]) -> dict[str, Any]:
@@ -83,13 +90,36 @@ async def serve(channel: Any) -> None:
         return {"logps": [found[place][job["ids"][place]].logprob for place in range(job["after"], len(job["ids"]))]}
 
     async def sample(job: dict[str, Any]) -> dict[str, Any]:
-        output = (await run(str(job["id"]), job["ids"], SamplingParams(detokenize=False, **job["sample"]))).outputs[0]
-        return {"tokens": list(output.token_ids), "finish": output.finish_reason}
+        adapter = adapters[job["adapter"]] if "adapter" in job else None
+        params = SamplingParams(detokenize=False, **job["sample"])
+        output = (await run(str(job["id"]), job["ids"], params, adapter)).outputs[0]
+        tokens = list(output.token_ids)
+        found = {"tokens": tokens, "finish": output.finish_reason}
+        if params.logprobs is not None:
+            found["logps"] = [each[token].logprob for each, token in zip(output.logprobs, tokens, strict=True)]
+        return found
+
+    async def load(job: dict[str, Any]) -> dict[str, Any]:
+        # A new number and a new name: vLLM knows adapters by the one, and what it has cached by the other.
+        adapter = LoRARequest(f"adapter-{job['adapter']}", job["adapter"], job["load"])
+        if not await engine.add_lora(adapter):
+            raise ValueError(f"vLLM did not load {job['load']}")
+        adapters.clear()
+        adapters[job["adapter"]] = adapter
+        return {}
+
+    async def reload(job: dict[str, Any]) -> dict[str, Any]:
+        await engine.collective_rpc("reload_weights", kwargs={"weights_path": job["weights"]})
+        if not await engine.reset_prefix_cache():
+            raise ValueError("vLLM did not forget what it had computed with the old weights")
+        return {}
+
+    kinds = {"want": logps, "after": likelihood, "sample": sample, "load": load, "weights": reload}
 
     async def answer(job: dict[str, Any]) -> None:
         try:
-            ask = logps if "want" in job else likelihood if "after" in job else sample
-            result = await ask(job)
+            [kind] = kinds.keys() & job.keys()
+            result = await kinds[kind](job)
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"}
         send({"id": job["id"], **result})

@@ -27,8 +27,9 @@ from rlaif.chat import encode_chat
 from rlaif.config import Keep, KLControl, KLEstimator, ModelConfig, PPOConfig, ValueInit
 from rlaif.generation import STREAM_BASELINE, STREAM_EVALUATION, STREAM_MINIBATCHES, STREAM_ROLLOUT
 from rlaif.methods.ppo_checkpoint import Checkpoints, Progress
-from rlaif.methods.ppo_checks import check_start
+from rlaif.methods.ppo_checks import check_sampler_follows, check_start
 from rlaif.methods.ppo_rollout import Actor, PromptStream, Rollouts, ScoreFunction
+from rlaif.methods.ppo_sampler import VLLMSampler, open_sampler
 from rlaif.models import return_freed_memory, seed_everything
 from rlaif.policy import Policy, load_policy
 from rlaif.preference_model import load_preference_model, pm_config, read_head
@@ -81,8 +82,9 @@ def train_ppo(
         def score(asked: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
             return pm.score([(prompt.messages, text) for prompt, text in zip(asked, texts, strict=True)])
 
-    trainer = PPOTrainer(config, policy, prompts, score, folder, seed, validation, head)
-    trainer.train()
+    with open_sampler(policy, config, folder) as sampler:
+        trainer = PPOTrainer(config, policy, prompts, score, folder, seed, validation, head, sampler)
+        trainer.train()
     policy.save(folder / "policy")
     trainer.checkpoints.remove()
     return folder / "policy"
@@ -101,9 +103,10 @@ class PPOTrainer:
         seed: int,
         validation: Sequence[Prompt] = (),
         head: tuple[Tensor, Tensor] | None = None,
+        sampler: VLLMSampler | None = None,
     ) -> None:
         self.config, self.policy, self.score, self.folder, self.seed = config, policy, score, folder, seed
-        self.actor = Actor(policy, config)
+        self.actor = Actor(policy, config, sampler)
         self.device = self.actor.device
         self.stream = PromptStream(prompts, policy.tokenizer, config.max_prompt_length, seed)
         self.validation = validation[: config.eval_prompts]
@@ -139,6 +142,8 @@ class PPOTrainer:
         keep_lines(self.folder / "samples.jsonl", first * min(config.log_samples, config.rollouts))
         if first:
             log.info("ppo: going on from iteration %d", first)
+        if self.actor.sampler is not None and first < config.iterations:
+            check_sampler_follows(self)
         with (
             (self.folder / "training.jsonl").open("a", encoding="utf-8") as curve,
             (self.folder / "samples.jsonl").open("a", encoding="utf-8") as samples,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from rlaif.generation import STREAM_CHECK
+from rlaif.methods.ppo_sampler import shaken
 from rlaif.models import adapter_base, is_adapter, load_causal_lm, resolve_model
 from rlaif.policy import Packed, completion_logits
 from rlaif.records import UserError
@@ -83,6 +87,40 @@ def check_start(trainer: PPOTrainer, rollouts: Rollouts) -> None:
         "0" if trainer.pm_head is None else "the PM's",
         ", reference as its adapter says" if merged else "",
     )
+
+
+def check_sampler_follows(trainer: PPOTrainer) -> None:
+    """A sampler outside this process has the policy's weights, and follows when they move.
+
+    At the start an adapter changes nothing, so that one which never arrived would not be seen. So a few completions are
+    sampled under weights that are shaken for this check alone, and a few under the policy's own after that.
+
+    Raises:
+        StartCheckError: if they are not the completions of a policy with those weights.
+    """
+    actor, limit = trainer.actor, tolerance(trainer.actor.dtype)
+    taken, _ = trainer.stream.take(_ROWS, 0)
+    prompts = [ids for _, ids in taken]
+    own = contextlib.nullcontext
+    shake = partial(shaken, trainer.policy, trainer.seed)
+    for turn, (present, other) in enumerate([(shake, own), (own, shake)]):
+        seeds = [(trainer.seed, STREAM_CHECK, turn, row, 1) for row in range(_ROWS)]
+        with present():
+            generations = actor.sample(prompts, seeds)
+            batch = actor.pack(prompts, generations)
+            logps, _ = actor.evaluate(batch)
+        with other():
+            others, _ = actor.evaluate(actor.pack(prompts, generations))
+        mask, sampled = batch.completion_mask.bool(), actor.sampled(batch, generations)
+        near, far = (float((sampled - each)[mask].abs().mean()) for each in (logps, others))
+        # How much rounding grows under shaken weights depends on the model.
+        if not (near < far / 2 and (present is shake or near <= limit.mean)):
+            raise StartCheckError(
+                "ppo.sampler=vllm: vLLM does not sample from the policy: the log-probabilities of its completions are "
+                f"{near:.2g} nats per token from the policy's (rounding: up to {limit.mean}), and {far:.2g} from those "
+                "under other weights; it serves another model, or does not take the weights over"
+            )
+    log.info("ppo: vLLM samples from the policy (%.2g nats per token apart)", near)
 
 
 def check_close(what: str, difference: Tensor, mask: Tensor, limit: Tolerance) -> None:

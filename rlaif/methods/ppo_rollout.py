@@ -15,6 +15,7 @@ from rlaif import losses
 from rlaif.chat import encode_chat
 from rlaif.config import PPOConfig
 from rlaif.generation import STREAM_PROMPTS, Generation, generate, head_inputs
+from rlaif.methods.ppo_sampler import VLLMSampler
 from rlaif.models import arithmetic, autocasts, eos_ids
 from rlaif.policy import Packed, Policy, completion_logits, completion_states, has_plain_head, merged, pack
 from rlaif.prefix import shareable
@@ -110,8 +111,8 @@ class PromptStream:
 class Actor:
     """The policy with its value head, and the reference: they sample, and they evaluate samples."""
 
-    def __init__(self, policy: Policy, config: PPOConfig) -> None:
-        self.policy, self.config = policy, config
+    def __init__(self, policy: Policy, config: PPOConfig, sampler: VLLMSampler | None = None) -> None:
+        self.policy, self.config, self.sampler = policy, config, sampler
         self.model, self.tokenizer = policy.model, policy.tokenizer
         self.device = next(self.model.parameters()).device
         self.pad, self.eos = self.tokenizer.pad_token_id, eos_ids(self.model, self.tokenizer)
@@ -123,11 +124,15 @@ class Actor:
 
     def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[Generation]:
         """A completion of each prompt by the policy."""
+        if self.sampler is not None:
+            return self.sampler.sample(prompts, seeds)
         with merged(self.model) as sampler:
             return self._generate(sampler, prompts, seeds)
 
     def sample_reference(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[Generation]:
         """A completion of each prompt by the reference."""
+        if self.sampler is not None and self.policy.frozen is None:
+            return self.sampler.sample(prompts, seeds, reference=True)
         with self.policy.reference() as reference:
             return self._generate(reference, prompts, seeds)
 
@@ -167,9 +172,9 @@ class Actor:
         Args:
             batch: the episodes.
             generations: what the sampler noted of them, taken instead of another forward pass where it says the
-                same: in float32, merged weights give the figures of the training forward pass.
+                same: in float32, merged weights give the figures of the training forward pass. vLLM's are never taken.
         """
-        if generations is not None and self.dtype == torch.float32:
+        if generations is not None and self.sampler is None and self.dtype == torch.float32:
             return self.sampled(batch, generations), self._noted([row.values or [] for row in generations], batch)
         logps, values = (torch.zeros(batch.tokens.shape, device=self.device) for _ in range(2))
         with torch.no_grad():
