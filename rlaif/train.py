@@ -133,7 +133,7 @@ def check(config: TrainConfig) -> None:
         build_labeler(config.labeler, config.seed).close()
     _check_tunings(config)
     if method is Method.ppo:
-        check_sampler(config.ppo, config.policy)
+        check_sampler(config.ppo, config.policy, config.sft_first)
     _check_trackers(config)
     _check_launcher()
 

@@ -210,8 +210,10 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass
 class SamplerVLLMConfig:
-    """The vLLM that samples PPO's rollouts, in a process of its own beside the training."""
+    """The vLLM that samples PPO's rollouts: in a process of its own beside the training, or a server."""
 
+    url: str | None = None
+    """Address of a ``vllm serve --enable-lora`` that sees the same files; null starts a process, as the rest says."""
     tensor_parallel_size: int = 1
     """GPUs that the model is spread over."""
     gpu_memory_utilization: float = 0.3
@@ -349,6 +351,11 @@ class PPOConfig:
                 self.tuning is not Tuning.qlora,
                 "ppo.sampler=vllm with ppo.tuning=qlora: vLLM would sample from other weights than the 4-bit ones that "
                 "train; give ppo.tuning=lora or ppo.sampler=hf",
+            )
+            require(
+                self.vllm.url is None or self.tuning is Tuning.lora,
+                f"ppo.vllm.url with ppo.tuning={self.tuning.value}: a server takes adapters alone; give "
+                "ppo.tuning=lora, or leave the url out",
             )
             require(
                 self.tuning is Tuning.full or self.lora.r <= max(VLLM_RANKS),

@@ -7,6 +7,7 @@ the request itself. No error, log line or representation holds the API key.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import logging
 import math
@@ -51,7 +52,7 @@ _HINTS = {
     401: "check the key in the environment variable {key_env}",
     402: "the account has no credit",
     403: "the key in {key_env} may not use this model",
-    404: "check labeler.model, and labeler.base_url (it usually ends in /v1)",
+    404: "check the model's name and the address (it usually ends in /v1)",
 }
 """Statuses that no request of the run can get past."""
 
@@ -321,6 +322,36 @@ class Client:
             text = text.replace(self._key, "***")
         text = visible(" ".join(re.sub(r"\bsk-[\w*-]+", "***", text).split()))
         return text if len(text) <= 200 else text[:197] + "..."
+
+
+def check_url(url: str, key: str, reason: str) -> tuple[str, bool]:
+    """An address without a slash at its end, and whether it is on this machine.
+
+    Args:
+        url: the address.
+        key: the setting that holds it.
+        reason: why no secret may stand in it.
+
+    Raises:
+        UserError: if it is no address, or holds what may be a secret.
+    """
+    # What stands before an @ or after a ? may be a secret, also in an address that can't be read.
+    where = key if re.search("[@?#]", url) else f"{key}={url}"
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise UserError(f"{where}: not a valid address; give one like http://127.0.0.1:8000/v1") from None
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        # The address is written into every artefact, so it must not carry a secret; nor does this message.
+        raise UserError(f"{key}: an address with a user, a query or a fragment is refused, because {reason}")
+    if parts.scheme not in ("http", "https") or not host or re.search(r"\s", url):
+        raise UserError(f"{where}: not a valid address; give one like http://127.0.0.1:8000/v1")
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    return url.rstrip("/"), loopback
 
 
 class _Stream(Generic[T, R]):

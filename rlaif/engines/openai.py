@@ -9,21 +9,18 @@ identity holds the API key.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import logging
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
 from rlaif.config import Endpoint, LabelerConfig
 from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
-from rlaif.engines.client import Client
+from rlaif.engines.client import Client, check_url
 from rlaif.engines.limits import Limits, Spend, Usage
 from rlaif.engines.options import LOG_NEGLIGIBLE, accepted_tokens, continued, option_masses, parse_reply, token_text
 from rlaif.engines.wire import (
@@ -77,7 +74,11 @@ class OpenAIEngine(Engine):
     def __init__(self, config: LabelerConfig, seed: int) -> None:
         self._config = config
         self._seed = seed
-        self._base_url, loopback = _check_url(config.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL)
+        self._base_url, loopback = check_url(
+            config.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL,
+            "labeler.base_url",
+            "it is recorded with the labels; give the key in the environment variable that labeler.api_key_env names",
+        )
         self._key = _find_key(config.api_key_env, loopback)
         self.identity: dict[str, Any] = {
             "engine": "openai",
@@ -420,31 +421,6 @@ class _Scored(NamedTuple):
     reply: str
     prompt_tokens: int | None
     completion_tokens: int | None
-
-
-def _check_url(url: str) -> tuple[str, bool]:
-    """The address, and whether it is on this machine."""
-    # What stands before an @ or after a ? may be a secret, also in an address that can't be read.
-    where = "labeler.base_url" if re.search("[@?#]", url) else f"labeler.base_url={url}"
-    try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
-    except ValueError:
-        raise UserError(f"{where}: not a valid address; give one like http://127.0.0.1:8000/v1") from None
-    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        # The address is written into every artefact, so it must not carry a secret; nor does this message.
-        raise UserError(
-            "labeler.base_url: an address with a user, a query or a fragment is refused, because "
-            "it is recorded with the labels; give the key in the environment variable that "
-            "labeler.api_key_env names"
-        )
-    if parts.scheme not in ("http", "https") or not host or re.search(r"\s", url):
-        raise UserError(f"{where}: not a valid address; give one like http://127.0.0.1:8000/v1")
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    return url.rstrip("/"), loopback
 
 
 def _find_key(variable: str, loopback: bool) -> str:

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,11 +26,16 @@ from rlaif.policy import Policy
 from rlaif.processes import world_size
 from rlaif.records import UserError
 
+if TYPE_CHECKING:
+    from rlaif.engines.vllm_server import VLLMServer
+
+SHAKE = 0.1
+"""How far weights are moved to see whether a sampler follows, as a share of each matrix's norm."""
 _KEPT = "the same command goes on from the newest checkpoint"
 
 
-def check_sampler(config: PPOConfig, start: ModelConfig) -> None:
-    """Everything about ``ppo.sampler`` that can be wrong and is cheap to see.
+def check_sampler(config: PPOConfig, start: ModelConfig, sft_first: bool = False) -> None:
+    """Everything about ``ppo.sampler`` that can be wrong and is cheap to see; a server is asked.
 
     Raises:
         UserError: naming the setting.
@@ -39,6 +44,14 @@ def check_sampler(config: PPOConfig, start: ModelConfig) -> None:
         return
     if world_size() > 1:
         raise UserError("ppo.sampler=vllm runs in one process; several need ppo.sampler=hf")
+    if config.vllm.url is not None:
+        if sft_first or start.adapter or is_adapter(start.name):
+            raise UserError(
+                "ppo.vllm.url: PPO would start from other weights than the server's, from a fine-tuned policy or an "
+                "adapter; leave the url out, or start from a merged model that the server serves"
+            )
+        _open_server(config).close()
+        return
     check_installed(config.vllm.python, "ppo.sampler=vllm", "ppo.vllm.python")
     if config.tuning is Tuning.lora and pick_device(start.device).type == "cuda" and arithmetic(start) == torch.float32:
         raise UserError(
@@ -65,13 +78,17 @@ class VLLMSampler:
         self.number = 0
         self.eos = eos_ids(policy.model, policy.tokenizer)
         shutil.rmtree(self.folder, ignore_errors=True)  # what a run that was killed has left
-        self.process = VLLMProcess(self._arguments(), config.vllm.python, "ppo.sampler=vllm", _KEPT)
+        self.engine: VLLMServer | VLLMProcess
+        if config.vllm.url is not None:
+            self.engine = _open_server(config)
+        else:
+            self.engine = VLLMProcess(self._arguments(), config.vllm.python, "ppo.sampler=vllm", _KEPT)
 
     def __enter__(self) -> VLLMSampler:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.process.close()
+        self.engine.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def sample(
@@ -99,7 +116,14 @@ class VLLMSampler:
                 for ids, seed in zip(prompts, seeds, strict=True)
             ]
         )
-        return [Generation(answer["tokens"], answer["finish"] == "stop", answer["logps"]) for answer in answers]
+        found = [Generation(answer["tokens"], answer["finish"] == "stop", answer["logps"]) for answer in answers]
+        for generation in found:
+            if generation.ended and generation.tokens[-1] not in self.eos:
+                raise UserError(
+                    f"ppo.sampler=vllm: a completion ended at token {generation.tokens[-1]}; the policy's end at "
+                    f"{', '.join(map(str, self.eos))}"
+                )
+        return found
 
     def hand_over(self) -> dict[str, Any]:
         """Give vLLM the policy's present weights; returns what a job must carry to be done with them."""
@@ -119,7 +143,7 @@ class VLLMSampler:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _ask(self, jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        answers = self.process.ask(jobs)
+        answers = self.engine.ask(jobs)
         for answer in answers:
             if "error" in answer:
                 raise UserError(f"ppo.sampler=vllm: {' '.join(answer['error'].split())[:400]} ({_KEPT})")
@@ -161,6 +185,13 @@ class VLLMSampler:
         return str(folder)
 
 
+def _open_server(config: PPOConfig) -> VLLMServer:
+    from rlaif.engines.vllm_server import VLLMServer
+
+    assert config.vllm.url is not None
+    return VLLMServer(config.vllm.url, "ppo.vllm.url", config.max_prompt_length + config.max_new_tokens, _KEPT)
+
+
 @contextlib.contextmanager
 def open_sampler(policy: Policy, config: PPOConfig, folder: Path) -> Iterator[VLLMSampler | None]:
     """The sampler that ``ppo.sampler`` asks for; none: the policy's own model samples."""
@@ -172,7 +203,7 @@ def open_sampler(policy: Policy, config: PPOConfig, folder: Path) -> Iterator[VL
 
 
 @contextlib.contextmanager
-def shaken(policy: Policy, seed: int, by: float = 0.1) -> Iterator[None]:
+def shaken(policy: Policy, seed: int, by: float = SHAKE) -> Iterator[None]:
     """The policy with other weights, for the length of the block: each matrix is off by ``by`` of its norm."""
     from peft.tuners.lora import LoraLayer
 

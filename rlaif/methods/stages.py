@@ -273,6 +273,8 @@ def train_ppo_stage(arm: Arm, reward: RewardSource) -> Path:
             train_ppo(config.ppo, arm.start, prompts, score, folder, config.seed, validation)
 
     settings = {**plain(ppo=config.ppo, data=config.data), **reward.settings}
+    # Where vLLM runs, and with how much memory, is no reason to begin again.
+    del settings["ppo"]["vllm"]
     return arm.run("ppo", settings, {**reward.inputs, **inputs}, make, reward.carry_over) / "policy"
 
 

@@ -73,7 +73,9 @@ def error(status: int, message: str = "no", **headers: str) -> Reply:
 class FakeServer:
     """Answers from ``plan`` (first come, first served), then from ``default``; records what it is asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, adapters: bool = False) -> None:
+        self.adapters = adapters
+        """Whether adapters can be loaded, as vLLM allows on request; ``default`` answers that too."""
         self.models: Reply = Reply({"object": "list", "data": [{"id": "judge"}]})
         self.plan: list[Reply] = []
         self.default: Reply | Callable[[dict[str, Any]], Reply] = text("A")
@@ -96,6 +98,9 @@ class FakeServer:
         app.router.add_get("/v1/models", self._on_models)
         app.router.add_post("/v1/chat/completions", self._on_post)
         app.router.add_post("/v1/completions", self._on_post)
+        if self.adapters:
+            app.router.add_post("/v1/load_lora_adapter", self._on_post)
+            app.router.add_post("/v1/unload_lora_adapter", self._on_post)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
