@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import urllib.request
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from rlaif.config import Dtype, LoraSettings, ModelConfig, PPOConfig, Sampler, SamplerVLLMConfig, Tuning
+from rlaif.config import (
+    Dtype,
+    LabelerConfig,
+    LabelerType,
+    LoraSettings,
+    Method,
+    ModelConfig,
+    PPOConfig,
+    Reward,
+    Sampler,
+    SamplerVLLMConfig,
+    TrainConfig,
+    Tuning,
+    ValueInit,
+)
 from rlaif.engines.vllm_process import VLLMProcess
 from rlaif.generation import generate
+from rlaif.methods import stages
 from rlaif.methods.ppo import PPOTrainer, train_ppo
 from rlaif.methods.ppo_checks import StartCheckError, check_sampler_follows, check_start
 from rlaif.methods.ppo_rollout import ScoreFunction
 from rlaif.methods.ppo_sampler import VLLMSampler, check_sampler, one_seed, shaken
-from rlaif.models import load_tokenizer, seed_everything
+from rlaif.models import load_sequence_scorer, load_tokenizer, lora_config, seed_everything
 from rlaif.policy import load_policy
 from rlaif.records import Prompt, UserError
 
@@ -316,6 +334,47 @@ def test_validation_and_baselines_are_sampled_by_vllm_too(
     assert all("validation_objective" in line for line in lines_of(tmp_path / "training.jsonl"))
 
 
+def test_a_pm_that_shares_the_base_stays_out_of_the_sampler(tmp_path: Path, played: type[Played]) -> None:
+    model = load_sequence_scorer(TINY)
+    model = get_peft_model(model, lora_config(LoraSettings(r=2), model, "SEQ_CLS", ["score"]))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "score" in name or "lora_B" in name:
+                value.normal_(std=0.2)
+    model.save_pretrained(tmp_path / "pm")
+    load_tokenizer(TINY).save_pretrained(tmp_path / "pm")
+    train_ppo(config(value_init=ValueInit.pm), TINY, PROMPTS, None, tmp_path, 0, preference_model=tmp_path / "pm")
+    curve = lines_of(tmp_path / "training.jsonl")
+    assert all(line["sampler_difference"] < 1e-5 for line in curve)
+    assert curve[0]["value_mean"] != 0
+    assert abs(curve[1]["kl"]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "again"), [({"vllm": SamplerVLLMConfig(url="http://x/v1")}, False), ({"epochs": 3}, True)]
+)
+def test_where_vllm_runs_is_no_reason_to_train_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], again: bool
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        stages, "run_stage", lambda stage, output, settings, *rest, **more: seen.append(settings) or output
+    )
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": "ab" * n}) + "\n" for n in range(1, 9)))
+    for settings in (config(), config(**change)):
+        train = TrainConfig(
+            method=Method.ppo,
+            policy=TINY,
+            prompts=str(tmp_path / "prompts.jsonl"),
+            ppo=settings,
+            reward=Reward.labeler,
+            constitution="warm",
+            labeler=LabelerConfig(type=LabelerType.scripted),
+        )
+        stages.train_ppo_stage(stages.Arm(train, tmp_path, TINY), stages.labeler_reward(train))
+    assert (seen[0] != seen[1]) == again
+
+
 def test_a_run_goes_on_after_the_engine_died(
     tmp_path: Path, played: type[Played], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,6 +434,10 @@ def test_what_vllm_is_started_with(tmp_path: Path, played: type[Played]) -> None
     [
         ({"tuning": Tuning.qlora}, "ppo.sampler=vllm with ppo.tuning=qlora"),
         ({"lora": LoraSettings(r=513)}, "ppo.lora.r=513: with ppo.sampler=vllm at most 512"),
+        (
+            {"tuning": Tuning.full, "vllm": SamplerVLLMConfig(url="http://localhost/v1")},
+            "ppo.vllm.url with ppo.tuning=full",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
@@ -400,6 +463,28 @@ def test_what_is_missing_is_said_before_anything_starts(monkeypatch: pytest.Monk
     with pytest.raises(UserError, match=r"ppo\.sampler=vllm: vLLM is not installed; run `make setup-vllm`"):
         check_sampler(config(vllm=SamplerVLLMConfig()), TINY)
     check_sampler(config(sampler=Sampler.hf), TINY)
+
+
+@pytest.mark.parametrize("given", [{"adapter": "DIR"}, {"name": "DIR"}])
+def test_a_server_cannot_have_a_start_that_is_an_adapter(tmp_path: Path, given: dict[str, str]) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    settings = config(vllm=SamplerVLLMConfig(url="http://127.0.0.1:1/v1"))
+    start = dataclasses.replace(TINY, **dict.fromkeys(given, str(tmp_path)))
+    with pytest.raises(UserError, match=r"ppo\.vllm\.url: PPO would start from other weights"):
+        check_sampler(settings, start)
+    with pytest.raises(UserError, match=r"ppo\.vllm\.url: PPO would start from other weights"):
+        check_sampler(settings, TINY, sft_first=True)
+    with pytest.raises(UserError, match=r"ppo\.vllm\.url=http://127.0.0.1:1/v1: cannot be reached"):
+        check_sampler(settings, TINY)
+
+
+def test_another_end_than_the_policys_is_not_taken(
+    tmp_path: Path, played: type[Played], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ppo = trainer(tmp_path)
+    monkeypatch.setattr(Played, "complete", lambda self, jobs: [{"tokens": [5], "finish": "stop", "logps": [-1.0]}])
+    with pytest.raises(UserError, match="a completion ended at token 5; the policy's end at 258"):
+        ppo.rollout(0)
 
 
 def test_adapters_in_float32_on_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,6 +520,7 @@ def ended(pid: int) -> bool:
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_engine_too(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": "ab" * n}) + "\n" for n in range(1, 9)))
     process = subprocess.Popen(
@@ -448,6 +534,8 @@ def test_ctrl_c_ends_the_engine_too(tmp_path: Path) -> None:
         stderr=subprocess.STDOUT,
         text=True,
         cwd=Path(__file__).parents[2],
+        # Where the tests run in the background, SIGINT is ignored, and children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     note, deadline = tmp_path / "pid", time.monotonic() + 120
     while not (note.is_file() and note.read_text()):
@@ -570,7 +658,7 @@ class TestReal:
     def test_completions_repeat_by_seed_end_truly_and_a_wrong_adapter_is_seen(
         self, tmp_path: Path, small: ModelConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        settings = self.settings()
+        settings = self.settings(lora=LoraSettings(r=4, alpha=8, top_layers=0.5))
         policy = load_policy(small, settings.tuning, settings.lora)
         with VLLMSampler(policy, settings, tmp_path / "sampler") as sampler:
             ppo = PPOTrainer(settings, policy, PROMPTS, vowels, tmp_path, 0, VALIDATION, sampler=sampler)
@@ -592,3 +680,59 @@ class TestReal:
             with pytest.raises(StartCheckError, match="does not take the weights over"):
                 check_sampler_follows(ppo)
         assert not (tmp_path / "sampler").exists()
+
+    @pytest.fixture
+    @staticmethod
+    def served(small: ModelConfig, tmp_path: Path) -> Iterator[str]:
+        """The address of a ``vllm serve`` that takes adapters."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        # What `vllm serve` runs. The command itself looks for a package named vllm, and the CPU build has another name.
+        words = [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(small.name)),
+            *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", "600", "--enforce-eager"),
+            *("--dtype", "float32", "--enable-lora", "--max-lora-rank", "8", "--max-loras", "1"),
+            *("--logprobs-mode", "processed_logprobs"),
+        ]
+        env = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        log = tmp_path / "serve.log"
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                words, env={**os.environ, **env}, stdout=file, stderr=file, start_new_session=True
+            )
+        try:
+            deadline = time.monotonic() + 300
+            while True:
+                assert process.poll() is None, log.read_text()[-4000:]
+                assert time.monotonic() < deadline, log.read_text()[-4000:]
+                with (
+                    contextlib.suppress(OSError),
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5),
+                ):
+                    break
+                time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(30)
+
+    def test_a_server_follows_the_adapter(self, tmp_path: Path, small: ModelConfig, served: str) -> None:
+        settings = dataclasses.replace(
+            self.settings(relative_reward=True, temperature=0.8), vllm=SamplerVLLMConfig(url=served)
+        )
+        check_sampler(settings, small)
+        train_ppo(settings, small, PROMPTS, vowels, tmp_path, 0, VALIDATION)
+        curve = lines_of(tmp_path / "training.jsonl")
+        assert abs(curve[-1]["kl"]) > 0.05
+        assert all(line["sampler_difference"] < 1e-4 for line in curve)
+        with urllib.request.urlopen(f"{served}/models", timeout=5) as response:
+            assert len(json.load(response)["data"]) == 1  # no adapter is left
+        with torch.no_grad():
+            policy = load_policy(small, settings.tuning, settings.lora)
+            policy.model.get_input_embeddings().weight.mul_(1.5)
+        with VLLMSampler(policy, settings, tmp_path / "sampler") as sampler:
+            ppo = PPOTrainer(settings, policy, PROMPTS, vowels, tmp_path, 0, VALIDATION, sampler=sampler)
+            with pytest.raises(StartCheckError, match="it serves another model"):
+                check_sampler_follows(ppo)
