@@ -94,12 +94,12 @@ class VLLMSampler:
     def sample(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], reference: bool = False
     ) -> list[Generation]:
-        """A completion of each prompt (token ids) by the policy, or by the reference under its adapter.
+        """A completion of each prompt (token ids) by the policy, or by the reference.
 
         Args:
             prompts: token ids of each prompt.
             seeds: integers that seed each completion.
-            reference: leave the adapter off.
+            reference: leave the adapter off; only for ``tuning=lora``.
         """
         target = {} if reference else self.hand_over()
         parameters = {
@@ -128,19 +128,18 @@ class VLLMSampler:
     def hand_over(self) -> dict[str, Any]:
         """Give vLLM the policy's present weights; returns what a job must carry to be done with them."""
         self.number += 1
-        folder = self.folder / str(self.number)
-        model = self.policy.model
-        try:
-            if self.policy.tuning is Tuning.full:
-                model.save_pretrained(folder)
-                self._ask([{"weights": str(folder)}])
-                return {}
-            # A preference model may be another adapter on the same base. The embeddings are never adapted.
-            model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
-            self._ask([{"load": str(folder), "adapter": self.number}])
-            return {"adapter": self.number}
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        model, folder = self.policy.model, self.folder / str(self.number)
+        if self.policy.tuning is Tuning.full:
+            model.save_pretrained(folder)
+            self._ask([{"weights": str(folder)}])
+            shutil.rmtree(folder)
+            return {}
+        # A preference model may be another adapter on the same base. The embeddings are never adapted.
+        model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+        self._ask([{"load": str(folder), "adapter": self.number}])
+        # The newest stays: a server that serves others too may set it aside and read it again.
+        shutil.rmtree(self.folder / str(self.number - 1), ignore_errors=True)
+        return {"adapter": self.number}
 
     def _ask(self, jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         answers = self.engine.ask(jobs)

@@ -195,7 +195,9 @@ def test_every_batch_is_sampled_with_the_policys_present_weights(
             newest = job["adapter"] if "load" in job else newest
             assert job["adapter"] == newest
     assert len({job.get("load") or job["weights"] for job in over}) == 5
-    assert not any(Path(job.get("load") or job["weights"]).exists() for job in over)
+    *past, newest_folder = [Path(job.get("load") or job["weights"]) for job in over]
+    assert not any(folder.exists() for folder in past)
+    assert newest_folder.exists() == (tuning is Tuning.lora)
 
 
 def test_training_takes_its_own_log_probabilities_and_values(tmp_path: Path, played: type[Played]) -> None:
