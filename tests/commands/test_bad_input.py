@@ -73,6 +73,21 @@ CASES = {
     ),
     "negative_rate": ("train", [*TRAIN, "dpo.learning_rate=-1"], ["dpo.learning_rate=-1", "above 0"]),
     "not_a_multiple": ("train", [*TRAIN, "ppo.rollouts=10"], ["ppo.rollouts=10", "multiple"]),
+    "sampler_over_4_bits": (
+        "train",
+        [*TRAIN, "ppo.sampler=vllm", "ppo.tuning=qlora"],
+        ["ppo.sampler=vllm with ppo.tuning=qlora", "ppo.sampler=hf"],
+    ),
+    "sampler_not_installed": (
+        "train",
+        [*TRAIN, "method=ppo", "ppo.sampler=vllm", "ppo.vllm.python={here}/none"],
+        ["ppo.vllm.python={here}/none", "no such file"],
+    ),
+    "sampler_nobody_serves": (
+        "train",
+        [*TRAIN, "method=ppo", "ppo.sampler=vllm", "ppo.vllm.url=http://127.0.0.1:1/v1"],
+        ["ppo.vllm.url=http://127.0.0.1:1/v1", "cannot be reached"],
+    ),
     "negative_seed": ("sample", [*SAMPLE, "seed=-1"], ["seed=-1", "between 0"]),
     "style_without_completions": ("sample", [*SAMPLE, "sampling.styles.plain.n=0"], ["n=0", "above 0"]),
     "not_an_override": ("sample", [*SAMPLE, "verbose"], ["verbose", "key=value"]),
