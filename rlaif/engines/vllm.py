@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlaif.artifacts import input_hash
-from rlaif.chat import encode_chat, encode_text
+from rlaif.chat import ChatEncoder, encode_text
 from rlaif.config import LabelerConfig, ModelConfig
 from rlaif.engines.base import (
     CompletionRequest,
@@ -62,6 +62,7 @@ class VLLMEngine(Engine):
             name=config.model, revision=config.revision, dtype=config.dtype, trust_remote_code=config.trust_remote_code
         )
         self.tokenizer = load_tokenizer(model, "labeler")
+        self._encode = ChatEncoder(self.tokenizer)
         # A branch moves: both processes take the commit that it stands for now.
         revision = _commit(config) or config.revision
         arguments = {
@@ -110,7 +111,7 @@ class VLLMEngine(Engine):
 
     def _score(self, request: OptionRequest) -> Talk[OptionMass | Failure]:
         started = time.perf_counter()
-        ids = encode_chat(self.tokenizer, request.messages, request.stem)
+        ids = self._encode(request.messages, request.stem)
         if request.options not in self._spelled:
             self._spelled[request.options] = spellings(self.tokenizer, request.options)
         spelled = self._spelled[request.options]
@@ -136,7 +137,7 @@ class VLLMEngine(Engine):
 
     def _weigh(self, request: CompletionRequest) -> Talk[Likelihood | Failure]:
         started = time.perf_counter()
-        ids, tokens = encode_chat(self.tokenizer, request.messages), encode_text(self.tokenizer, request.completion)
+        ids, tokens = self._encode(request.messages), encode_text(self.tokenizer, request.completion)
         if not tokens:
             return Likelihood(0.0, 0, len(ids))
         # vLLM always samples a token after the prompt.
@@ -148,7 +149,7 @@ class VLLMEngine(Engine):
         return Likelihood(sum(answer["logps"]), len(tokens), len(ids), time.perf_counter() - started)
 
     def _complete(self, request: SampleRequest) -> Talk[Sampled | Failure]:
-        ids = encode_chat(self.tokenizer, request.messages)
+        ids = self._encode(request.messages)
         if len(ids) + 1 > self.process.max_length:
             return self._too_long(len(ids))
         parameters = {
@@ -188,9 +189,7 @@ class VLLMEngine(Engine):
                     yield index, end.value
             if not talking:
                 return
-            answer = self.process.answers.get()
-            if answer is None:
-                raise self.process.died("ended early")
+            answer = self.process.receive()
             job = jobs.pop(answer["id"], None)
             if job is None:
                 continue  # of a stream that was given up

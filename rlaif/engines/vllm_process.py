@@ -67,10 +67,19 @@ class VLLMProcess:
         self._log: Any = None
 
     def submit(self, job: Job) -> int:
-        """Send a job; its answer carries the number that is returned."""
+        """Take a job, which is handed on at the latest by :meth:`receive`; its answer carries the number returned."""
         number = next(self._numbers)
         self._send({"id": number, **job})
         return number
+
+    def receive(self) -> Job:
+        """The next answer. Jobs are handed on before waiting for it: a system call for each job would be slow."""
+        if self.answers.empty():
+            self._flush()
+        answer = self.answers.get()
+        if answer is None:
+            raise self.died("ended early")
+        return answer
 
     def ask(self, jobs: Sequence[Job]) -> list[Job]:
         """Answers to jobs, in their order. Nobody else may be waiting for answers."""
@@ -78,9 +87,7 @@ class VLLMProcess:
         places = {self.submit(job): place for place, job in enumerate(jobs)}
         found: list[Job] = [{}] * len(jobs)
         while places:
-            answer = self.answers.get()
-            if answer is None:
-                raise self.died("ended early")
+            answer = self.receive()
             if answer["id"] in places:
                 found[places.pop(answer["id"])] = answer
         return found
@@ -103,6 +110,7 @@ class VLLMProcess:
         )
         threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
         self._send(self.arguments)
+        self._flush()
         ready = self.answers.get()
         if ready is None:
             raise self.died("could not start")
@@ -114,6 +122,13 @@ class VLLMProcess:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(message) + "\n")
+        except OSError:
+            raise self.died("ended early") from None
+
+    def _flush(self) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
             self._process.stdin.flush()
         except OSError:
             raise self.died("ended early") from None

@@ -59,12 +59,14 @@ async def serve(channel: Any) -> None:
     from vllm import AsyncEngineArgs, SamplingParams
     from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     if current_platform.is_cpu():
         # GiB; without a bound the cache takes a share of the whole machine's memory.
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
+    # Without a context vLLM takes its smallest batches, whatever the device.
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings), usage_context=UsageContext.LLM_CLASS)
     send({"max_model_len": engine.model_config.max_model_len, "vllm": vllm.__version__})
 
     adapters: dict[int, Any] = {}
