@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlaif.artifacts import PROVENANCE
 from rlaif.config import LabelingConfig
 from rlaif.evaluation.statistics import ClusteredMean
-from rlaif.labeling.aggregate import Calibration, PairLabel, combine
+from rlaif.labeling.aggregate import Calibration, PairLabel, combine, or_tie
 from rlaif.labeling.calibration import read_calibration
 from rlaif.records import Candidates, Label, UserError, existing_dir, existing_file, read_json, read_jsonl
 
@@ -116,7 +116,7 @@ class Combination:
             for name in names
         }
         logit = mean([(weight, pair.logit) for weight, pair in zip(weights, pairs, strict=True)])
-        return PairLabel(pairs[0].prompt_id, pairs[0].one, pairs[0].other, logit, by_principle)
+        return PairLabel(pairs[0].prompt_id, pairs[0].one, pairs[0].other, or_tie(logit), by_principle)
 
     def _count(self, found: Sequence[dict[tuple[str, str], PairLabel]], prompt: int) -> None:
         for (one, other), mean in self._agreement.items():

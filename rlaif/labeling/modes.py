@@ -227,7 +227,7 @@ def _pairwise_request(setup: Setup, line: Candidates, comparison: _Comparison) -
 def _reasoned(
     setup: Setup, line: Candidates, asked: Sequence[_Comparison]
 ) -> Generator[Sequence[Request], Sequence[Answer], list[list[Answer]]]:
-    """The answers to each comparison, one after each of its rationales; a failed rationale fails its comparison."""
+    """The answers to each comparison after its rationales, as :func:`probability` takes them; any failure fails it."""
     samples = [_rationale_requests(setup, line, comparison) for comparison in asked]
     flat = iter((yield [request for requests in samples for request in requests]))
     rationales = [[_checked(next(flat)) for _ in requests] for requests in samples]
@@ -244,8 +244,11 @@ def _reasoned(
     answers = iter((yield verdicts) if verdicts else ())
     return [
         [
-            rationale if isinstance(rationale, Failure) else _with_rationale(next(answers), rationale)
+            part
             for rationale in found
+            for part in (
+                (rationale,) if isinstance(rationale, Failure) else _with_rationale(next(answers), rationale)
+            )
         ]
         for found in rationales
     ]
@@ -267,16 +270,17 @@ def _checked(answer: Answer) -> Sampled | Failure:
     return answer if answer.text.strip() else Failure("empty_rationale")
 
 
-def _with_rationale(answer: Answer, rationale: Sampled) -> Answer:
+def _with_rationale(answer: Answer, rationale: Sampled) -> tuple[Answer, ...]:
     """The verdict after a rationale: with what the labeler had said before, and what saying it took."""
     if not isinstance(answer, OptionMass):
-        return answer
-    return replace(
+        return rationale, answer
+    answer = replace(
         answer,
         reply=rationale.text,
         prompt_tokens=total_count([answer.prompt_tokens, rationale.prompt_tokens]),
         completion_tokens=total_count([answer.completion_tokens, rationale.tokens]),
     )
+    return (answer,)
 
 
 def _listwise(setup: Setup, line: Candidates) -> Talk:

@@ -18,10 +18,24 @@ def probability(blank: Label, answers: Sequence[Answer], minimum: float, clamp: 
 
     Args:
         blank: the label without its verdict.
-        answers: one, or one after each rationale.
+        answers: one, or one after each rationale, which holds the rationale; where such an answer failed, the rationale
+            stands before it. What was said and read counts whether or not there is a verdict.
         minimum: option mass below which an answer is uncovered.
         clamp: each share is clipped to [clamp, 1 - clamp].
     """
+    said = [
+        (answer.text, answer.prompt_tokens, answer.tokens)
+        if isinstance(answer, Sampled)
+        else (answer.reply, answer.prompt_tokens, answer.completion_tokens)
+        for answer in answers
+        if isinstance(answer, Sampled | OptionMass)
+    ]
+    blank = replace(
+        blank,
+        reply="\n\n".join(reply for reply, _, _ in said if reply is not None) or None,
+        prompt_tokens=total_count(count for _, count, _ in said),
+        completion_tokens=total_count(count for _, _, count in said),
+    )
     failed = [answer for answer in answers if isinstance(answer, Failure)]
     if failed:
         return replace(blank, method="none", reason=failed[0].reason)
@@ -38,9 +52,6 @@ def probability(blank: Label, answers: Sequence[Answer], minimum: float, clamp: 
         p=sum(verdicts) / len(verdicts) if verdicts else None,
         reason=None if verdicts else _missing(bool(known), finite),
         option_mass=round(sum(sum(masses) for masses in known) / len(known), 6) if known and finite else None,
-        reply="\n\n".join(answer.reply for answer in found if answer.reply is not None) or None,
-        prompt_tokens=total_count(answer.prompt_tokens for answer in found),
-        completion_tokens=total_count(answer.completion_tokens for answer in found),
     )
 
 

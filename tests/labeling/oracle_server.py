@@ -24,11 +24,14 @@ WEIGHTS = {"kind": 1.0, "short": 0.5}
 CONSTITUTION = "name: planted\nversion: '1'\ndescription: values planted in the texts\nprinciples:\n" + "".join(
     f"  - id: {name}\n    weight: {weight}\n    question: {QUESTIONS[name]}\n    statement: {STATEMENTS[name]}\n"
     f'    verdicts:\n      "yes": [{WORDS[name][0]}]\n      "no": [{WORDS[name][1]}]\n'
+    f"    encourage: Be {WORDS[name][0]}.\n    discourage: Be {WORDS[name][1]}.\n"
     for name, weight in WEIGHTS.items()
 )
-UNCOVERED, UNLISTED, UNCLEAR, BROKEN = "#uncovered", "#unlisted", "#unclear", "#broken"
+UNCOVERED, UNLISTED, UNCLEAR, BROKEN, MUTE = "#uncovered", "#unlisted", "#unclear", "#broken", "#mute"
 """Words in a text: too little mass on the options; an option of several that is not listed; no verdict in a reply;
-a server error for good."""
+a server error for good; nothing said where the labeler should reason first, with every other seed."""
+LEANS = (-2.0, -0.25, 0.5, 1.5)
+"""Logits by which a rationale moves the verdict after it; the seed says which."""
 
 
 SCALE = "from 1 (as bad as a reply can be) to 10"
@@ -57,6 +60,25 @@ def shares(logits: Sequence[float], bias: float) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
+def ballots(p: Sequence[float], n: int) -> list[int]:
+    """How many of ``n`` replies name each option; a single reply cannot choose among several that are the likeliest."""
+    if n == 1:
+        best = [place for place, share in enumerate(p) if share == max(p)]
+        return [int(best == [place]) for place in range(len(p))]
+    ends = [math.floor(n * sum(p[: place + 1]) + 0.5) for place in range(len(p))]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def lean(seed: int) -> float:
+    """By how much the rationale with this seed moves the verdict."""
+    return LEANS[seed // 2 % len(LEANS)]
+
+
+def is_mute(shown: str, seed: int) -> bool:
+    """Whether the rationale with this seed is empty."""
+    return MUTE in shown and seed % 2 == 1
+
+
 def grades(value: float) -> tuple[float, ...]:
     """Logits of the numbers from 1 to 10 for something worth ``value``: a discretised normal around 5.5 + value."""
     return tuple(-((number - 5.5 - value) ** 2) / 4 for number in range(1, 11))
@@ -72,7 +94,9 @@ def read_pairwise(content: str) -> Asked | None:
     if found is None:
         return None
     [principle] = [name for name, question in QUESTIONS.items() if f"Principle: {question}" in content]
-    return Asked((worth(principle, found[1]) - worth(principle, found[2]), 0.0), ("A", "B"), found.groups())
+    moved = re.search(r"lean=([+-]\d+\.\d+)", content)
+    logit = worth(principle, found[1]) - worth(principle, found[2]) + (float(moved[1]) if moved else 0.0)
+    return Asked((logit, 0.0), ("A", "B"), found.groups())
 
 
 def read_listwise(content: str) -> Asked | None:
@@ -118,26 +142,30 @@ class Oracle:
 
     Args:
         bias: logits added to the first option: a position bias, or a liking for yes.
-        gives: ``logprobs``, or ``text``: replies alone, as many as are asked for, shared between the options by the
-            logit; a tie in a single reply names both.
+        gives: ``logprobs``, or ``text``: replies alone, as many as are asked for, shared between the options
+            (:func:`ballots`); a tie in a single reply names all. ``draws``: such replies, each drawn by chance.
         mass: probability on the options.
+        sign: -1 for a labeler that wants the opposite.
     """
 
-    def __init__(self, bias: float = 0.0, gives: str = "logprobs", mass: float = 0.9) -> None:
-        self.bias, self.gives, self.mass = bias, gives, mass
+    def __init__(self, bias: float = 0.0, gives: str = "logprobs", mass: float = 0.9, sign: int = 1) -> None:
+        self.bias, self.gives, self.mass, self.sign = bias, gives, mass, sign
 
     def __call__(self, body: dict[str, Any]) -> Reply:
         content = "\n".join(message["content"] for message in body["messages"])
         if "[End of reply" not in content:
             # A question of the engine's own: are there log-probabilities?
-            return text("A") if self.gives == "text" else logprobs([("A", 0.9), ("B", 0.1)])
+            return logprobs([("A", 0.9), ("B", 0.1)]) if self.gives == "logprobs" else text("A")
         [asked] = [found for reader in READERS.values() if (found := reader(content)) is not None]
         shown = " ".join(asked.texts)
         if BROKEN in shown:
             return error(500, "out of order")
-        p = shares(asked.logits, self.bias)
-        if self.gives == "text":
-            return self._replies(asked, shown, p[0], body.get("n", 1))
+        if "Do not give a verdict yet" in content and len(body["messages"]) == 1:
+            seed = body["seed"]
+            return text("" if is_mute(shown, seed) else f"Number {seed} weighs them: lean={lean(seed):+.2f}.")
+        p = shares([self.sign * logit for logit in asked.logits], self.bias)
+        if self.gives != "logprobs":
+            return self._replies(asked, shown, p, body)
         mass = 0.001 if UNCOVERED in shown else self.mass
         # Each option in two spellings, in changing parts, among tokens that are none.
         listed = []
@@ -150,13 +178,16 @@ class Oracle:
         listed.sort(key=lambda entry: -entry[1])
         return logprobs(listed)
 
-    def _replies(self, asked: Asked, shown: str, p: float, n: int) -> Reply:
-        yes, no = asked.options
+    def _replies(self, asked: Asked, shown: str, p: list[float], body: dict[str, Any]) -> Reply:
+        n = body.get("n", 1)
         if UNCLEAR in shown:
             return text(*["Both have their merits."] * n)
-        if n == 1:
-            return text(f"{yes} or {no}" if p == 0.5 else yes if p > 0.5 else no)
-        return text(*(yes if place < round(p * n) else no for place in range(n)))
+        if self.gives == "draws":
+            return text(*random.Random(asked_of(body)).choices(asked.options, p, k=n))
+        counts = ballots(p, n)
+        if not any(counts):
+            return text(" or ".join(option for option, share in zip(asked.options, p, strict=True) if share == max(p)))
+        return text(*(option for option, count in zip(asked.options, counts, strict=True) for _ in range(count)))
 
 
 def noisy(oracle: Oracle, seed: int, share: float, faults: list[Reply]) -> Callable[[dict[str, Any]], Reply]:
