@@ -159,15 +159,19 @@ def check_mode(constitution: Constitution, mode: LabelMode) -> None:
 
 
 def together(constitution: Constitution) -> Principle:
-    """All principles as one, called ``all``, for one verdict on all of them."""
+    """All principles as one, called ``all``, for one verdict on all of them; weights that differ are shown."""
     principles = constitution.principles
+    weighted = len({principle.weight for principle in principles}) > 1
     return Principle(
         id="all",
         weight=1.0,
-        question="Which reply is better by these principles taken together?",
+        question=f"Which reply is better by these principles taken together{', by their weights' if weighted else ''}?",
         encourage="\n".join(principle.encourage for principle in principles if principle.encourage) or None,
         discourage="\n".join(principle.discourage for principle in principles if principle.discourage) or None,
-        parts=tuple(principle.question for principle in principles),
+        parts=tuple(
+            f"{principle.question} (weight {principle.weight:g})" if weighted else principle.question
+            for principle in principles
+        ),
     )
 
 

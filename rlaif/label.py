@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlaif.artifacts import labeler_inputs, labeler_settings, plain, run_stage
 from rlaif.cli import launch
-from rlaif.config import DataConfig, Feedback, LabelConfig, Selection, Split
+from rlaif.config import DataConfig, Feedback, LabelConfig, LabelMode, Principles, Selection, Split
 from rlaif.constitution import find_constitution, load_constitution
 from rlaif.labeling.store import STORE, STORE_FILES
 from rlaif.records import (
@@ -149,6 +149,12 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
     constitution = load_constitution(config.constitution)
     # Whether constitution and candidates are what the mode needs shows before an engine is started.
     Setup(constitution, "", config.labeling).expected(max(lines.sizes))
+    weights = {principle.weight for principle in constitution.principles}
+    joined = config.labeling.principles is Principles.together and config.labeling.mode is LabelMode.contrastive
+    if joined and len(weights) > 1:
+        log.warning(
+            "labeling.principles=together: with labeling.mode=contrastive the principles' weights have no effect"
+        )
     principles = find_constitution(config.constitution)
     comparisons = _comparisons(config.labeler.audit, "labeler.audit")
     known = _comparisons(config.labeling.calibrate, "labeling.calibrate")

@@ -6,12 +6,18 @@ callers can store each one at once and memory stays flat. A request that fails y
 
 from __future__ import annotations
 
+import functools
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from rlaif.records import Message
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,27 @@ class Engine(ABC):
     def score_completions(self, requests: Iterable[CompletionRequest]) -> Iterator[tuple[int, Likelihood | Failure]]:
         """Likelihood of each request's completion. Not every engine can tell: an API that only samples cannot."""
         raise NotImplementedError(f"the {self.identity['engine']} engine gives no likelihood of given text")
+
+    @property
+    def where(self) -> str:
+        """What messages about its requests call it."""
+        return self.name
+
+    def gives_logprobs(self) -> bool:
+        """Whether verdicts come from log-probabilities, not from replies. To find out may take questions of its own."""
+        return True
+
+    @functools.cached_property
+    def _told_reasons(self) -> set[str]:
+        return set()
+
+    def told(self, results: Iterator[tuple[int, T]], what: str) -> Iterator[tuple[int, T]]:
+        """Results as they come, and a line in the log for each new reason of failure."""
+        for index, result in results:
+            if isinstance(result, Failure) and result.reason not in self._told_reasons:
+                self._told_reasons.add(result.reason)
+                log.warning("%s: %s fail with %s: %s", self.where, what, result.reason, result.detail)
+            yield index, result
 
     @property
     def spent(self) -> Any:

@@ -71,6 +71,9 @@ class HFEngine(Engine):
 
     def sample(self, requests: Iterable[SampleRequest]) -> Iterator[tuple[int, Sampled | Failure]]:
         """Sample in batches of prompts of similar length; completions end where the context does."""
+        return self.told(self._sample(requests), "completions")
+
+    def _sample(self, requests: Iterable[SampleRequest]) -> Iterator[tuple[int, Sampled | Failure]]:
         for window in _windows(enumerate(requests), self.batch_size * 8):
             encoded = []
             for index, request in window:
@@ -105,6 +108,9 @@ class HFEngine(Engine):
 
     def score_options(self, requests: Iterable[OptionRequest]) -> Iterator[tuple[int, OptionMass | Failure]]:
         """One forward pass a request, and one more for each beginning of a longer spelling that may have mass."""
+        return self.told(self._score_options(requests), "verdicts")
+
+    def _score_options(self, requests: Iterable[OptionRequest]) -> Iterator[tuple[int, OptionMass | Failure]]:
         for window in _windows(enumerate(requests), _WINDOW):
             encoded = []
             for index, request in window:
@@ -132,6 +138,9 @@ class HFEngine(Engine):
 
     def score_completions(self, requests: Iterable[CompletionRequest]) -> Iterator[tuple[int, Likelihood | Failure]]:
         """One forward pass a request; logits of the completion's positions only."""
+        return self.told(self._score_completions(requests), "likelihoods")
+
+    def _score_completions(self, requests: Iterable[CompletionRequest]) -> Iterator[tuple[int, Likelihood | Failure]]:
         for window in _windows(enumerate(requests), _WINDOW):
             encoded = []
             for index, request in window:

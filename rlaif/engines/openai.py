@@ -94,7 +94,6 @@ class OpenAIEngine(Engine):
         self._logprobs: bool | None = None  # does the server give them? None: not known yet
         self._top_logprobs = config.top_logprobs
         self._settling = asyncio.Lock()
-        self._told_reasons: set[str] = set()
         self._many_choices = True
         self._template_tokens = TEMPLATE_TOKENS
         self._whole: dict[tuple[tuple[str, ...], ...], set[int]] = {}
@@ -188,8 +187,8 @@ class OpenAIEngine(Engine):
         """
         if self._tokens is not None:
             self._tokens.check()
-            return self._told(self._client.stream(requests, self._tokens.sample), "completions")
-        return self._told(self._client.stream(requests, self._sample), "completions")
+            return self.told(self._client.stream(requests, self._tokens.sample), "completions")
+        return self.told(self._client.stream(requests, self._sample), "completions")
 
     def score_options(self, requests: Iterable[OptionRequest]) -> Iterator[tuple[int, OptionMass | Failure]]:
         """Mass of each option, from log-probabilities (see :func:`option_masses`) or from replies.
@@ -199,23 +198,19 @@ class OpenAIEngine(Engine):
         """
         if self._tokens is not None:
             self._tokens.check()
-            return self._told(self._client.stream(requests, self._tokens.score, self._config.batch_size), "verdicts")
-        return self._told(self._client.stream(requests, self._score), "verdicts")
+            return self.told(self._client.stream(requests, self._tokens.score, self._config.batch_size), "verdicts")
+        return self.told(self._client.stream(requests, self._score), "verdicts")
 
     def close(self) -> None:
         """Cancel what is in flight, close the connections and end the thread."""
         self._client.close()
 
-    def _told(self, results: Iterator[tuple[int, T]], what: str) -> Iterator[tuple[int, T]]:
-        """Results as they come; a line for each new reason of failure, and one if the budget has cut them short."""
+    def told(self, results: Iterator[tuple[int, T]], what: str) -> Iterator[tuple[int, T]]:
+        """As for any engine, and a line if the budget has cut the results short."""
         missing = 0
-        for index, result in results:
-            if isinstance(result, Failure):
-                if result.reason == "budget":
-                    missing += 1
-                elif result.reason not in self._told_reasons:
-                    self._told_reasons.add(result.reason)
-                    log.warning("%s: %s fail with %s: %s", self._base_url, what, result.reason, result.detail)
+        self._told_reasons.add("budget")
+        for index, result in super().told(results, what):
+            missing += isinstance(result, Failure) and result.reason == "budget"
             yield index, result
         if missing:
             spent = self.spent
@@ -355,6 +350,24 @@ class OpenAIEngine(Engine):
                         "y" if self._config.votes == 1 else "ies",
                     )
             return self._logprobs
+
+    @property
+    def where(self) -> str:
+        """The address."""
+        return self._base_url
+
+    def gives_logprobs(self) -> bool:
+        """What the server has shown; else what it says to the questions of :data:`PROBES`.
+
+        If they cannot be asked now, verdicts from replies are what there is.
+        """
+        if self._tokens is not None or self._logprobs is not None:
+            return self._logprobs is not False
+        try:
+            return bool(self._client.call(self._gives_logprobs("asked because of earlier verdicts from replies")))
+        except AttemptError as problem:
+            log.warning("%s: cannot be asked for log-probabilities (%s)", self._base_url, problem.detail)
+            return False
 
     async def _probe(self) -> bool:
         top = min(self._top_logprobs, FALLBACK_TOP_LOGPROBS)

@@ -99,15 +99,15 @@ class VLLMEngine(Engine):
 
     def score_options(self, requests: Iterable[OptionRequest]) -> Iterator[tuple[int, OptionMass | Failure]]:
         """One prompt a request, and one more for each beginning of a longer spelling that may have mass."""
-        return self._stream(requests, self._score)
+        return self.told(self._stream(requests, self._score), "verdicts")
 
     def sample(self, requests: Iterable[SampleRequest]) -> Iterator[tuple[int, Sampled | Failure]]:
         """Sample a completion for each request."""
-        return self._stream(requests, self._complete)
+        return self.told(self._stream(requests, self._complete), "completions")
 
     def score_completions(self, requests: Iterable[CompletionRequest]) -> Iterator[tuple[int, Likelihood | Failure]]:
         """One prompt a request, with the completion as its end."""
-        return self._stream(requests, self._weigh)
+        return self.told(self._stream(requests, self._weigh), "likelihoods")
 
     def _score(self, request: OptionRequest) -> Talk[OptionMass | Failure]:
         started = time.perf_counter()

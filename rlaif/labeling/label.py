@@ -173,6 +173,8 @@ class Labeling:
                 else:
                     self.store.put(key, _to_json(answer))
                     self.answered += last
+                    # A later run shall look at it again.
+                    opened.sound = opened.sound and not _is_fallback(answer)
                     if isinstance(answer, OptionMass) and answer.latency_s is not None:
                         self.latencies.append(answer.latency_s)
                 self._close_if_done(opened)
@@ -220,14 +222,29 @@ class Labeling:
                 if unknown and missing is None:
                     return _Held([], unknown, sound)
                 answers = [known.get(key, missing) for key in keys]
-                sound = sound and not any(isinstance(answer, Failure) for answer in answers)
+                sound = sound and not any(isinstance(answer, Failure) or _is_fallback(answer) for answer in answers)
                 requests = talk.send([answer for answer in answers if answer is not None])
         except StopIteration as end:
             return _Held(end.value, [], sound)
 
     def _known(self, keys: Sequence[str]) -> dict[str, Answer]:
-        known: dict[str, Answer] = {key: _from_json(value) for key, value in self.store.get(keys).items()}
+        stored: dict[str, Answer] = {key: _from_json(value) for key, value in self.store.get(keys).items()}
+        known = {key: answer for key, answer in stored.items() if not (_is_fallback(answer) and self._superseded)}
         return known | {key: self.failed[key] for key in keys if key in self.failed and key not in known}
+
+    @functools.cached_property
+    def _superseded(self) -> bool:
+        """Whether verdicts from replies are asked again, because the labeler now gives log-probabilities.
+
+        Asked once, at the first stored one: one run must not mix the two where it need not.
+        """
+        superseded = self.engine.gives_logprobs()
+        if superseded:
+            log.warning(
+                "%s now gives log-probabilities: verdicts that an earlier run read from replies are asked again",
+                self.engine.name,
+            )
+        return superseded
 
     def key(self, request: Request) -> str:
         """Hash of everything that can change the answer."""
@@ -244,7 +261,10 @@ class Labeling:
 
 @dataclass(frozen=True)
 class _Held:
-    """A talk that was held: its labels, or the requests at which it stopped. ``sound``: nothing in it had failed."""
+    """A talk that was held: its labels, or the requests at which it stopped.
+
+    ``sound``: nothing in it had failed or was read from replies.
+    """
 
     labels: list[Label]
     unknown: list[tuple[str, Request]]
@@ -270,6 +290,11 @@ def _server(engine: Engine, kind: type) -> Callable[[Iterable[Any]], Iterator[tu
 def _code() -> str:
     """Hash of the modules that decide what is asked: after a change of theirs no line counts as finished."""
     return content_hash(*(file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py"))))
+
+
+def _is_fallback(answer: Answer | None) -> bool:
+    """Whether a verdict was read from replies, for want of log-probabilities."""
+    return isinstance(answer, OptionMass) and answer.method != "logprob"
 
 
 def _shown(line: Candidates) -> list[tuple[str, str]]:

@@ -246,9 +246,7 @@ def _reasoned(
         [
             part
             for rationale in found
-            for part in (
-                (rationale,) if isinstance(rationale, Failure) else _with_rationale(next(answers), rationale)
-            )
+            for part in ((rationale,) if isinstance(rationale, Failure) else _with_rationale(next(answers), rationale))
         ]
         for found in rationales
     ]

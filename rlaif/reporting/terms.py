@@ -119,7 +119,12 @@ QUALITY: Terms = (
     ("failed", "failed", "Verdicts that could not be had or parsed; kept and counted, never guessed.", True),
     ("uncovered", "uncovered", "Verdicts with too little probability on the allowed words.", True),
     ("dropped", "dropped", "Pairs left out of the preferences, by reason.", True),
-    ("verdicts_per_s", "verdicts per s", "Verdicts a second, from loading the labeler to the last answer.", True),
+    (
+        "verdicts_per_s",
+        "verdicts per s",
+        "Verdicts a second of the newest run that asked; loading the labeler counts, audit and calibration do not.",
+        True,
+    ),
 )
 
 PREFERENCE_MODEL: Terms = (

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from oracle_server import CONSTITUTION
 
 SCRIPTED = ["labeler=scripted", "labeler.scripted.utility=letters", "labeler.scripted.sharpness=12"]
 # By mode: verdicts on three candidates under the one principle of warm, and what a line has of its own.
@@ -83,3 +84,12 @@ def test_an_audit_in_every_mode(run_command, tmp_path, mode):
     assert (found["agreement"], found["n_labelled"], found["mode"]) == (1.0, 20, mode)
     assert found["n_verdicts"] == 20 * 2 * 6
     assert found["agreement_principle_clear"] == 1.0
+
+
+def test_weights_without_effect_are_told(run_command, inputs, tmp_path):
+    (tmp_path / "planted.yaml").write_text(CONSTITUTION, encoding="utf-8")
+    arguments = [f"candidates={inputs}/candidates.jsonl", f"constitution={tmp_path}/planted.yaml", *SCRIPTED]
+    arguments += ["labeling.principles=together", f"output_dir={tmp_path}/out"]
+    told = "the principles' weights have no effect"
+    assert told in run_command("label", *arguments, "labeling.mode=contrastive").stderr
+    assert told not in run_command("label", *arguments, "labeling.mode=score").stderr

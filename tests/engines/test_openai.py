@@ -479,7 +479,7 @@ def test_why_requests_fail_is_told_once_for_each_reason(server: FakeServer, capl
     with build(server, concurrency=1) as engine, caplog.at_level(logging.WARNING):
         results = [score(engine, ask(number)) for number in range(10)]
     assert sum(isinstance(result, Failure) for result in results) == 9
-    assert [record.getMessage() for record in caplog.records if record.name == "rlaif.engines.openai"] == [
+    assert [record.getMessage() for record in caplog.records if record.name == "rlaif.engines.base"] == [
         f"{server.url}: verdicts fail with http_413: too large 0",
         f"{server.url}: verdicts fail with http_400: too long 1",
     ]

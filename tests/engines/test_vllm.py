@@ -70,7 +70,9 @@ def ask(text: str, options: tuple[tuple[str, ...], ...] = (("a", "zt"), ("b",)))
     return OptionRequest(({"role": "user", "content": text},), options)
 
 
-def test_masses_are_sums_over_spellings_with_a_prompt_more_for_each_later_token(tmp_path: Path) -> None:
+def test_masses_are_sums_over_spellings_with_a_prompt_more_for_each_later_token(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     requests = [ask("q" * size) for size in range(1, 40)]
     with build_labeler(config(fake_python(tmp_path)), seed=0) as engine:
         results = dict(engine.score_options(iter(requests)))
@@ -90,6 +92,8 @@ def test_masses_are_sums_over_spellings_with_a_prompt_more_for_each_later_token(
     [broken] = [results[i] for i, ids in enumerate(encoded) if len(ids) == 46]
     assert isinstance(broken, Failure)
     assert (broken.reason, broken.detail) == ("engine_error", "ValueError: not today")
+    # Once for each reason.
+    assert caplog.messages.count("tiny: verdicts fail with engine_error: ValueError: not today") == 1
 
 
 def test_a_hub_name_is_recorded_with_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ from oracle_server import (
     UNLISTED,
     WEIGHTS,
     Oracle,
+    asked_of,
     is_mute,
     lean,
     read_pairwise,
@@ -184,6 +185,30 @@ def test_votes_lose_a_bias_to_sampling_error(mode_name: str, bias: float, tmp_pa
     assert abs(sum(off)) / math.sqrt(len(off)) < 4
     # And the preferences are those of the shares, whatever the chance that made them.
     check(tmp_path / "out", mode, found)
+
+
+@pytest.mark.slow
+def test_verdicts_from_replies_are_asked_again_once_there_are_log_probabilities(tmp_path: Path) -> None:
+    """Labels of one run never mix the two where the server can tell; without change nothing is asked again."""
+    mode, lines = MODES["pairwise"], planted(flags=("",))
+    server = serve(Oracle(gives="text"))
+    labeler = ("labeler=openai", "labeler.model=judge", f"labeler.base_url={server.url}", "labeler.votes=8")
+    try:
+        label(tmp_path, lines[:6], *labeler)
+        first = {asked_of(body) for body in server.bodies}
+        # More candidates and still no log-probabilities: the same verdicts, and only the engine's own questions again.
+        server.bodies.clear()
+        label(tmp_path, lines[:8], *labeler)
+        known = [body for body in server.bodies if asked_of(body) in first]
+        assert not [body for body in known if "End of reply" in body["messages"][0]["content"]]
+        replies = {line["prompt_id"]: mode.expected(line, Oracle(gives="text"), 8) for line in lines[:8]}
+        check(tmp_path / "out", mode, replies)
+        server.default = Oracle()
+        label(tmp_path, lines, *labeler)
+    finally:
+        server.close()
+    check(tmp_path / "out", mode, {line["prompt_id"]: mode.expected(line, Oracle(), 1) for line in lines})
+    assert {entry["method"] for entry in json_lines(tmp_path / "out" / "labels.jsonl")} == {"logprob"}
 
 
 # Rationales first.

@@ -353,7 +353,11 @@ class TestPrinciples:
             assert text == "Be kind.\nStop."
         else:
             assert "by several principles" in text
+            assert "Principles:\n1. Which is kinder? (weight 3)\n2. Which is shorter? (weight 1)\n\n" in text
+            even = replace(TWO, principles=tuple(replace(principle, weight=2.0) for principle in TWO.principles))
+            text = next(Setup(even, "l", config).talk(lines(1)[0]))[0].messages[0]["content"]
             assert "Principles:\n1. Which is kinder?\n2. Which is shorter?\n\n" in text
+            assert "weight" not in text
         labels = labeled(config, constitution=TWO, store=store)
         assert {label.principle for label in labels} == {"all"}
         assert setup.weights == {"all": 1.0}
