@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import math
 import os
 import signal
@@ -94,6 +95,57 @@ def test_masses_are_sums_over_spellings_with_a_prompt_more_for_each_later_token(
     assert (broken.reason, broken.detail) == ("engine_error", "ValueError: not today")
     # Once for each reason.
     assert caplog.messages.count("tiny: verdicts fail with engine_error: ValueError: not today") == 1
+
+
+# The modules that the worker takes from vLLM, with an engine that shows how it was made.
+STUB = {
+    "__init__.py": """
+        __version__ = "stub"
+        class AsyncEngineArgs:
+            def __init__(self, **settings): self.settings = settings
+        class SamplingParams: pass
+    """,
+    "platforms.py": """
+        class current_platform:
+            is_cpu = staticmethod(lambda: False)
+    """,
+    "usage/usage_lib.py": """
+        class UsageContext:
+            LLM_CLASS = "offline"
+    """,
+    "v1/engine/async_llm.py": """
+        from types import SimpleNamespace
+        class AsyncLLM:
+            @classmethod
+            def from_engine_args(cls, args, usage_context=None):
+                assert args.settings == {"model": "m"}
+                return SimpleNamespace(model_config=SimpleNamespace(max_model_len=usage_context), errored=False)
+    """,
+}
+
+
+def test_vllm_takes_the_batches_of_its_offline_class(tmp_path: Path) -> None:
+    """They depend on the context that it is told it is used in; without one they are its smallest."""
+    for name, text in STUB.items():
+        file = tmp_path / "vllm" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(textwrap.dedent(text), encoding="utf-8")
+    worker = Path(__file__).parents[2] / "rlaif" / "engines" / "vllm_worker.py"
+    with subprocess.Popen(
+        [sys.executable, str(worker)],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps({"model": "m"}) + "\n")
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline()) == {"max_model_len": "offline", "vllm": "stub"}
+        process.stdin.close()
+        process.wait(20)
 
 
 def test_a_hub_name_is_recorded_with_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
