@@ -204,7 +204,8 @@ def main() -> None:
     first = ours(rounds, config)
     our_costs = [[cost] for cost, _ in first]
     bare_costs: list[list[Cost]] = [[] for _ in first]
-    settings = {name: value for name, value in VLLMEngine(config).process.arguments.items() if name != "enable_log_requests"}
+    settings = dict(VLLMEngine(config).process.arguments)
+    del settings["enable_log_requests"]  # not an argument of the offline class
     with Bare(settings) as bare:
         for again in range(1 if arguments.quick else 2):
             if again:

@@ -105,6 +105,7 @@ STUB = {
             def __init__(self, **settings): self.settings = settings
         class SamplingParams: pass
     """,
+    "lora/request.py": "class LoRARequest: pass",
     "platforms.py": """
         class current_platform:
             is_cpu = staticmethod(lambda: False)
