@@ -28,7 +28,10 @@ versions to `benchmarks/results/NAME.json`. Timings depend on the machine; ratio
 MEANING: dict[str, tuple[str, dict[str, str]]] = {
     "labeling_engine": (
         "Labeling by vLLM in process, against the bare engine that is fed the same token ids.",
-        {"vs_bare_engine": "labels a second of `rlaif.label` over those of the bare engine"},
+        {
+            "vs_bare_engine": "labels a second of `rlaif.label` over those of the bare engine",
+            "cpu_vs_bare_engine": "processor seconds a label over those of the bare engine",
+        },
     ),
     "labeling_server": (
         "Labeling over HTTP.",
