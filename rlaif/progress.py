@@ -21,7 +21,15 @@ def progress(total: int | None, what: str, unit: str = "it", initial: int = 0) -
         ncols=None if terminal else 120,
         mininterval=0.2 if terminal else 10,
         ascii=not terminal,
+        leave=None,  # A finished bar below another one would push that one down.
     )
+
+
+def line_below(place: int) -> Any:
+    """A line of text under a bar in a terminal; ``set_description_str`` puts words into it."""
+    from tqdm import tqdm
+
+    return tqdm(total=0, bar_format="{desc}", position=place, leave=False)
 
 
 def keep_lines(file: Path, count: int) -> None:

@@ -134,25 +134,12 @@ def check(config: TrainConfig) -> None:
     _check_tunings(config)
     if method is Method.ppo:
         check_sampler(config.ppo, config.policy, config.sft_first)
-    _check_trackers(config)
-    _check_launcher()
-
-
-def _check_trackers(config: TrainConfig) -> None:
-    """Names in report_to must be trackers that are installed."""
     for name, settings in _trained(config).items():
-        if not isinstance(settings, TrainerSettings) or not settings.report_to:
-            continue
-        from transformers.integrations import get_available_reporting_integrations
-        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+        if settings.report_to:
+            from rlaif.methods.trackers import check_trackers
 
-        installed = get_available_reporting_integrations()
-        for tracker in set(settings.report_to) - {"all", "none"}:
-            if tracker not in INTEGRATION_TO_CALLBACK:
-                known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-                raise UserError(f"{name}.report_to: transformers knows no tracker {tracker!r}; it knows {known}")
-            if tracker not in installed:
-                raise UserError(f"{name}.report_to: {tracker} is not installed")
+            check_trackers(settings.report_to, name)
+    _check_launcher()
 
 
 def _check_launcher() -> None:

@@ -48,8 +48,8 @@ class TrainerSettings:
     """Gradient clipping."""
     gradient_checkpointing: bool = False
     """Trade compute for memory."""
-    report_to: list[str] = field(default_factory=list)
-    """Trackers known to transformers: tensorboard, wandb, mlflow ..."""
+    report_to: list[str] | None = None
+    """Trackers known to transformers: tensorboard, wandb, mlflow ...; null: tensorboard where it is installed."""
 
     def __post_init__(self) -> None:
         name = self._where()
@@ -325,6 +325,8 @@ class PPOConfig:
     """Which policy is saved: the ``last``, or the ``best`` of those measured on validation prompts."""
     log_samples: int = 4
     """Completions of each iteration that are written to samples.jsonl."""
+    report_to: list[str] | None = None
+    """Trackers known to accelerate: tensorboard, wandb, mlflow ...; null: tensorboard where it is installed."""
     gradient_checkpointing: bool = False
     """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, more compute."""
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rlaif import losses
+from rlaif.artifacts import plain
 from rlaif.chat import encode_chat
 from rlaif.config import Keep, KLControl, KLEstimator, ModelConfig, PPOConfig, ValueInit
 from rlaif.generation import STREAM_BASELINE, STREAM_EVALUATION, STREAM_MINIBATCHES, STREAM_ROLLOUT
@@ -30,10 +31,12 @@ from rlaif.methods.ppo_checkpoint import Checkpoints, Progress
 from rlaif.methods.ppo_checks import check_sampler_follows, check_start
 from rlaif.methods.ppo_rollout import Actor, PromptStream, Rollouts, ScoreFunction
 from rlaif.methods.ppo_sampler import VLLMSampler, open_sampler
+from rlaif.methods.ppo_view import View
+from rlaif.methods.trackers import Trackers
 from rlaif.models import return_freed_memory, seed_everything
 from rlaif.policy import Policy, load_policy
 from rlaif.preference_model import load_preference_model, pm_config, read_head
-from rlaif.progress import keep_lines, progress
+from rlaif.progress import keep_lines
 from rlaif.records import Prompt, UserError
 from rlaif.trunk import recomputing
 
@@ -147,7 +150,8 @@ class PPOTrainer:
         with (
             (self.folder / "training.jsonl").open("a", encoding="utf-8") as curve,
             (self.folder / "samples.jsonl").open("a", encoding="utf-8") as samples,
-            progress(config.iterations, "ppo", "iteration", initial=first) as bar,
+            Trackers(config.report_to, self.folder, first, plain(ppo=config)["ppo"]) as trackers,
+            View(config.iterations, first) as view,
         ):
             for iteration in range(first, config.iterations):
                 line, rollouts = self.step(iteration)
@@ -155,12 +159,13 @@ class PPOTrainer:
                     (iteration + 1) % config.eval_every == 0 or iteration + 1 == config.iterations
                 ):
                     line |= self.measure(iteration)
-                samples.writelines(json.dumps(sample) + "\n" for sample in self.samples(iteration, rollouts))
+                chosen = list(self.samples(iteration, rollouts))
+                samples.writelines(json.dumps(sample) + "\n" for sample in chosen)
                 curve.write(json.dumps(line) + "\n")
                 samples.flush()
                 curve.flush()
-                bar.set_postfix_str(f"score {line['score']:+.2f} kl {line['kl']:.2f}", refresh=False)
-                bar.update()
+                trackers.add(iteration, line)
+                view.show(line, chosen)
                 self.progress.iteration = iteration + 1
                 if (iteration + 1) % config.save_every == 0 and iteration + 1 < config.iterations:
                     self.save_checkpoint()

@@ -155,7 +155,8 @@ class Arm:
         carry_over: Sequence[str] = (),
     ) -> Path:
         """Run a stage into its folder, unless it is up to date."""
-        # Where things lie, and on which device they are computed, decides nothing; the model itself is an input.
+        # Where things lie, on which device they are computed and who watches decides nothing; the model is an input.
+        settings = {name: unwatched(value) for name, value in settings.items()}
         settings = {**settings, **plain(columns=self.config.columns, trust_remote_code=self.start.trust_remote_code)}
         if world_size() > 1:
             # A batch is per process: more of them take larger steps.
@@ -164,6 +165,13 @@ class Arm:
         return run_stage(
             stage, self.output / stage, settings, inputs, make, self.config.seed, carry_over, together=True
         )
+
+
+def unwatched(settings: Any) -> Any:
+    """A method's settings without its trackers."""
+    if not isinstance(settings, dict):
+        return settings
+    return {name: value for name, value in settings.items() if name != "report_to"}
 
 
 def train_sft_stage(arm: Arm) -> Path:

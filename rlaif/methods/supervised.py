@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from rlaif.config import LoraSettings, ModelConfig, TrainerSettings, Tuning
+from rlaif.methods.trackers import TensorBoardBeside, chosen
 from rlaif.models import autocasts, load_causal_lm, lora_config, pick_device
 from rlaif.processes import is_main, wait_for_all, world_size
 from rlaif.progress import keep_lines, progress
@@ -50,7 +51,7 @@ def trainer_arguments(
         "max_grad_norm": config.max_grad_norm,
         "gradient_checkpointing": config.gradient_checkpointing,
         "bf16": autocasts(start, config.tuning),
-        "report_to": list(config.report_to) or "none",
+        "report_to": chosen(config.report_to) or "none",
         "seed": seed,
         "data_seed": seed,
         "logging_steps": 1,
@@ -211,10 +212,14 @@ class Curve(TrainerCallback):
 
 def run_trainer(trainer: Any, folder: Path, method: str) -> None:
     """Train from the newest complete checkpoint, if an interrupted run left one."""
+    from transformers.integrations import TensorBoardCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    if trainer.pop_callback(TensorBoardCallback) is not None:
+        # transformers' own would write into the checkpoints' folder, which goes in the end.
+        trainer.add_callback(TensorBoardBeside(folder))
     if is_main():
         trainer.add_callback(Curve(folder / "training.jsonl", method))
     # A checkpoint without its trainer_state.json was cut while it was written.

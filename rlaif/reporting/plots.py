@@ -26,7 +26,10 @@ _STYLES = ("-", "--", ":", "-.")
 _INK = "#010203"
 """Stands for the page's text colour until the SVG is done."""
 _POINTS = 400
-PPO_CURVES = ("score", "kl", "reward", "entropy", "clip_fraction", "length")
+PPO_CURVES = (
+    *("score", "kl", "reward", "validation_score", "validation_kl", "validation_objective"),
+    *("entropy", "clip_fraction", "value_loss", "explained_variance", "length", "eos_rate"),
+)
 
 
 @dataclass(frozen=True)

@@ -206,6 +206,11 @@ REVISE = Method.critique_revision
             "dpo.report_to: transformers knows no tracker 'abacus'; it knows",
         ),
         ({"method": Method.pm, "pm": PMConfig(report_to=["dagshub"])}, "pm.report_to: dagshub is not installed"),
+        (
+            {"method": Method.ppo, "ppo": PPOConfig(report_to=["tensorboard", "dagshub"])},
+            "ppo.report_to: accelerate knows no tracker 'dagshub'; it knows aim, clearml",
+        ),
+        ({"method": Method.ppo, "ppo": PPOConfig(report_to=["aim"])}, "ppo.report_to: aim is not installed"),
         ({"method": Method.dpo, "reward": Reward.labeler}, "method=dpo scores nothing"),
         ({"method": Method.ppo, "reward": Reward.labeler}, "reward=labeler needs a labeler"),
         ({"method": Method.best_of_n, "eval": EvalConfig(enabled=False)}, "best_of_n trains nothing"),

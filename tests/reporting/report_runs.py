@@ -72,11 +72,19 @@ def ppo_curve() -> list[dict[str, Any]]:
             "reward": 0.8 - math.exp(-index / 20),
             "entropy": 2.5 - index / 50,
             "clip_fraction": 0.1 + noise.random() / 20,
+            "value_loss": 0.5 - index / 200,
+            "explained_variance": index / 100,
             "length": 30 + index / 10,
+            "eos_rate": 0.9,
             "seconds": 1.5,
         }
+        | (validation(index) if index % 10 == 9 else {})
         for index in range(60)
     ]
+
+
+def validation(index: int) -> dict[str, float]:
+    return {"validation_score": index / 50, "validation_kl": index / 15, "validation_objective": index / 60}
 
 
 def loss_curve(method: str) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from report_runs import build, change, metrics, samples, write
 from rlaif.records import UserError
 from rlaif.reporting import write_report
 from rlaif.reporting.collect import Estimate, collect
+from rlaif.reporting.plots import plot_groups
 from rlaif.reporting.statement import verdict, warnings
 from rlaif.reporting.tables import comparison, examples
 from rlaif.reporting.text import estimate_text
@@ -123,7 +124,7 @@ def test_sections_stand_in_order(run: Path) -> None:
         "Provenance",
     ]
     assert re.findall(r"(?m)^## (.*)$", markdown) == [h for h in heads if h[:2] not in ("Es", "KL", "Tr")]
-    assert html.count('<svg role="img"') == 3 + 1 + 6 + 1 + 1 + 4 + 2 + 1 + 2
+    assert html.count('<svg role="img"') == 3 + 1 + 12 + 1 + 1 + 4 + 2 + 1 + 2
     for text in (html, markdown):
         assert "abc123def456" in text
         assert "tie: 60, duplicate: 30" in text
@@ -206,6 +207,16 @@ def test_curves_belong_to_the_closest_row(run: Path) -> None:
     assert ("dpo", "dpo", 1) in curves
     assert ("pm", "rlaif_ppo", 1) in curves
     assert ("pm", "seed=1/preference_model", None) in curves
+
+
+def test_curves_on_validation_prompts_are_drawn_where_they_were_measured(run: Path) -> None:
+    found = collect([run])
+    for key in ("validation_score", "validation_kl", "validation_objective"):
+        points = [curve.points(key) for curve in found.curves if curve.kind == "ppo"]
+        assert [[x for x, _ in each] for each in points] == [[9, 19, 29, 39, 49, 59]] * 4
+    group = next(group for group in plot_groups(found, "base") if group.title == "Training curves: PPO")
+    captions = [figure.caption for figure in group.figures]
+    assert captions[:6] == ["score", "kl", "reward", "validation score", "validation kl", "validation objective"]
 
 
 def test_different_gold_judges_are_called_out(run: Path) -> None:
