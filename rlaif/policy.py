@@ -230,6 +230,17 @@ def load_policy(config: ModelConfig, tuning: Tuning, lora: LoraSettings) -> Poli
 
 
 @contextlib.contextmanager
+def under(model: Any, adapter: str, trains: bool = False) -> Iterator[Any]:
+    """The model with another adapter in place of the policy's; parameters of the others get no gradients."""
+    policy = model.active_adapter
+    model.set_adapter(adapter, inference_mode=not trains)
+    try:
+        yield model
+    finally:
+        model.set_adapter(policy)
+
+
+@contextlib.contextmanager
 def merged(model: Any) -> Iterator[Any]:
     """The model with its LoRA updates added to the base weights, for fast sampling.
 

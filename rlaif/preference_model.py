@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +16,7 @@ from rlaif.chat import encode_chat
 from rlaif.config import EnsembleScore, ModelConfig, Tuning
 from rlaif.generation import left_pad
 from rlaif.models import adapter_base, inner, is_adapter, load_sequence_scorer, load_tokenizer, resolve_model
-from rlaif.policy import Policy
+from rlaif.policy import Policy, under
 from rlaif.prefix import read_after, shareable, split_prefix
 from rlaif.records import Message, UserError, read_json
 
@@ -178,49 +177,55 @@ class AdapterPreferenceModel(PreferenceModel):
         super().__init__(config)
 
     def _load(self, config: ModelConfig) -> Any:
-        from peft import PeftConfig, set_peft_model_state_dict
-        from safetensors.torch import load_file
-
         folder, model = Path(str(config.name)), self.policy.model
-        trained = [name for name, _ in self.policy.trainable()]
-        settings = PeftConfig.from_pretrained(folder)
-        # The head is kept beside the model: a language model has no place for it.
-        settings.modules_to_save, settings.task_type, settings.inference_mode = None, "CAUSAL_LM", True
-        model.add_adapter(self.ADAPTER, settings)
-        weights = load_file(folder / "adapter_model.safetensors")
-        result = set_peft_model_state_dict(
-            model, {name: value for name, value in weights.items() if ".score." not in name}, self.ADAPTER
-        )
-        missing = [name for name in result.missing_keys if f".{self.ADAPTER}." in name]
-        if missing or result.unexpected_keys:
-            raise UserError(f"preference_model={folder}: its adapter does not fit the policy's model")
-        assert [name for name, _ in self.policy.trainable()] == trained
+        add_beside(self.policy, folder, self.ADAPTER)
         device = next(model.parameters()).device
         self.weight, self.bias = (tensor.to(device) for tensor in read_head(folder))
-        return model.eval()
+        return model
 
     def _head_scores(self, ids: torch.Tensor, mask: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
-        with self._active():
+        with under(self.model, self.ADAPTER):
             hidden = last_hidden(self.model, ids, mask, prefix)
         return (hidden.float() @ self.weight.T + self.bias).squeeze(-1)
 
-    @contextlib.contextmanager
-    def _active(self) -> Iterator[None]:
-        """The PM's adapter in place of the policy's."""
-        policy = self.model.active_adapter
-        self.model.set_adapter(self.ADAPTER, inference_mode=True)
-        try:
-            yield
-        finally:
-            self.model.set_adapter(policy)
+
+def add_beside(policy: Policy, folder: Path, name: str) -> None:
+    """Put a PM's adapter, without its head, beside that of a policy on the same base.
+
+    Raises:
+        UserError: if it does not fit.
+    """
+    from peft import PeftConfig, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    model = policy.model
+    trained = [parameter for parameter, _ in policy.trainable()]
+    settings = PeftConfig.from_pretrained(folder)
+    # The head is kept beside the model: a language model has no place for it.
+    settings.modules_to_save, settings.task_type, settings.inference_mode = None, "CAUSAL_LM", True
+    model.add_adapter(name, settings)
+    weights = load_file(folder / "adapter_model.safetensors")
+    result = set_peft_model_state_dict(
+        model, {key: value for key, value in weights.items() if ".score." not in key}, name
+    )
+    missing = [key for key in result.missing_keys if f".{name}." in key]
+    if missing or result.unexpected_keys:
+        raise UserError(f"preference_model={folder}: its adapter does not fit the policy's model")
+    assert [parameter for parameter, _ in policy.trainable()] == trained
+    model.eval()
+
+
+def fits_beside(folder: Path | str, policy: Policy) -> bool:
+    """Whether a PM was trained as an adapter on the policy's base model."""
+    if not is_adapter(folder) or policy.tuning is not Tuning.lora or policy.start.adapter:
+        return False
+    same = adapter_base(folder) == (resolve_model(policy.start.name), policy.start.revision)
+    return same and _is_plain_lora(str(folder))
 
 
 def load_preference_model(config: ModelConfig, policy: Policy) -> PreferenceModel:
     """A PM; as an adapter on the policy's base model if it was trained as one."""
-    path = str(config.name)
-    if not is_adapter(path) or policy.tuning is not Tuning.lora or policy.start.adapter:
-        return PreferenceModel(config)
-    if adapter_base(path) != (resolve_model(policy.start.name), policy.start.revision) or not _is_plain_lora(path):
+    if not fits_beside(str(config.name), policy):
         return PreferenceModel(config)
     log.info("the preference model is an adapter on the policy's base model: loaded once for both")
     return AdapterPreferenceModel(config, policy)

@@ -264,7 +264,7 @@ class PPOConfig:
     learning_rate: float = 1e-5
     """AdamW learning rate of the policy."""
     value_learning_rate: float = 1e-3
-    """AdamW learning rate of the value head."""
+    """AdamW learning rate of the value head, and of ``value_adapter``."""
     linear_decay: bool = True
     """Anneal the learning rates linearly to zero."""
     warmup_iterations: int = 0
@@ -281,6 +281,8 @@ class PPOConfig:
     """Weight of the value loss."""
     value_init: ValueInit = ValueInit.zero
     """``zero``: no opinion at first. ``pm``: the PM's head, in units of the reward."""
+    value_adapter: bool = False
+    """The value function has a LoRA adapter of its own, trained at ``value_learning_rate``; else only a linear head."""
     value_backprop: bool = False
     """The value loss also trains the policy's features; false: only the value head learns from it."""
     entropy_coef: float = 0.0
@@ -363,6 +365,16 @@ class PPOConfig:
                 self.tuning is Tuning.full or self.lora.r <= max(VLLM_RANKS),
                 f"ppo.lora.r={self.lora.r}: with ppo.sampler=vllm at most {max(VLLM_RANKS)}, vLLM's largest",
             )
+        require(
+            not (self.value_adapter and self.tuning is Tuning.full),
+            "ppo.value_adapter=true needs a base that does not train: give ppo.tuning=lora; with ppo.tuning=full the "
+            "value function can train all weights (ppo.value_backprop=true)",
+        )
+        require(
+            not (self.value_adapter and self.value_backprop),
+            "ppo.value_adapter=true with ppo.value_backprop=true: the value loss trains either its own adapter or the "
+            "policy's; leave one out",
+        )
         require(
             self.rollouts % self.minibatch_size == 0,
             f"ppo.rollouts={self.rollouts} must be a multiple of ppo.minibatch_size={self.minibatch_size}",

@@ -86,7 +86,7 @@ def train_ppo(
             return pm.score([(prompt.messages, text) for prompt, text in zip(asked, texts, strict=True)])
 
     with open_sampler(policy, config, folder) as sampler:
-        trainer = PPOTrainer(config, policy, prompts, score, folder, seed, validation, head, sampler)
+        trainer = PPOTrainer(config, policy, prompts, score, folder, seed, validation, head, sampler, preference_model)
         trainer.train()
     policy.save(folder / "policy")
     trainer.checkpoints.remove()
@@ -107,9 +107,10 @@ class PPOTrainer:
         validation: Sequence[Prompt] = (),
         head: tuple[Tensor, Tensor] | None = None,
         sampler: VLLMSampler | None = None,
+        preference_model: Path | None = None,
     ) -> None:
         self.config, self.policy, self.score, self.folder, self.seed = config, policy, score, folder, seed
-        self.actor = Actor(policy, config, sampler)
+        self.actor = Actor(policy, config, sampler, None if head is None else preference_model)
         self.device = self.actor.device
         self.stream = PromptStream(prompts, policy.tokenizer, config.max_prompt_length, seed)
         self.validation = validation[: config.eval_prompts]
@@ -121,7 +122,10 @@ class PPOTrainer:
                 f"{self.value_head.linear.in_features}; give ppo.value_init=zero"
             )
         self.parameters = [parameter for _, parameter in policy.trainable()]
+        self.value_adapter = self.actor.value_adapter
         self.value_parameters = list(self.value_head.parameters())
+        if self.value_adapter is not None:
+            self.value_parameters += self.value_adapter.named.values()
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": self.parameters, "peak": config.learning_rate},
@@ -340,21 +344,26 @@ class PPOTrainer:
             batch = rollouts.batch.select(part)
             width = batch.tokens.shape[1]
             mask, old_logps = batch.completion_mask, rollouts.logps[part, :width]
-            with recomputing(self.actor.model) if config.gradient_checkpointing else contextlib.nullcontext():
+            with self.recomputing():
                 logps, values, entropies = self.actor.forward(batch, with_entropy=config.entropy_coef > 0)
             policy_loss, clipped = losses.ppo_policy_loss(
                 logps, old_logps, advantages[part, :width], mask, config.clip_range
             )
-            value_loss = losses.ppo_value_loss(
-                values, rollouts.values[part, :width], returns[part, :width], config.value_clip_range
-            )
             # Sums over the minibatch's tokens, so that micro-batches do not change the gradient.
             policy_term = policy_loss.sum() / total
-            value_term = (value_loss * mask).sum() / total
-            loss = config.value_coef * value_term
-            if train_policy:
-                loss = loss + policy_term - config.entropy_coef * entropies.sum() / total
-            loss.backward()
+            loss = policy_term - config.entropy_coef * entropies.sum() / total
+            if self.value_adapter is None:
+                value_term = self.value_loss(values, part, rollouts, returns) / total
+                (config.value_coef * value_term + (loss if train_policy else 0)).backward()
+            else:
+                if train_policy:
+                    loss.backward()
+                # The backward pass is inside too: gradients reach, and layers are run again under, what is active.
+                with self.value_adapter.active():
+                    with self.recomputing():
+                        values = self.actor.own_values(batch)
+                    value_term = self.value_loss(values, part, rollouts, returns) / total
+                    (config.value_coef * value_term).backward()
             with torch.no_grad():
                 log_ratio = (logps - old_logps) * mask
                 approx_kl = (log_ratio.expm1() - log_ratio).sum() / total
@@ -370,6 +379,18 @@ class PPOTrainer:
         if not self.too_far(statistics):
             self.optimizer.step()
         return statistics
+
+    def value_loss(self, values: Tensor, rows: Tensor, rollouts: Rollouts, returns: Tensor) -> Tensor:
+        """The clipped loss of some episodes' values (B, T), summed over their tokens."""
+        width = values.shape[1]
+        loss = losses.ppo_value_loss(
+            values, rollouts.values[rows, :width], returns[rows, :width], self.config.value_clip_range
+        )
+        return (loss * rollouts.batch.completion_mask[rows, :width]).sum()
+
+    def recomputing(self) -> contextlib.AbstractContextManager[None]:
+        """For forward passes of an update: whether layers run again in the backward pass."""
+        return recomputing(self.actor.model) if self.config.gradient_checkpointing else contextlib.nullcontext()
 
     def measure(self, iteration: int) -> dict[str, float]:
         """The policy on validation prompts, under the same random numbers each time; keeps the best one's weights.
@@ -440,6 +461,7 @@ class PPOTrainer:
         tensors = {
             "policy": self.weights(),
             "value_head": self.value_head.state_dict(),
+            "value_adapter": {} if self.value_adapter is None else self.value_adapter.weights(),
             "optimizer": self.optimizer.state_dict(),
         }
         self.checkpoints.save(self.progress, tensors)
@@ -452,4 +474,6 @@ class PPOTrainer:
         self.progress, tensors = found
         self.load_policy(tensors["policy"])
         self.value_head.load_state_dict(tensors["value_head"])
+        if self.value_adapter is not None:
+            self.value_adapter.load(tensors["value_adapter"])
         self.optimizer.load_state_dict(tensors["optimizer"])

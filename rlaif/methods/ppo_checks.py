@@ -12,7 +12,8 @@ from torch import Tensor
 from rlaif.generation import STREAM_CHECK
 from rlaif.methods.ppo_sampler import SHAKE, shaken
 from rlaif.models import adapter_base, is_adapter, load_causal_lm, resolve_model
-from rlaif.policy import Packed, completion_logits
+from rlaif.policy import Packed, completion_logits, under
+from rlaif.preference_model import AdapterPreferenceModel
 from rlaif.records import UserError
 
 if TYPE_CHECKING:
@@ -147,18 +148,23 @@ def more_padding(batch: Packed, pad: int, columns: int = 3) -> Packed:
 
 @torch.no_grad()
 def pm_values(trainer: PPOTrainer, rollouts: Rollouts, rows: Tensor) -> Tensor:
-    """What the PM's head, standardised like the scores, reads from the reference's states, one row at a time."""
+    """What the PM's head, standardised like the scores, reads from the states that it must, one row at a time.
+
+    They are the reference's, or the PM's own where the value function starts with its adapter.
+    """
     assert trainer.pm_head is not None
     weight, bias = (tensor.to(trainer.device) for tensor in trainer.pm_head)
     mean, deviation = trainer.progress.score_mean or 0.0, max(trainer.progress.score_std or 0.0, 1e-6)
     batch = rollouts.batch.select(rows).whole()
     width = batch.tokens.shape[1]
     values = torch.zeros(len(rows), width, device=trainer.device)
-    with trainer.policy.reference() as reference:
+    own, policy = trainer.actor.value_adapter, trainer.policy
+    as_pm = own is not None and own.from_pm
+    with under(policy.model, AdapterPreferenceModel.ADAPTER) if as_pm else policy.reference() as reader:
         for place in range(len(rows)):
             ids = batch.ids[place][batch.mask[place].bool()].unsqueeze(0)
             length = int(batch.completion_mask[place].sum())
-            states = reference(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+            states = reader(input_ids=ids, output_hidden_states=True).hidden_states[-1]
             scores = states[0, -length - 1 : -1].float() @ weight.T + bias
             values[place, :length] = (scores.squeeze(-1) - mean) / deviation
     return values

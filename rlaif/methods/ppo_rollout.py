@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from rlaif.chat import encode_chat
 from rlaif.config import PPOConfig
 from rlaif.generation import STREAM_PROMPTS, Generation, generate, head_inputs
 from rlaif.methods.ppo_sampler import VLLMSampler
+from rlaif.methods.ppo_value import ValueAdapter, ValueHead
 from rlaif.models import arithmetic, autocasts, eos_ids
 from rlaif.policy import Packed, Policy, completion_logits, completion_states, has_plain_head, merged, pack
 from rlaif.prefix import shareable
@@ -41,20 +43,6 @@ class Rollouts:
     """Log-probabilities that the tokens were drawn with, as the sampler noted them."""
     ref_logps: Tensor
     values: Tensor
-
-
-class ValueHead(nn.Module):
-    """A linear value on the policy's last hidden state, zero at the start."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(hidden_size, 1)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(B, T, H) -> (B, T)."""
-        return self.linear(hidden.float()).squeeze(-1)
 
 
 class PromptStream:
@@ -111,12 +99,19 @@ class PromptStream:
 class Actor:
     """The policy with its value head, and the reference: they sample, and they evaluate samples."""
 
-    def __init__(self, policy: Policy, config: PPOConfig, sampler: VLLMSampler | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        config: PPOConfig,
+        sampler: VLLMSampler | None = None,
+        preference_model: Path | None = None,
+    ) -> None:
         self.policy, self.config, self.sampler = policy, config, sampler
         self.model, self.tokenizer = policy.model, policy.tokenizer
         self.device = next(self.model.parameters()).device
         self.pad, self.eos = self.tokenizer.pad_token_id, eos_ids(self.model, self.tokenizer)
         self.value_head = ValueHead(self.model.config.get_text_config().hidden_size).to(self.device)
+        self.value_adapter = ValueAdapter(policy, preference_model) if config.value_adapter else None
         self.dtype, self.autocast = arithmetic(policy.start), autocasts(policy.start, config.tuning)
         self.plain_head = has_plain_head(self.model)
         # Layers that are recomputed would write into the cache twice.
@@ -152,7 +147,7 @@ class Actor:
                 temperature=self.config.temperature,
                 eos=self.eos,
                 pad=self.pad,
-                observe=self.value_head,
+                observe=self.value_head if self.value_adapter is None else None,
             )
             found.update(zip(rows, generations, strict=True))
         return [found[index] for index in range(len(prompts))]
@@ -175,14 +170,28 @@ class Actor:
                 same: in float32, merged weights give the figures of the training forward pass. vLLM's are never taken.
         """
         if generations is not None and self.sampler is None and self.dtype == torch.float32:
-            return self.sampled(batch, generations), self._noted([row.values or [] for row in generations], batch)
+            logps = self.sampled(batch, generations)
+            if self.value_adapter is not None:
+                return logps, self.evaluate_values(batch)
+            return logps, self._noted([row.values or [] for row in generations], batch)
         logps, values = (torch.zeros(batch.tokens.shape, device=self.device) for _ in range(2))
         with torch.no_grad():
             for rows in self.micro_batches(batch):
                 part = batch.select(rows)
                 width = part.tokens.shape[1]
                 logps[rows, :width], values[rows, :width], _ = self.forward(part)
-        return logps, values
+        return logps, values if self.value_adapter is None else self.evaluate_values(batch)
+
+    @torch.no_grad()
+    def evaluate_values(self, batch: Packed) -> Tensor:
+        """Values by an adapter of their own: (B, T)."""
+        assert self.value_adapter is not None
+        values = torch.zeros(batch.tokens.shape, device=self.device)
+        with self.value_adapter.active():
+            for rows in self.micro_batches(batch):
+                part = batch.select(rows)
+                values[rows, : part.tokens.shape[1]] = self.own_values(part)
+        return values
 
     def sampled(self, batch: Packed, generations: Sequence[Generation]) -> Tensor:
         """Log-probabilities that the sampler drew the tokens with: (B, T)."""
@@ -208,24 +217,35 @@ class Actor:
     def forward(self, batch: Packed, with_entropy: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities at the sampling temperature, values and entropies (zeros unless asked): (B, T) each.
 
-        All are 0 after a completion's end.
+        All are 0 after a completion's end; so are all values where these have an adapter of their own.
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             logps, entropies, states = self._token_logps(self.model, batch, with_entropy)
+        if self.value_adapter is not None:
+            return logps, torch.zeros_like(logps), entropies
         # Unless asked to, the value learns on the policy's features without pulling on them.
         values = self.value_head(states if self.config.value_backprop else states.detach())
         return logps, values * batch.completion_mask, entropies
 
+    def own_values(self, batch: Packed) -> Tensor:
+        """Values (B, T) by the adapter of their own, which must be active; 0 after a completion's end."""
+        assert self.value_adapter is not None
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            _, states, _ = self._states(self.model, self.value_adapter.fitting(batch))
+        return self.value_head(states) * batch.completion_mask
+
+    def _states(self, model: Any, batch: Packed) -> tuple[Tensor, Tensor, Any]:
+        """What logits are made of, the last hidden states (both (B, T, ...)), and what makes logits of the former."""
+        if self.plain_head:
+            states = completion_states(model, batch)
+            return states, states, model.get_output_embeddings()
+        with head_inputs(model) as caught:
+            logits = completion_logits(model, batch)
+            return logits, caught()[:, -batch.tokens.shape[1] - 1 : -1], nn.Identity()
+
     def _token_logps(self, model: Any, batch: Packed, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities and entropies (B, T), and the states (B, T, H) that they were read from."""
-        if self.plain_head:
-            states = inputs = completion_states(model, batch)
-            head = model.get_output_embeddings()
-        else:
-            with head_inputs(model) as caught:
-                inputs = completion_logits(model, batch)
-                states = caught()[:, -batch.tokens.shape[1] - 1 : -1]
-            head = nn.Identity()
+        inputs, states, head = self._states(model, batch)
         real = batch.completion_mask.bool()
         found = losses.state_logps(inputs[real], head, batch.tokens[real], self.config.temperature, with_entropy)
         logps, entropies = (torch.zeros_like(batch.completion_mask).masked_scatter(real, each) for each in found)
