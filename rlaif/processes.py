@@ -1,12 +1,21 @@
-"""Several processes on one task, as ``accelerate launch`` and ``torchrun`` start them: who writes, and waiting."""
+"""Several processes on one task, as ``accelerate launch`` and ``torchrun`` start them: who does what, and waiting.
+
+All processes must call :func:`from_main`, :func:`from_all`, :func:`spread`, :func:`add_up` and
+:func:`copy_from_main` in the same order. With one process they do nothing but the work itself.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
+S = TypeVar("S")
 T = TypeVar("T")
+
+# The others wait while the main process asks a labeler or measures what was trained.
+_PATIENCE = timedelta(hours=12)
 
 
 def world_size() -> int:
@@ -14,9 +23,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main() -> bool:
     """Whether this process is the one that writes."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def wait_for_all() -> None:
@@ -45,9 +59,56 @@ def from_main(work: Callable[[], T]) -> T:
     return result
 
 
+def from_all(value: T) -> list[T]:
+    """What every process gave, by their rank."""
+    if world_size() == 1:
+        return [value]
+    import torch.distributed
+
+    _state()
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def share(items: Any) -> Any:
+    """This process's items of a sequence or of a tensor's first dimension: every ``world_size()``-th."""
+    return items[rank() :: world_size()]
+
+
+def spread(work: Callable[[Sequence[S]], Sequence[T]], items: Sequence[S]) -> list[T]:
+    """``work(items)``, one result an item, of which each process does its share."""
+    found: list[Any] = [None] * len(items)
+    for number, part in enumerate(from_all(list(work(share(items))))):
+        found[number :: world_size()] = part
+    return found
+
+
+def add_up(tensors: Iterable[Any]) -> None:
+    """Replace each tensor, in place, by its sum over all processes: the same bits in each of them."""
+    if world_size() == 1:
+        return
+    import torch.distributed
+
+    _state()
+    for sum_up in [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
+        sum_up.wait()
+
+
+def copy_from_main(tensors: Iterable[Any]) -> None:
+    """Replace each tensor, in place, by the main process's."""
+    if world_size() == 1:
+        return
+    import torch.distributed
+
+    _state()
+    for tensor in tensors:
+        torch.distributed.broadcast(tensor, src=0)
+
+
 def _state() -> Any:
     """accelerate's view of the processes; making it joins them."""
     import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)

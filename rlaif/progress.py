@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-def progress(total: int | None, what: str, unit: str = "it", initial: int = 0) -> Any:
+def progress(total: int | None, what: str, unit: str = "it", initial: int = 0, silent: bool = False) -> Any:
     """A tqdm bar on standard error: live in a terminal, one line every ten seconds in a log file."""
     from tqdm import tqdm
 
@@ -22,6 +22,7 @@ def progress(total: int | None, what: str, unit: str = "it", initial: int = 0) -
         mininterval=0.2 if terminal else 10,
         ascii=not terminal,
         leave=None,  # A finished bar below another one would push that one down.
+        disable=silent,
     )
 
 

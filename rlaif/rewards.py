@@ -17,6 +17,7 @@ from rlaif.engines.base import Engine
 from rlaif.labeling.aggregate import logit
 from rlaif.labeling.label import label_candidates
 from rlaif.labeling.store import STORE, STORE_FILES, VerdictStore
+from rlaif.processes import from_all, from_main, is_main, rank, world_size
 from rlaif.records import Candidates, Completion, Message, Prompt, UserError
 
 log = logging.getLogger("rlaif")
@@ -128,11 +129,34 @@ class LabelerReward:
 
     @contextlib.contextmanager
     def open(self, folder: Path) -> Iterator[RewardModel]:
+        if not is_main():
+            yield AskedByMain(None)
+            return
         constitution = load_constitution(self.constitution)
         # Rationales and exemplars are for pairs; one completion gets its verdict at once.
         labeling = replace(self.labeling, mode=LabelMode.pointwise, rationales=0, exemplars=False)
         with build_labeler(self.labeler, self.seed) as engine, VerdictStore(folder / STORE) as store:
-            yield LabelerScores(engine, constitution, labeling, store, self.seed)
+            scores = LabelerScores(engine, constitution, labeling, store, self.seed)
+            yield scores if world_size() == 1 else AskedByMain(scores)
+
+
+@dataclass(frozen=True)
+class AskedByMain:
+    """Scores for several processes, all of which ask at the same time: there is one labeler, store and budget."""
+
+    scores: LabelerScores | None
+    """None in all but the main process."""
+
+    def score(self, examples: Sequence[tuple[Sequence[Message], str]]) -> list[float | None]:
+        """As :meth:`LabelerScores.score`, of this process's examples."""
+        parts = from_all(list(examples))
+
+        def ask() -> list[float | None]:
+            assert self.scores is not None
+            return self.scores.score([example for part in parts for example in part])
+
+        before = sum(len(part) for part in parts[: rank()])
+        return from_main(ask)[before : before + len(examples)]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,10 @@ Each iteration samples completions, scores them with the PM, shapes a per-token 
 reference, estimates advantages and makes a few clipped updates. Details follow Huang et al. (2024), "The N
 Implementation Details of RLHF with PPO". Everything random is a function of (seed, iteration, episode), so a run
 that goes on from a checkpoint makes the same numbers as one that was never interrupted.
+
+Several processes share the work, not the batch: each samples, scores and evaluates its share of the episodes and all
+get all figures, so that advantages, statistics and decisions are those of one process. Of every minibatch each takes
+its rows, and the gradients add up before they are clipped.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -36,6 +41,7 @@ from rlaif.methods.trackers import Trackers
 from rlaif.models import return_freed_memory, seed_everything
 from rlaif.policy import Policy, load_policy
 from rlaif.preference_model import load_preference_model, pm_config, read_head
+from rlaif.processes import add_up, copy_from_main, is_main, spread, wait_for_all
 from rlaif.progress import keep_lines
 from rlaif.records import Prompt, UserError
 from rlaif.trunk import recomputing
@@ -61,8 +67,9 @@ def train_ppo(
         config: hyperparameters.
         start: the starting policy, which is also the reference.
         prompts: training prompts.
-        score: scores of completions, one per prompt; higher is better. None: the PM's, which then shares the
-            policy's base model where both are adapters on the same one.
+        score: scores of completions, one per prompt; higher is better. Several processes call it together, with the
+            same completions. None: the PM's, which then shares the policy's base model where both are adapters on
+            the same one.
         folder: where to write; a ``checkpoints`` folder found there is gone on from.
         seed: of everything random.
         validation: prompts to measure the policy on; needed with ``eval_every``.
@@ -83,13 +90,15 @@ def train_ppo(
         pm = load_preference_model(pm_config(start, preference_model), policy)
 
         def score(asked: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-            return pm.score([(prompt.messages, text) for prompt, text in zip(asked, texts, strict=True)])
+            return spread(pm.score, [(prompt.messages, text) for prompt, text in zip(asked, texts, strict=True)])
 
     with open_sampler(policy, config, folder) as sampler:
         trainer = PPOTrainer(config, policy, prompts, score, folder, seed, validation, head, sampler, preference_model)
         trainer.train()
-    policy.save(folder / "policy")
-    trainer.checkpoints.remove()
+    wait_for_all()
+    if is_main():
+        policy.save(folder / "policy")
+        trainer.checkpoints.remove()
     return folder / "policy"
 
 
@@ -136,6 +145,7 @@ class PPOTrainer:
             eps=1e-5,
             weight_decay=0.0,
         )
+        copy_from_main(value.data for value in (*self.parameters, *self.value_parameters))
         self.progress = Progress(kl_coef=config.kl_coef)
         self.checkpoints = Checkpoints(folder)
         self.seconds: dict[str, float] = {}
@@ -145,15 +155,16 @@ class PPOTrainer:
         config = self.config
         self.load_checkpoint()
         first = self.progress.iteration
-        keep_lines(self.folder / "training.jsonl", first)
-        keep_lines(self.folder / "samples.jsonl", first * min(config.log_samples, config.rollouts))
+        if is_main():
+            keep_lines(self.folder / "training.jsonl", first)
+            keep_lines(self.folder / "samples.jsonl", first * min(config.log_samples, config.rollouts))
         if first:
             log.info("ppo: going on from iteration %d", first)
         if self.actor.sampler is not None and first < config.iterations:
             check_sampler_follows(self)
         with (
-            (self.folder / "training.jsonl").open("a", encoding="utf-8") as curve,
-            (self.folder / "samples.jsonl").open("a", encoding="utf-8") as samples,
+            (self.folder / "training.jsonl" if is_main() else Path(os.devnull)).open("a", encoding="utf-8") as curve,
+            (self.folder / "samples.jsonl" if is_main() else Path(os.devnull)).open("a", encoding="utf-8") as samples,
             Trackers(config.report_to, self.folder, first, plain(ppo=config)["ppo"]) as trackers,
             View(config.iterations, first) as view,
         ):
@@ -178,6 +189,7 @@ class PPOTrainer:
                 "ppo: keeping the policy of iteration %s, the best on validation prompts", self.progress.best_iteration
             )
             assert self.progress.best_iteration is not None
+            wait_for_all()
             self.load_policy(self.checkpoints.best(self.progress.best_iteration, self.device))
 
     def step(self, iteration: int) -> tuple[dict[str, Any], Rollouts]:
@@ -334,7 +346,7 @@ class PPOTrainer:
     def minibatch(
         self, rows: Tensor, rollouts: Rollouts, advantages: Tensor, returns: Tensor, train_policy: bool
     ) -> dict[str, float]:
-        """One optimiser step on some episodes, in micro-batches whose gradients add up."""
+        """One optimiser step on some episodes, in micro-batches whose gradients add up, as do those of processes."""
         config = self.config
         total = rollouts.batch.completion_mask[rows].sum()
         names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio_mean")
@@ -369,6 +381,8 @@ class PPOTrainer:
                 approx_kl = (log_ratio.expm1() - log_ratio).sum() / total
                 ratio = (log_ratio.exp() * mask).sum() / total
                 sums += torch.stack([policy_term, value_term, clipped.sum() / total, approx_kl, ratio])
+        trained = [*self.parameters, *self.value_parameters]
+        add_up([sums, *(parameter.grad for parameter in trained if parameter.grad is not None)])
         statistics = dict(zip(names, sums.tolist(), strict=True))
         if not train_policy:
             for parameter in self.parameters:
@@ -415,7 +429,7 @@ class PPOTrainer:
         best = self.progress.best_objective
         if best is None or objective > best:
             self.progress.best_iteration, self.progress.best_objective = iteration, objective
-            if self.config.keep is Keep.best:
+            if self.config.keep is Keep.best and is_main():
                 self.checkpoints.save_best(iteration, self.weights())
         return {
             "validation_score": float(scores.mean()),
@@ -458,6 +472,8 @@ class PPOTrainer:
 
     def save_checkpoint(self) -> None:
         """Write everything that the next iteration depends on."""
+        if not is_main():
+            return
         tensors = {
             "policy": self.weights(),
             "value_head": self.value_head.state_dict(),

@@ -14,6 +14,7 @@ from rlaif.methods.ppo_sampler import SHAKE, shaken
 from rlaif.models import adapter_base, is_adapter, load_causal_lm, resolve_model
 from rlaif.policy import Packed, completion_logits, under
 from rlaif.preference_model import AdapterPreferenceModel
+from rlaif.processes import from_main
 from rlaif.records import UserError
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def check_start(trainer: PPOTrainer, rollouts: Rollouts) -> None:
         check_close("value minus the PM's", rollouts.values[rows, :width] - expected, few, limit)
     merged = bool(trainer.policy.start.adapter) or is_adapter(resolve_model(trainer.policy.start.name))
     if merged:
-        expected = unmerged_logps(trainer, part)
+        expected = from_main(lambda: unmerged_logps(trainer, part)).to(actor.device)
         check_close("reference minus the starting policy", rollouts.ref_logps[rows, :width] - expected, few, limit)
     log.info(
         "ppo: start checks passed (KL 0, ratio 1, sampler as the policy, value %s, padding invariant%s)",
@@ -172,7 +173,7 @@ def pm_values(trainer: PPOTrainer, rollouts: Rollouts, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def unmerged_logps(trainer: PPOTrainer, batch: Packed) -> Tensor:
-    """Log-probabilities (B, T) of the starting policy with its adapters beside the base, loaded anew on the CPU."""
+    """Log-probabilities (B, T) of the starting policy with its adapters beside the base, loaded anew, on the CPU."""
     from peft import PeftModel
 
     start = trainer.policy.start
@@ -191,4 +192,4 @@ def unmerged_logps(trainer: PPOTrainer, batch: Packed) -> Tensor:
     whole = Packed(*(getattr(batch, name).cpu() for name in ("ids", "mask", "positions", "tokens", "completion_mask")))
     logits = completion_logits(model, whole, trainer.config.temperature).float()
     logps = torch.log_softmax(logits, dim=-1).gather(-1, whole.tokens.unsqueeze(-1)).squeeze(-1)
-    return (logps * whole.completion_mask).to(trainer.device)
+    return logps * whole.completion_mask

@@ -21,6 +21,7 @@ from rlaif.methods.ppo_value import ValueAdapter, ValueHead
 from rlaif.models import arithmetic, autocasts, eos_ids
 from rlaif.policy import Packed, Policy, completion_logits, completion_states, has_plain_head, merged, pack
 from rlaif.prefix import shareable
+from rlaif.processes import add_up, share, spread, world_size
 from rlaif.records import Prompt, UserError
 from rlaif.trunk import with_trunk
 
@@ -97,7 +98,10 @@ class PromptStream:
 
 
 class Actor:
-    """The policy with its value head, and the reference: they sample, and they evaluate samples."""
+    """The policy with its value head, and the reference: they sample, and they evaluate samples.
+
+    Several processes share the rows of each call, and all get all results.
+    """
 
     def __init__(
         self,
@@ -134,22 +138,24 @@ class Actor:
     def _generate(
         self, model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]
     ) -> list[Generation]:
-        size = self.config.rollout_batch_size
+        def work(order: Sequence[int]) -> list[Generation]:
+            found: list[Generation] = []
+            for start in range(0, len(order), self.config.rollout_batch_size):
+                rows = order[start : start + self.config.rollout_batch_size]
+                found += generate(
+                    model,
+                    [prompts[row] for row in rows],
+                    [seeds[row] for row in rows],
+                    max_new_tokens=self.config.max_new_tokens,
+                    temperature=self.config.temperature,
+                    eos=self.eos,
+                    pad=self.pad,
+                    observe=self.value_head if self.value_adapter is None else None,
+                )
+            return found
+
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        found: dict[int, Generation] = {}
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            generations = generate(
-                model,
-                [prompts[row] for row in rows],
-                [seeds[row] for row in rows],
-                max_new_tokens=self.config.max_new_tokens,
-                temperature=self.config.temperature,
-                eos=self.eos,
-                pad=self.pad,
-                observe=self.value_head if self.value_adapter is None else None,
-            )
-            found.update(zip(rows, generations, strict=True))
+        found = dict(zip(order, spread(work, order), strict=True))
         return [found[index] for index in range(len(prompts))]
 
     def decode(self, generations: Sequence[Generation]) -> list[str]:
@@ -159,7 +165,11 @@ class Actor:
     def pack(self, prompts: Sequence[Sequence[int]], generations: Sequence[Generation]) -> Packed:
         """Prompts and completions as a batch that has passed through the layers that do not train."""
         batch = pack(prompts, [row.tokens for row in generations], self.pad, self.device, self.share)
-        return with_trunk(self.model, batch, self.micro_batches(batch))
+        if len(batch) < world_size():
+            return batch  # A process without a row would not know the trunk's shape.
+        batch = with_trunk(self.model, batch, self.micro_batches(batch))
+        add_up([] if batch.trunk is None else [batch.trunk])
+        return batch
 
     def evaluate(self, batch: Packed, generations: Sequence[Generation] | None = None) -> tuple[Tensor, Tensor]:
         """Log-probabilities and values of the current policy: two (B, T).
@@ -180,6 +190,7 @@ class Actor:
                 part = batch.select(rows)
                 width = part.tokens.shape[1]
                 logps[rows, :width], values[rows, :width], _ = self.forward(part)
+        add_up([logps, values])
         return logps, values if self.value_adapter is None else self.evaluate_values(batch)
 
     @torch.no_grad()
@@ -191,6 +202,7 @@ class Actor:
             for rows in self.micro_batches(batch):
                 part = batch.select(rows)
                 values[rows, : part.tokens.shape[1]] = self.own_values(part)
+        add_up([values])
         return values
 
     def sampled(self, batch: Packed, generations: Sequence[Generation]) -> Tensor:
@@ -212,6 +224,7 @@ class Actor:
             for rows in self.micro_batches(batch):
                 part = batch.select(rows)
                 logps[rows, : part.tokens.shape[1]] = self._token_logps(reference, part, False)[0]
+        add_up([logps])
         return logps
 
     def forward(self, batch: Packed, with_entropy: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,7 +265,7 @@ class Actor:
         return logps, entropies, states
 
     def micro_batches(self, batch: Packed, rows: Tensor | None = None) -> list[Tensor]:
-        """Rows (default: all) in micro-batches of similar length."""
+        """This process's share of the rows (default: of all) in micro-batches of similar length."""
         lengths = batch.mask.sum(dim=1)
         rows = lengths.argsort(stable=True) if rows is None else rows[lengths[rows].argsort(stable=True)]
-        return list(rows.split(self.config.micro_batch_size))
+        return [part for part in share(rows).split(self.config.micro_batch_size) if len(part)]

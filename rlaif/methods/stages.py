@@ -14,7 +14,7 @@ from rlaif.config import Critic, Feedback, Method, ModelConfig, Reward, Split, T
 from rlaif.constitution import find_constitution, load_constitution
 from rlaif.demonstrations import Demonstration, chosen_completions, read_demonstrations
 from rlaif.preferences import ENDINGS, hub_preferences, prompts_of, read_preferences
-from rlaif.processes import world_size
+from rlaif.processes import spread, world_size
 from rlaif.records import (
     Preference,
     Prompt,
@@ -35,7 +35,7 @@ REWARDED = (Method.ppo, Method.rloo, Method.grpo, Method.best_of_n)
 """Methods that score completions."""
 
 
-TOGETHER = (Method.sft, Method.pm, Method.dpo, Method.rloo, Method.grpo)
+TOGETHER = (Method.sft, Method.pm, Method.ppo, Method.dpo, Method.rloo, Method.grpo)
 """Methods that several processes can train together."""
 
 
@@ -158,8 +158,8 @@ class Arm:
         # Where things lie, on which device they are computed and who watches decides nothing; the model is an input.
         settings = {name: unwatched(value) for name, value in settings.items()}
         settings = {**settings, **plain(columns=self.config.columns, trust_remote_code=self.start.trust_remote_code)}
-        if world_size() > 1:
-            # A batch is per process: more of them take larger steps.
+        if world_size() > 1 and stage != Method.ppo.value:
+            # A batch is per process: more of them take larger steps. Those of PPO are shared.
             settings["processes"] = world_size()
         inputs = {**inputs, **model_inputs("start", self.start)}
         return run_stage(
@@ -275,7 +275,7 @@ def train_ppo_stage(arm: Arm, reward: RewardSource) -> Path:
 
             def score(asked: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
                 return known_scores(
-                    model.score([(prompt.messages, text) for prompt, text in zip(asked, texts, strict=True)])
+                    spread(model.score, [(prompt.messages, text) for prompt, text in zip(asked, texts, strict=True)])
                 )
 
             train_ppo(config.ppo, arm.start, prompts, score, folder, config.seed, validation)
