@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from rlaif.config import COMMANDS, CommandConfig, register
+from rlaif.processes import world_size
 from rlaif.records import UserError, shipped, write_json
 from rlaif.text import visible
 
@@ -36,6 +37,8 @@ def launch(command: str, task: Callable[[Any, Path], None], usage: str) -> NoRet
     register()
     failures: list[str] = []
     try:
+        if world_size() > 1 and command != "train":
+            raise UserError(f"rlaif.{command} runs in one process, and {world_size()} were launched")
         arguments, sweep = _normalise(arguments)
         _hydra(command, task, arguments, sweep, failures)
     except KeyboardInterrupt:

@@ -89,7 +89,7 @@ def check(config: TrainConfig) -> None:
     from rlaif.constitution import load_constitution
     from rlaif.methods.critique_revision import revising_principles
     from rlaif.methods.ppo_sampler import check_sampler
-    from rlaif.methods.stages import REWARDED, TOGETHER, labeler_reward
+    from rlaif.methods.stages import REWARDED, labeler_reward
     from rlaif.rewards import check_unaudited
 
     method = config.method
@@ -101,9 +101,9 @@ def check(config: TrainConfig) -> None:
         from rlaif.gold import check_gold
 
         check_gold(config.eval.gold)
-    if world_size() > 1 and method not in TOGETHER:
-        names = ", ".join(together.value for together in TOGETHER)
-        raise UserError(f"method={method.value} runs in one process; several can train {names}")
+    _check_launcher()
+    if world_size() > 1:
+        _check_processes(config, method)
     if config.sft_first and method is Method.sft:
         raise UserError("sft_first=true with method=sft: that is the same training twice; leave sft_first out")
     if config.reward is Reward.labeler and method not in REWARDED:
@@ -142,12 +142,52 @@ def check(config: TrainConfig) -> None:
     _check_launcher()
 
 
+def _check_processes(config: TrainConfig, method: Method) -> None:
+    """What several processes cannot do together.
+
+    Raises:
+        UserError: naming the method, the setting or the device.
+    """
+    import torch
+
+    from rlaif.methods.stages import TOGETHER
+    from rlaif.models import pick_device
+
+    count = world_size()
+    if method not in TOGETHER:
+        names = ", ".join(together.value for together in TOGETHER)
+        raise UserError(f"method={method.value} runs in one process; several can train {names}")
+    if method is Method.ppo and config.ppo.minibatch_size % count:
+        raise UserError(
+            f"ppo.minibatch_size={config.ppo.minibatch_size} is shared by {count} processes: make it a multiple of "
+            f"{count}, and ppo.rollouts one of it"
+        )
+    if not torch.cuda.is_available():
+        return
+    device, local = pick_device(config.policy.device), int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= torch.cuda.device_count():
+        raise UserError(
+            f"each process takes a GPU of its own, but this machine has {torch.cuda.device_count()}; launch fewer"
+        )
+    if device != torch.device("cuda", local):
+        raise UserError(
+            f"policy.device={config.policy.device}: of several processes each takes a GPU of its own; leave it out, "
+            "or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on CPUs"
+        )
+
+
 def _check_launcher() -> None:
-    """Refuse what a launcher asks for and nothing here can do: weights spread over processes.
+    """Refuse what a launcher asks for and does not get.
 
     Raises:
         UserError: naming it.
     """
+    on_cpu, several = os.environ.get("ACCELERATE_USE_CPU") == "True", "MASTER_ADDR" in os.environ
+    if on_cpu and several and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "accelerate launch --cpu starts a single process, whatever --num_processes says (it leaves the others to "
+            "MPI); launch with --multi_gpu --num_processes N, which without GPUs starts N processes on CPUs"
+        )
     for variable, what in {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}.items():
         if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
             raise UserError(

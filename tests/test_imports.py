@@ -30,7 +30,7 @@ NARROW = {
     "losses": set(),
     "gold": {"records"},
     "config": {*PARTS},
-    "cli": {"config", "records", "text"},
+    "cli": {"config", "processes", "records", "text"},
     "engines.base": {"config", "records"},
     "engines.limits": {"config"},
     "evaluation.statistics": set(),

@@ -128,5 +128,5 @@ def train_dpo(config: DPOConfig, start: ModelConfig, train: Sequence[Preference]
     trainer.share = not config.gradient_checkpointing and shareable(model)
     run_trainer(trainer, folder, "dpo")
     policy = Policy(trainer.model, tokenizer, config.tuning, start)
-    save_result(folder, lambda: policy.save(folder / "policy"))
+    save_result(trainer, folder, lambda: policy.save(folder / "policy"))
     return folder / "policy"

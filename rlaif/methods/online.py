@@ -104,7 +104,7 @@ def train_online(
         trainer.ref_model.load_state_dict(load_causal_lm(start, merged=True).state_dict())
     run_trainer(trainer, folder, method.value)
     policy = Policy(trainer.model, tokenizer, config.tuning, start)
-    save_result(folder, lambda: policy.save(folder / "policy"))
+    save_result(trainer, folder, lambda: policy.save(folder / "policy"))
     return folder / "policy"
 
 

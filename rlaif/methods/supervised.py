@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from rlaif.config import LoraSettings, ModelConfig, TrainerSettings, Tuning
@@ -232,8 +234,22 @@ def run_trainer(trainer: Any, folder: Path, method: str) -> None:
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
 
 
-def save_result(folder: Path, save: Callable[[], None]) -> None:
+def gather_weights(model: Any) -> None:
+    """Replace weights that FSDP has spread over processes by whole ones, which only the main process keeps."""
+    whole: dict[Any, nn.Parameter] = {}
+    for module in model.modules():
+        for name, spread in list(module.named_parameters(recurse=False)):
+            if not isinstance(spread.data, DTensor):
+                continue
+            if spread not in whole:  # Modules may share a weight.
+                full = spread.data.full_tensor()
+                whole[spread] = nn.Parameter(full.cpu() if is_main() else full.new_empty(0), spread.requires_grad)
+            setattr(module, name, whole[spread])
+
+
+def save_result(trainer: Any, folder: Path, save: Callable[[], None]) -> None:
     """Save what was trained, in one process, and remove what only an interrupted run needs."""
+    gather_weights(trainer.model)
     wait_for_all()
     if is_main():
         save()

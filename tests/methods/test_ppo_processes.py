@@ -1,0 +1,133 @@
+"""PPO in two processes makes the numbers of one up to rounding, and after a kill its own to the last bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.methods.test_ppo_resume import lines
+
+# Everything that is taken over the whole batch is on: whitening, score statistics, baselines, adaptive KL, stop_kl.
+SCRIPT = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from rlaif.config import Keep, KLControl, LoraSettings, ModelConfig, PPOConfig, Tuning
+from rlaif.methods.ppo import PPOTrainer
+from rlaif.models import seed_everything
+from rlaif.policy import load_policy
+from rlaif.processes import rank, spread, wait_for_all
+from rlaif.records import Prompt
+
+torch.set_num_threads(1)
+folder, changes = Path(sys.argv[1]), json.loads(sys.argv[2])
+kill_after, nan_after = changes.pop("kill_after", 0), changes.pop("nan_after", 0)
+prompts = [Prompt(f"p{i}", ({"role": "user", "content": "ab" * (i + 1)},)) for i in range(15)]
+# Three of them: the processes' shares differ.
+validation = [Prompt(f"v{i}", ({"role": "user", "content": "xy" * (i + 1)},)) for i in range(3)]
+rounds = 0
+
+
+def own(texts):
+    # No two texts score the same: equal scores have no deviation, and what is whitened then is rounding.
+    bad = nan_after and rounds > nan_after and rank() == 1
+    return [float("nan") if bad else sum(ord(letter) % 7 for letter in text) / 8 for text in texts]
+
+
+def score(asked, texts):
+    global rounds
+    rounds += asked[0].prompt_id[0] == "p"
+    if rounds == kill_after and rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return spread(own, texts)
+
+
+lora = LoraSettings(r=4, alpha=8, top_layers=changes.pop("top_layers", 1.0))
+config = PPOConfig(
+    tuning=Tuning(changes.pop("tuning", "lora")), lora=lora, rollouts=8, minibatch_size=4, max_new_tokens=6,
+    max_prompt_length=43, kl_control=KLControl.adaptive, kl_horizon=100, kl_target=1.0, relative_reward=True,
+    whiten_rewards=True, eval_every=2, keep=Keep.best, save_every=4, log_samples=2, entropy_coef=0.01,
+    **{"iterations": 6, "micro_batch_size": 2, "learning_rate": 1e-3, **changes},
+)
+folder.mkdir(parents=True, exist_ok=True)
+# Another start in each process, which only the main one's counts of.
+seed_everything(rank())
+policy = load_policy(ModelConfig(name="tiny", device="cpu"), config.tuning, config.lora)
+trainer = PPOTrainer(config, policy, prompts, score, folder, 5, validation)
+trainer.train()
+wait_for_all()
+save_file(trainer.weights(), folder / f"weights-{rank()}.safetensors")
+"""
+
+
+def start(folder: Path, processes: int, expect: int = 0, **changes: Any) -> str:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    script = folder.with_suffix(".py")
+    script.write_text(SCRIPT, encoding="utf-8")
+    command = [sys.executable, *(launcher if processes > 1 else []), str(script), str(folder), json.dumps(changes)]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False)
+    assert (result.returncode == 0) == (expect == 0), result.stderr[-4000:]
+    return result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [{"stop_kl": 0.004}, {"top_layers": 0.5, "gradient_checkpointing": True}, {"tuning": "full", "value_backprop": True}],
+    ids=["lora", "trunk", "full"],
+)
+def test_two_processes_are_one(tmp_path: Path, changes: dict[str, Any]) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    # Micro-batches belong to a process: of another size, they show that the gradient does not depend on them either.
+    start(one, 1, **changes, micro_batch_size=4)
+    start(two, 2, **changes)
+    expected, *found = (
+        load_file(folder / f"weights-{rank}.safetensors") for folder, rank in ((one, 0), (two, 0), (two, 1))
+    )
+    for name, value in expected.items():
+        assert torch.equal(found[0][name], found[1][name]), name
+        torch.testing.assert_close(found[0][name], value, atol=2e-5, rtol=1e-4)
+    left, right = lines(one / "training.jsonl"), lines(two / "training.jsonl")
+    assert len(left) == len(right) == 6
+    for before, after in zip(left, right, strict=True):
+        assert before.keys() == after.keys()
+        for key in before.keys() - {"method"}:
+            assert after[key] == pytest.approx(before[key], rel=1e-3, abs=1e-4), (key, before["iteration"])
+    samples = [[row["completion"] for row in lines(folder / "samples.jsonl")] for folder in (one, two)]
+    assert samples[0] == samples[1]
+    assert len(samples[0]) == 12
+    assert left[0]["score"] != left[-1]["score"]
+    if "stop_kl" in changes:
+        assert {row["updates"] for row in right} - {4.0}
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_after_a_kill_to_the_same_bits(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    start(whole, 2)
+    start(cut, 2, expect=1, kill_after=6)
+    assert [path.name for path in (cut / "checkpoints").glob("iteration-*")] == ["iteration-000004"]
+    assert not list(cut.glob("weights-*"))
+    start(cut, 2)
+    for rank in (0, 1):
+        left, right = (load_file(folder / f"weights-{rank}.safetensors") for folder in (whole, cut))
+        assert all(torch.equal(value, right[name]) for name, value in left.items())
+    for name in ("training.jsonl", "samples.jsonl"):
+        assert lines(whole / name) == lines(cut / name)
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_in_one_process_stops_all(tmp_path: Path) -> None:
+    text = start(tmp_path / "out", 2, expect=1, nan_after=2)
+    assert text.count("UserError: ppo: iteration 2 gave score") == 2
+    assert len(lines(tmp_path / "out" / "training.jsonl")) == 2
