@@ -71,7 +71,7 @@ def from_all(value: T) -> list[T]:
     return values
 
 
-def share(items: Any) -> Any:
+def share_of(items: Any) -> Any:
     """This process's items of a sequence or of a tensor's first dimension: every ``world_size()``-th."""
     return items[rank() :: world_size()]
 
@@ -79,7 +79,7 @@ def share(items: Any) -> Any:
 def spread(work: Callable[[Sequence[S]], Sequence[T]], items: Sequence[S]) -> list[T]:
     """``work(items)``, one result an item, of which each process does its share."""
     found: list[Any] = [None] * len(items)
-    for number, part in enumerate(from_all(list(work(share(items))))):
+    for number, part in enumerate(from_all(list(work(share_of(items))))):
         found[number :: world_size()] = part
     return found
 

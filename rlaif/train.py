@@ -101,7 +101,7 @@ def check(config: TrainConfig) -> None:
         from rlaif.gold import check_gold
 
         check_gold(config.eval.gold)
-    _check_launcher()
+    _check_launcher(config)
     if world_size() > 1:
         _check_processes(config, method)
     if config.sft_first and method is Method.sft:
@@ -176,8 +176,8 @@ def _check_processes(config: TrainConfig, method: Method) -> None:
         )
 
 
-def _check_launcher() -> None:
-    """Refuse what a launcher asks for and does not get.
+def _check_launcher(config: TrainConfig) -> None:
+    """Refuse what a launcher asks for and would not get.
 
     Raises:
         UserError: naming it.
@@ -188,12 +188,32 @@ def _check_launcher() -> None:
             "accelerate launch --cpu starts a single process, whatever --num_processes says (it leaves the others to "
             "MPI); launch with --multi_gpu --num_processes N, which without GPUs starts N processes on CPUs"
         )
-    for variable, what in {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}.items():
-        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+    whole = "launch with --multi_gpu, where each process holds the whole model"
+    for variable, what in {
+        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    }.items():
+        if _asked(variable):
             raise UserError(
-                f"accelerate is configured for {what}, which rlaif does not support; launch with --multi_gpu, where "
-                "each process holds the whole model"
+                f"accelerate is configured for {what}, which rlaif does not support; configure FSDP, or {whole}"
             )
+    if not _asked("ACCELERATE_USE_FSDP"):
+        return
+    import torch
+
+    if config.method is Method.ppo:
+        raise UserError(f"method=ppo does not spread a model over processes, as FSDP would; {whole}")
+    for name, settings in _trained(config).items():
+        if settings.tuning is Tuning.qlora:
+            raise UserError(f"{name}.tuning=qlora cannot be spread over processes by FSDP; {whole}")
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise UserError("accelerate is configured for version 1 of FSDP; give it fsdp_version: 2 (--fsdp_version 2)")
+    if not torch.cuda.is_available():
+        raise UserError(f"accelerate spreads a model over GPUs alone, and there is none here; {whole}")
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 
 def _trained(config: TrainConfig) -> dict[str, TrainerSettings | PPOConfig]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from rlaif.chat import encode_chat
 from rlaif.config import Method, ModelConfig, OnlineConfig
@@ -100,8 +101,9 @@ def train_online(
         **peft_arguments(config, start, model, "CAUSAL_LM"),
     )
     if trainer.ref_model is not None:
-        # TRL loads it anew by the model's name, which knows of no revision and no merged adapter.
-        trainer.ref_model.load_state_dict(load_causal_lm(start, merged=True).state_dict())
+        # TRL loads it anew by the model's name, which knows of no revision and no merged adapter. FSDP has spread it.
+        weights = load_causal_lm(start, merged=True).state_dict()
+        set_model_state_dict(trainer.ref_model, weights, options=StateDictOptions(full_state_dict=True))
     run_trainer(trainer, folder, method.value)
     policy = Policy(trainer.model, tokenizer, config.tuning, start)
     save_result(trainer, folder, lambda: policy.save(folder / "policy"))

@@ -21,7 +21,7 @@ from rlaif.methods.ppo_value import ValueAdapter, ValueHead
 from rlaif.models import arithmetic, autocasts, eos_ids
 from rlaif.policy import Packed, Policy, completion_logits, completion_states, has_plain_head, merged, pack
 from rlaif.prefix import shareable
-from rlaif.processes import add_up, share, spread, world_size
+from rlaif.processes import add_up, share_of, spread, world_size
 from rlaif.records import Prompt, UserError
 from rlaif.trunk import with_trunk
 
@@ -268,4 +268,4 @@ class Actor:
         """This process's share of the rows (default: of all) in micro-batches of similar length."""
         lengths = batch.mask.sum(dim=1)
         rows = lengths.argsort(stable=True) if rows is None else rows[lengths[rows].argsort(stable=True)]
-        return [part for part in share(rows).split(self.config.micro_batch_size) if len(part)]
+        return [part for part in share_of(rows).split(self.config.micro_batch_size) if len(part)]

@@ -234,14 +234,47 @@ def test_what_cannot_work_is_said_before_any_work(changes: dict[str, Any], said:
     assert "\n" not in str(caught.value)
 
 
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
 @pytest.mark.parametrize(
-    ("variable", "said"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+    ("variables", "changes", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, {"method": Method.best_of_n}, "method=best_of_n runs in one process"),
+        (
+            {"WORLD_SIZE": "3"},
+            {"method": Method.ppo},
+            "ppo.minibatch_size=16 is shared by 3 processes: make it a multiple",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true"},
+            {"method": Method.dpo},
+            "configured for DeepSpeed, which rlaif does not",
+        ),
+        ({**FSDP, "FSDP_VERSION": "1"}, {"method": Method.dpo}, "fsdp_version: 2"),
+        (FSDP, {"method": Method.ppo}, "method=ppo does not spread a model over processes"),
+        (FSDP, {"method": Method.dpo, "dpo": DPOConfig(tuning=Tuning.qlora)}, "dpo.tuning=qlora cannot be spread"),
+        (
+            {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"},
+            {"method": Method.dpo},
+            "accelerate launch --cpu starts a single process",
+        ),
+    ],
 )
-def test_spread_weights_are_refused(monkeypatch: pytest.MonkeyPatch, variable: str, said: str) -> None:
-    check(config(method=Method.dpo))
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(UserError, match=f"configured for {said}, which rlaif does not support"):
-        check(config(method=Method.dpo))
+def test_what_a_launcher_cannot_have_is_said_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], changes: dict[str, Any], said: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        check(config(**changes))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_training_runs_in_several_processes(run_command: Command, tmp_path: Path) -> None:
+    result = run_command("report", f"output_dir={tmp_path}", env={"WORLD_SIZE": "2"}, expect=2)
+    assert result.stderr == "error: rlaif.report runs in one process, and 2 were launched\n"
 
 
 @pytest.fixture

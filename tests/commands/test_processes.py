@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,11 @@ from safetensors.torch import load_file
 
 REPO = Path(__file__).parents[2]
 COMMON = ["policy.name=tiny", "policy.device=cpu", "feedback=human", "eval.enabled=false"]
+PPO = [
+    *("reward=labeler", "constitution=warm", "labeler=scripted", "labeler.scripted.utility=letters"),
+    *("ppo.iterations=4", "ppo.rollouts=8", "ppo.minibatch_size=4", "ppo.max_new_tokens=8", "ppo.learning_rate=1e-3"),
+    "ppo.lora.r=4",
+]
 
 
 def arguments(method: str, inputs: Path, output: Path, batch_size: int) -> list[str]:
@@ -22,9 +27,12 @@ def arguments(method: str, inputs: Path, output: Path, batch_size: int) -> list[
     return [*COMMON, f"method={method}", f"preferences={inputs}/preferences", f"output_dir={output}", *own]
 
 
-def launch(env: dict[str, str], *overrides: str, expect: int = 0) -> str:
-    """With torchrun: on CPUs ``accelerate launch`` wants MPI for more than one process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "rlaif.train"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "rlaif.train"]
+ACCELERATE = ["accelerate.commands.launch", "--main_process_port=0"]
+
+
+def launch(env: dict[str, str], *overrides: str, expect: int = 0, by: Sequence[str] = TORCHRUN) -> str:
+    command = [sys.executable, "-m", *by]
     result = subprocess.run(
         [*command, *overrides], env=env, cwd=REPO, capture_output=True, text=True, timeout=300, check=False
     )
@@ -59,6 +67,82 @@ def test_two_processes_are_one_with_twice_the_batch(
     assert not list((tmp_path / "two").rglob(".*"))
     # Given again, it is up to date, and every process sees so.
     assert "up to date, skipped" in launch(command_env, *arguments(method, inputs, tmp_path / "two", 4))
+
+
+def close(one: Path, two: Path) -> None:
+    """The two folders hold the same weights up to rounding."""
+    (left,), (right,) = (list(folder.glob("*.safetensors")) for folder in (one, two))
+    expected, found = load_file(left), load_file(right)
+    assert set(expected) == set(found)
+    for key, value in expected.items():
+        assert float((value - found[key]).norm()) <= 2e-3 * float(value.norm()), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("configured", [False, True], ids=["flags", "file"])
+@pytest.mark.parametrize("method", ["ppo", "dpo", "pm"])
+def test_accelerate_launch(
+    method: str,
+    configured: bool,
+    inputs: Path,
+    command_env: dict[str, str],
+    run_command: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    if configured:
+        file = tmp_path / "accelerate.yaml"
+        file.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 2\n")
+        by = [*ACCELERATE, f"--config_file={file}", "-m", "rlaif.train"]
+    else:
+        by = [*ACCELERATE, "--multi_gpu", "--num_processes=2", "-m", "rlaif.train"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    if method == "ppo":
+        # A batch of PPO is shared, so both are given the same; the labeler is asked by one process for both.
+        shared = [*COMMON, *PPO, f"prompts={inputs}/prompts.jsonl", "method=ppo"]
+        settings = {folder: [*shared, f"output_dir={folder}"] for folder in (one, two)}
+    else:
+        settings = {folder: arguments(method, inputs, folder, size) for folder, size in ((one, 8), (two, 4))}
+    run_command("train", *settings[one])
+    launch(command_env, *settings[two], by=by)
+    result = "pm/preference_model" if method == "pm" else f"{method}/policy"
+    close(one / result, two / result)
+    assert not list(two.rglob(".*"))
+    if method == "ppo":
+        left, right = (
+            [json.loads(line) for line in (folder / "ppo" / "training.jsonl").read_text().splitlines()]
+            for folder in (one, two)
+        )
+        for key in ("score", "kl", "reward", "policy_loss", "grad_norm"):
+            assert [line[key] for line in left] == pytest.approx([line[key] for line in right], rel=1e-3, abs=1e-4)
+        # How many processes made it decides nothing.
+        assert "up to date, skipped" in run_command("train", *settings[two]).stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "tuning"),
+    [("sft", "full"), ("sft", "lora"), ("pm", "full"), ("pm", "lora"), ("dpo", "full"), ("dpo", "lora")],
+)
+def test_a_model_that_is_spread_over_processes_trains_as_a_whole_one(
+    method: str,
+    tuning: str,
+    inputs: Path,
+    command_env: dict[str, str],
+    run_command: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_processes: 2\n"
+        "fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP}\n"
+    )
+    own = [f"{method}.tuning={tuning}"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_command("train", *arguments(method, inputs, one, 8), *own)
+    by = [*ACCELERATE, f"--config_file={file}", str(Path(__file__).with_name("fsdp_on_cpu.py"))]
+    launch(command_env, *arguments(method, inputs, two, 4), *own, by=by)
+    result = "pm/preference_model" if method == "pm" else f"{method}/policy"
+    close(one / result, two / result)
 
 
 @pytest.mark.slow

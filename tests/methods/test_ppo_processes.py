@@ -83,7 +83,11 @@ def start(folder: Path, processes: int, expect: int = 0, **changes: Any) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [{"stop_kl": 0.004}, {"top_layers": 0.5, "gradient_checkpointing": True}, {"tuning": "full", "value_backprop": True}],
+    [
+        {"stop_kl": 0.004},
+        {"top_layers": 0.5, "gradient_checkpointing": True},
+        {"tuning": "full", "value_backprop": True},
+    ],
     ids=["lora", "trunk", "full"],
 )
 def test_two_processes_are_one(tmp_path: Path, changes: dict[str, Any]) -> None:
