@@ -72,6 +72,9 @@ class Trained:
 def main(config: TrainConfig, output: Path) -> None:
     """Entry of the command."""
     check(config)
+    # With FSDP, accelerate would by default load weights in one process, and hand them to the policy's alone: the
+    # others would spread a reference that they never loaded.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if not is_main():
         log.setLevel(logging.ERROR)
     trained = fit(config, output)
