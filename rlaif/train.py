@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,7 @@ from rlaif.config import (
 )
 from rlaif.demonstrations import read_demonstrations
 from rlaif.processes import is_main, world_size
-from rlaif.records import Message, Prompt, UserError, existing_dir, existing_file, find_prompts
+from rlaif.records import Message, Prompt, UserError, existing_dir, existing_file, find_prompts, read_json
 from rlaif.splits import read_split
 
 if TYPE_CHECKING:
@@ -192,27 +193,38 @@ def _check_launcher(config: TrainConfig) -> None:
             "MPI); launch with --multi_gpu --num_processes N, which without GPUs starts N processes on CPUs"
         )
     whole = "launch with --multi_gpu, where each process holds the whole model"
-    for variable, what in {
-        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    }.items():
-        if _asked(variable):
-            raise UserError(
-                f"accelerate is configured for {what}, which rlaif does not support; configure FSDP, or {whole}"
-            )
-    if not _asked("ACCELERATE_USE_FSDP"):
+    if _asked("ACCELERATE_USE_MEGATRON_LM"):
+        raise UserError(f"accelerate is configured for Megatron-LM, which rlaif does not support; use FSDP, or {whole}")
+    deepspeed = _asked("ACCELERATE_USE_DEEPSPEED")
+    if not deepspeed and not _asked("ACCELERATE_USE_FSDP"):
         return
     import torch
 
+    name = "DeepSpeed" if deepspeed else "FSDP"
     if config.method is Method.ppo:
-        raise UserError(f"method=ppo does not spread a model over processes, as FSDP would; {whole}")
-    for name, settings in _trained(config).items():
+        raise UserError(f"accelerate is configured for {name}, which method=ppo does not use; {whole}")
+    for group, settings in _trained(config).items():
         if settings.tuning is Tuning.qlora:
-            raise UserError(f"{name}.tuning=qlora cannot be spread over processes by FSDP; {whole}")
-    if os.environ.get("FSDP_VERSION") != "2":
+            raise UserError(f"accelerate is configured for {name}, which {group}.tuning=qlora does not use; {whole}")
+    if deepspeed:
+        _check_deepspeed()
+    elif os.environ.get("FSDP_VERSION") != "2":
         raise UserError("accelerate is configured for version 1 of FSDP; give it fsdp_version: 2 (--fsdp_version 2)")
     if not torch.cuda.is_available():
-        raise UserError(f"accelerate spreads a model over GPUs alone, and there is none here; {whole}")
+        raise UserError(f"accelerate uses {name} on GPUs alone, and there is none here; {whole}")
+
+
+def _check_deepspeed() -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("accelerate is configured for DeepSpeed, which is not installed: pip install deepspeed")
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "none")
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file != "none":
+        stage = str(read_json(Path(file)).get("zero_optimization", {}).get("stage", 0))
+    if stage not in ("0", "1", "2"):
+        raise UserError(
+            f"DeepSpeed's ZeRO stage is {stage}, but rlaif trains with 1 or 2; to share the weights use FSDP"
+        )
 
 
 def _asked(variable: str) -> bool:

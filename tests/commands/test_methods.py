@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -235,6 +236,7 @@ def test_what_cannot_work_is_said_before_any_work(changes: dict[str, Any], said:
 
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 
 
 @pytest.mark.parametrize(
@@ -247,13 +249,19 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
             "ppo.minibatch_size=16 is shared by 3 processes: make it a multiple",
         ),
         (
-            {"ACCELERATE_USE_DEEPSPEED": "true"},
+            {"ACCELERATE_USE_MEGATRON_LM": "true"},
             {"method": Method.dpo},
-            "configured for DeepSpeed, which rlaif does not",
+            "configured for Megatron-LM, which rlaif does not",
         ),
+        (DEEPSPEED, {"method": Method.ppo}, "configured for DeepSpeed, which method=ppo does not use"),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, {"method": Method.dpo}, "ZeRO stage is 3"),
         ({**FSDP, "FSDP_VERSION": "1"}, {"method": Method.dpo}, "fsdp_version: 2"),
-        (FSDP, {"method": Method.ppo}, "method=ppo does not spread a model over processes"),
-        (FSDP, {"method": Method.dpo, "dpo": DPOConfig(tuning=Tuning.qlora)}, "dpo.tuning=qlora cannot be spread"),
+        (FSDP, {"method": Method.ppo}, "configured for FSDP, which method=ppo does not use"),
+        (
+            FSDP,
+            {"method": Method.dpo, "dpo": DPOConfig(tuning=Tuning.qlora)},
+            "FSDP, which dpo.tuning=qlora does not use",
+        ),
         (
             {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"},
             {"method": Method.dpo},
@@ -266,10 +274,19 @@ def test_what_a_launcher_cannot_have_is_said_before_any_work(
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(UserError) as caught:
         check(config(**changes))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_deepspeed_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in DEEPSPEED.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install deepspeed"):
+        check(config(method=Method.dpo))
 
 
 def test_only_training_runs_in_several_processes(run_command: Command, tmp_path: Path) -> None:

@@ -118,12 +118,18 @@ def test_accelerate_launch(
         assert "up to date, skipped" in run_command("train", *settings[two]).stderr
 
 
+SPREAD = {
+    "fsdp": "distributed_type: FSDP\nfsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP}",
+    "deepspeed": "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2}",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "tuning"),
-    [("sft", "full"), ("sft", "lora"), ("pm", "full"), ("pm", "lora"), ("dpo", "full"), ("dpo", "lora")],
-)
-def test_a_model_that_is_spread_over_processes_trains_as_a_whole_one(
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("method", ["sft", "pm", "dpo"])
+@pytest.mark.parametrize("what", SPREAD)
+def test_training_that_is_spread_over_processes_is_that_of_one(
+    what: str,
     method: str,
     tuning: str,
     inputs: Path,
@@ -131,16 +137,15 @@ def test_a_model_that_is_spread_over_processes_trains_as_a_whole_one(
     run_command: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
+    if what == "deepspeed":
+        pytest.importorskip("deepspeed")
     file = tmp_path / "accelerate.yaml"
-    file.write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_processes: 2\n"
-        "fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP}\n"
-    )
+    file.write_text(f"compute_environment: LOCAL_MACHINE\nnum_processes: 2\n{SPREAD[what]}\n")
     own = [f"{method}.tuning={tuning}"]
     one, two = tmp_path / "one", tmp_path / "two"
     run_command("train", *arguments(method, inputs, one, 8), *own)
-    by = [*ACCELERATE, f"--config_file={file}", str(Path(__file__).with_name("fsdp_on_cpu.py"))]
-    launch(command_env, *arguments(method, inputs, two, 4), *own, by=by)
+    by = [*ACCELERATE, f"--config_file={file}", str(Path(__file__).with_name("spread_on_cpu.py"))]
+    launch({**command_env, "DS_ACCELERATOR": "cpu"}, *arguments(method, inputs, two, 4), *own, by=by)
     result = "pm/preference_model" if method == "pm" else f"{method}/policy"
     close(one / result, two / result)
 
