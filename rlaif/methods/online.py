@@ -101,9 +101,11 @@ def train_online(
         **peft_arguments(config, start, model, "CAUSAL_LM"),
     )
     if trainer.ref_model is not None:
-        # TRL loads it anew by the model's name, which knows of no revision and no merged adapter. FSDP has spread it.
+        # TRL loads it anew by the model's name, which knows of no revision and no merged adapter. By now FSDP has
+        # spread it, or DeepSpeed has wrapped it.
+        reference = getattr(trainer.ref_model, "module", trainer.ref_model)
         weights = load_causal_lm(start, merged=True).state_dict()
-        set_model_state_dict(trainer.ref_model, weights, options=StateDictOptions(full_state_dict=True))
+        set_model_state_dict(reference, weights, options=StateDictOptions(full_state_dict=True))
     run_trainer(trainer, folder, method.value)
     policy = Policy(trainer.model, tokenizer, config.tuning, start)
     save_result(trainer, folder, lambda: policy.save(folder / "policy"))
