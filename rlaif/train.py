@@ -18,6 +18,7 @@ from rlaif.config import (
     ModelConfig,
     PPOConfig,
     Reward,
+    Sampler,
     TrainConfig,
     TrainerSettings,
     Tuning,
@@ -166,6 +167,8 @@ def _check_processes(config: TrainConfig, method: Method) -> None:
             f"ppo.minibatch_size={config.ppo.minibatch_size} is shared by {count} processes: make it a multiple of "
             f"{count}, and ppo.rollouts one of it"
         )
+    if method is Method.ppo and config.ppo.sampler is Sampler.vllm:
+        raise UserError(f"ppo.sampler=vllm works with one process, and {count} were launched; give ppo.sampler=hf")
     if not torch.cuda.is_available():
         return
     device, local = pick_device(config.policy.device), int(os.environ.get("LOCAL_RANK", "0"))

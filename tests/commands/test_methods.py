@@ -26,6 +26,7 @@ from rlaif.config import (
     PMConfig,
     PPOConfig,
     Reward,
+    Sampler,
     Split,
     TrainConfig,
     Tuning,
@@ -248,6 +249,7 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAG
             {"method": Method.ppo},
             "ppo.minibatch_size=16 is shared by 3 processes: make it a multiple",
         ),
+        ({"WORLD_SIZE": "2"}, {"method": Method.ppo, "ppo": PPOConfig(sampler=Sampler.vllm)}, "works with one process"),
         (
             {"ACCELERATE_USE_MEGATRON_LM": "true"},
             {"method": Method.dpo},
