@@ -144,7 +144,6 @@ def check(config: TrainConfig) -> None:
             from rlaif.methods.trackers import check_trackers
 
             check_trackers(settings.report_to, name)
-    _check_launcher()
 
 
 def _check_processes(config: TrainConfig, method: Method) -> None:

@@ -88,8 +88,9 @@ def start(folder: Path, processes: int, expect: int = 0, **changes: Any) -> str:
         {"stop_kl": 0.004},
         {"top_layers": 0.5, "gradient_checkpointing": True},
         {"tuning": "full", "value_backprop": True},
+        {"value_adapter": True, "top_layers": 0.5},
     ],
-    ids=["lora", "trunk", "full"],
+    ids=["lora", "trunk", "full", "value-adapter"],
 )
 def test_two_processes_are_one(tmp_path: Path, changes: dict[str, Any]) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
