@@ -7,8 +7,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,6 +100,7 @@ def finish(
     """Write ``results/NAME.json`` (not after ``--quick``, which measures too little) and print the ratios as JSON."""
     result = {
         "benchmark": name,
+        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "ratios": dict(ratios),
         "details": dict(details),

@@ -134,7 +134,9 @@ def shown(value: Any) -> str:
     if isinstance(value, list):
         middle, low, high = value
         return f"{shown(middle)} [{shown(low)}, {shown(high)}]"
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}"
+    return str(value)
 
 
 def section(name: str, result: dict[str, Any]) -> str:
@@ -155,7 +157,7 @@ def section(name: str, result: dict[str, Any]) -> str:
         "|---|---|---|",
         *(f"| `{key}` | {shown(value)} | {meaning.get(key, '')} |" for key, value in result["ratios"].items()),
         "",
-        f"`python -m benchmarks.{name}`, {result['date']}, {where}" + (f"; {versions}" if versions else "") + ".",
+        f"`{result['command']}`, {result['date']}, {where}" + (f"; {versions}" if versions else "") + ".",
     ]
     return "\n".join(lines)
 
