@@ -86,33 +86,49 @@ def row(name: str, mode: str, found: dict[str, Any]) -> str:
     )
 
 
-def main(data: Path, out: Path, pairs: int) -> None:
-    """Audit every set in every mode; the page grows as they end."""
+def folder_of(out: Path, name: str, mode: str) -> Path:
+    """Where the audit of a set in a mode lies."""
+    return out / name / mode.replace(" ", "_").replace(",", "")
+
+
+def page(out: Path, pairs: int) -> str:
+    """The page, from the audits of so many pairs that are there."""
     lines: list[str] = []
     ceilings: dict[str, str] = {}
-    for mode, settings in MODES.items():
-        for name, constitution in SETS.items():
-            [file] = data.glob(f"{name}.jsonl*")
-            folder = out / name / mode.replace(" ", "_").replace(",", "")
-            drawn = [] if "labeling.principles=together" in settings else ["labeling.principles=sample"]
-            subprocess.run(
-                [
-                    *(sys.executable, "-m", "rlaif.audit", f"comparisons={file}", f"constitution={constitution}"),
-                    *("labeler=hf", "labeler.model=embedded", f"max_pairs={pairs}", f"output_dir={folder}"),
-                    *("labeling.min_option_mass=0.01", *settings, *drawn),
-                ],
-                check=True,
-            )
-            found = read_json(folder / "audit.json")
+    missing: list[str] = []
+    for name in SETS:
+        for mode in MODES:
+            file = folder_of(out, name, mode) / "audit.json"
+            found = read_json(file) if file.is_file() else {}
+            if found.get("n_comparisons") != pairs:
+                missing.append(f"{mode} on {name}")
+                continue
             lines.append(row(name, mode, found))
             if "human_ceiling" in found:
                 low, high = found["human_ceiling_low"], found["human_ceiling_high"]
                 ceilings[name] = f"{found['human_ceiling']:.1%} [{low:.1%}, {high:.1%}] agree on {name}"
-            order = list(SETS)
-            lines.sort(key=lambda line: order.index(line.split(" | ")[0].removeprefix("| ")))
-            page = HEAD.format(pairs=pairs) + "\n".join(lines) + "\n"
-            page += TAIL.format(pairs=pairs, ceilings="; ".join(ceilings.values()))
-            (ROOT / "docs" / "audits.md").write_text(page, encoding="utf-8")
+    text = HEAD.format(pairs=pairs) + "\n".join(lines) + "\n"
+    if missing:
+        text += f"\nNot measured yet: {', '.join(missing)}.\n"
+    return text + TAIL.format(pairs=pairs, ceilings="; ".join(ceilings.values()))
+
+
+def main(data: Path, out: Path, pairs: int) -> None:
+    """Audit every set in every mode; the page grows as they end."""
+    for mode, settings in MODES.items():
+        for name, constitution in SETS.items():
+            [file] = data.glob(f"{name}.jsonl*")
+            drawn = [] if "labeling.principles=together" in settings else ["labeling.principles=sample"]
+            subprocess.run(
+                [
+                    *(sys.executable, "-m", "rlaif.audit", f"comparisons={file}", f"constitution={constitution}"),
+                    *("labeler=hf", "labeler.model=embedded", f"max_pairs={pairs}"),
+                    f"output_dir={folder_of(out, name, mode)}",
+                    *("labeling.min_option_mass=0.01", *settings, *drawn),
+                ],
+                check=True,
+            )
+            (ROOT / "docs" / "audits.md").write_text(page(out, pairs), encoding="utf-8")
 
 
 if __name__ == "__main__":
