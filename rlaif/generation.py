@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rlaif.losses import token_logps
-from rlaif.prefix import read_prefix, shareable, split_prefix
+from rlaif.prefix import positions_after, read_prefix, shareable, split_prefix
 
 # First words of random streams after the seed, so that no two purposes share numbers. NumPy pads short seeds with
 # zeros, so all have the same length and end in 1.
@@ -52,6 +52,14 @@ def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> t
         ids[index, width - len(row) :] = torch.tensor(row, dtype=torch.long)
         mask[index, width - len(row) :] = 1
     return ids.to(device), mask.to(device)
+
+
+def left_pad_after(
+    rows: Sequence[Sequence[int]], pad: int, device: torch.device, share: bool
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """What all rows begin with, (L,) or None, and :func:`left_pad` of what follows; whole rows unless ``share``."""
+    prefix, rest = split_prefix(rows) if share else ([], rows)
+    return (torch.tensor(prefix, device=device) if prefix else None, *left_pad(rest, pad, device))
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float = 1.0) -> torch.Tensor:
@@ -123,8 +131,7 @@ def generate(
         observe: a value of the hidden states (B, 1, H) -> (B, 1) before each token, for example a value head.
     """
     device = next(model.parameters()).device
-    shared, rest = split_prefix(prompts) if shareable(model) else ([], list(prompts))
-    ids, mask = left_pad(rest, pad, device)
+    prefix, ids, mask = left_pad_after(prompts, pad, device, shareable(model))
     uniform = torch.from_numpy(
         np.stack([np.random.default_rng(list(seed)).random(max_new_tokens, np.float32) for seed in seeds])
     ).to(device)
@@ -135,11 +142,11 @@ def generate(
     lengths = torch.full((len(prompts),), max_new_tokens, dtype=torch.long, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     active = torch.arange(len(prompts), device=device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0) + len(shared)
+    positions = positions_after(prefix, mask)
     cache = None
-    if shared:
-        cache = read_prefix(model, torch.tensor(shared, device=device), len(prompts), logits_to_keep=1)
-        mask = torch.cat([mask.new_ones(len(mask), len(shared)), mask], dim=1)
+    if prefix is not None:
+        cache = read_prefix(model, prefix, len(prompts), logits_to_keep=1)
+        mask = torch.cat([mask.new_ones(len(mask), len(prefix)), mask], dim=1)
     with head_inputs(model) as hidden:
         for step in range(max_new_tokens):
             output = model(

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from rlaif.config import LoraSettings, ModelConfig, Tuning
-from rlaif.generation import left_pad
+from rlaif.generation import left_pad_after
 from rlaif.losses import token_logps
 from rlaif.models import inner, is_adapter, load_causal_lm, load_tokenizer, lora_config, merge
-from rlaif.prefix import read_after, shareable, split_prefix
+from rlaif.prefix import positions_after, read_after, shareable
 from rlaif.trunk import starting_at
 
 
@@ -91,8 +91,7 @@ def pack(
     share: bool = False,
 ) -> Packed:
     """Pack token ids of prompts and their completions; with ``share``, what all prompts begin with stands apart."""
-    shared, rest = split_prefix(prompts) if share else ([], list(prompts))
-    left, left_mask = left_pad(rest, pad, device)
+    prefix, left, left_mask = left_pad_after(prompts, pad, device, share)
     width = max(len(row) for row in completions)
     tokens = torch.full((len(prompts), width), pad, dtype=torch.long)
     mask = torch.zeros((len(prompts), width), dtype=torch.long)
@@ -104,10 +103,10 @@ def pack(
     return Packed(
         ids=torch.cat([left, tokens], dim=1),
         mask=full_mask,
-        positions=(full_mask.cumsum(-1) - 1).clamp(min=0) + len(shared),
+        positions=positions_after(prefix, full_mask),
         tokens=tokens,
         completion_mask=mask.float(),
-        prefix=torch.tensor(shared, device=device) if shared else None,
+        prefix=prefix,
     )
 
 

@@ -14,10 +14,10 @@ import torch
 from rlaif.artifacts import input_hash
 from rlaif.chat import encode_chat
 from rlaif.config import EnsembleScore, ModelConfig, Tuning
-from rlaif.generation import left_pad
+from rlaif.generation import left_pad_after
 from rlaif.models import adapter_base, inner, is_adapter, load_sequence_scorer, load_tokenizer, resolve_model
 from rlaif.policy import Policy, under
-from rlaif.prefix import read_after, shareable, split_prefix
+from rlaif.prefix import positions_after, read_after, shareable
 from rlaif.records import Message, UserError, read_json
 
 log = logging.getLogger("rlaif")
@@ -157,10 +157,9 @@ class PreferenceModel:
     def _score_batch(self, batch: list[int], encoded: list[list[int]], scores: list[float]) -> None:
         device = next(self.model.parameters()).device
         rows = [encoded[index] for index in batch]
-        prefix, rest = split_prefix(rows) if shareable(self.model) else ([], rows)
-        before = torch.tensor(prefix, device=device) if prefix else None
-        ids, mask = left_pad(rest, self.tokenizer.pad_token_id, device)
-        for index, score in zip(batch, self._head_scores(ids, mask, before).tolist(), strict=True):
+        pad, share = self.tokenizer.pad_token_id, shareable(self.model)
+        prefix, ids, mask = left_pad_after(rows, pad, device, share)
+        for index, score in zip(batch, self._head_scores(ids, mask, prefix).tolist(), strict=True):
             scores[index] = score
 
     def _head_scores(self, ids: torch.Tensor, mask: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
@@ -269,11 +268,7 @@ def last_hidden(model: Any, ids: torch.Tensor, mask: torch.Tensor, prefix: torch
     in transformers' classification models) would stop one token early.
     """
     backbone = inner(model).base_model
-    return backbone(**read_after(model, prefix, ids, mask, _positions(mask, prefix), backbone))[0][:, -1]
-
-
-def _positions(mask: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
-    return (mask.cumsum(-1) - 1).clamp(min=0) + (0 if prefix is None else len(prefix))
+    return backbone(**read_after(model, prefix, ids, mask, positions_after(prefix, mask), backbone))[0][:, -1]
 
 
 def training_scores(
@@ -294,7 +289,7 @@ def training_scores(
     before = head.register_forward_pre_hook(widen)
     after = head.register_forward_hook(lambda module, arguments, output: caught.append(output))
     try:
-        model(**read_after(model, prefix, ids, mask, _positions(mask, prefix)))
+        model(**read_after(model, prefix, ids, mask, positions_after(prefix, mask)))
     finally:
         before.remove()
         after.remove()

@@ -36,6 +36,11 @@ def split_prefix(rows: Sequence[Sequence[int]]) -> tuple[list[int], list[Sequenc
     return first[:length], [row[length:] for row in rows]
 
 
+def positions_after(prefix: Tensor | None, mask: Tensor) -> Tensor:
+    """Position of each column of left-padded rows (B, T), counted from the start of the prefix."""
+    return (mask.cumsum(-1) - 1).clamp(min=0) + (0 if prefix is None else len(prefix))
+
+
 def read_after(
     model: Any,
     prefix: Tensor | None,

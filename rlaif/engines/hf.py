@@ -24,11 +24,11 @@ from rlaif.engines.base import (
     SampleRequest,
 )
 from rlaif.engines.options import Spelling, beginnings, sequence_masses, spellings
-from rlaif.generation import generate, left_pad
+from rlaif.generation import generate, left_pad_after
 from rlaif.losses import token_logps
 from rlaif.models import eos_ids, load_causal_lm, load_tokenizer
 from rlaif.policy import completion_logits, pack
-from rlaif.prefix import read_after, shareable, split_prefix
+from rlaif.prefix import positions_after, read_after, shareable
 from rlaif.records import content_hash
 
 _WINDOW = 512
@@ -195,11 +195,9 @@ class HFEngine(Engine):
 
     def _next_logps(self, rows: Sequence[list[int]]) -> torch.Tensor:
         """Log-probabilities of the token after each row: (rows, vocabulary), float32."""
-        prefix, rest = split_prefix(rows) if shareable(self.model) else ([], rows)
-        padded, mask = left_pad(rest, self.tokenizer.pad_token_id, self.model.device)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0) + len(prefix)
-        before = torch.tensor(prefix, device=self.model.device) if prefix else None
-        arguments = read_after(self.model, before, padded, mask, positions, logits_to_keep=1)
+        pad, share = self.tokenizer.pad_token_id, shareable(self.model)
+        prefix, padded, mask = left_pad_after(rows, pad, self.model.device, share)
+        arguments = read_after(self.model, prefix, padded, mask, positions_after(prefix, mask), logits_to_keep=1)
         logits = self.model(**arguments, logits_to_keep=1).logits
         return torch.log_softmax(logits[:, -1].float(), dim=-1)
 

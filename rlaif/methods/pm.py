@@ -14,7 +14,7 @@ from trl import RewardConfig, RewardTrainer
 
 from rlaif.config import ModelConfig, PMConfig, Tuning
 from rlaif.evaluation.preference_model import calibration, preference_metrics
-from rlaif.generation import left_pad
+from rlaif.generation import left_pad_after
 from rlaif.losses import soft_bradley_terry
 from rlaif.methods.supervised import (
     collate_comparisons,
@@ -37,7 +37,7 @@ from rlaif.preference_model import (
     separate_pad_token,
     training_scores,
 )
-from rlaif.prefix import shareable, split_prefix
+from rlaif.prefix import shareable
 from rlaif.processes import is_main
 from rlaif.records import Preference, content_hash, read_json, write_json
 
@@ -168,9 +168,9 @@ def _train_member(
     def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = collate_comparisons(examples)
         del batch["prompts"]
-        prefix, rest = split_prefix(batch.pop("sequences")) if share else ([], batch.pop("sequences"))
-        ids, mask = left_pad(rest, tokenizer.pad_token_id, torch.device("cpu"))
-        before = {"prefix": torch.tensor(prefix)} if prefix else {}
+        pad, cpu = tokenizer.pad_token_id, torch.device("cpu")
+        prefix, ids, mask = left_pad_after(batch.pop("sequences"), pad, cpu, share)
+        before = {} if prefix is None else {"prefix": prefix}
         return {"input_ids": ids, "attention_mask": mask, **before, **batch}
 
     arguments = RewardConfig(
