@@ -12,6 +12,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -152,9 +153,9 @@ def _hydra(
         else:
             (output / "failed.json").unlink(missing_ok=True)
 
-    with tempfile.TemporaryDirectory(prefix="rlaif-sweep-") as scratch:
-        # Hydra's in-process sweeper would leave a multirun.yaml in the current folder.
-        in_process = sweep and not any(argument.startswith("hydra") for argument in arguments)
+    in_process = sweep and not any(argument.startswith("hydra") for argument in arguments)
+    # Hydra's in-process sweeper would leave a multirun.yaml in the current folder.
+    with tempfile.TemporaryDirectory(prefix="rlaif-sweep-") if in_process else nullcontext() as scratch:
         sys.argv = [f"rlaif.{command}", *arguments, *([f"hydra.sweep.dir={scratch}"] if in_process else [])]
         hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name=command)(job)()
     if raised:
