@@ -25,8 +25,8 @@ class Packed:
 
     ``ids``, ``mask``, ``positions``: (B, P + T). ``tokens``, ``completion_mask``: (B, T); the mask is float.
     ``prefix``: (L,), tokens before every row, which stand in none of the others; positions count them.
-    ``trunk``: (B, P + T, H), what :mod:`rlaif.trunk` has computed of the rows already, and ``prefix_trunk``:
-    (1, L, H), of the prefix.
+    ``trunk``: (B, P + T, H), what the first ``trunk_layers`` layers put out for the rows (:mod:`rlaif.trunk`), and
+    ``prefix_trunk``: (1, L, H), for the prefix.
     """
 
     ids: Tensor
@@ -37,6 +37,7 @@ class Packed:
     prefix: Tensor | None = None
     trunk: Tensor | None = None
     prefix_trunk: Tensor | None = None
+    trunk_layers: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -54,6 +55,7 @@ class Packed:
             self.prefix,
             None if self.trunk is None else self.trunk[rows, columns],
             self.prefix_trunk,
+            self.trunk_layers,
         )
 
     def whole(self) -> Packed:
@@ -112,7 +114,7 @@ def pack(
 
 def _arguments(model: Any, batch: Packed, run: Any, **settings: Any) -> dict[str, Any]:
     """Arguments of a forward pass over the rows by (a part of) the model, once the prefix has been read."""
-    with starting_at(model, batch.prefix_trunk):
+    with starting_at(model, batch.prefix_trunk, batch.trunk_layers):
         return read_after(model, batch.prefix, batch.ids, batch.mask, batch.positions, run, **settings)
 
 
@@ -120,7 +122,7 @@ def completion_logits(model: Any, batch: Packed, temperature: float = 1.0) -> Te
     """Logits that predict each completion token: (B, T, V). Prompt positions get none."""
     keep = batch.tokens.shape[1] + 1
     arguments = _arguments(model, batch, model, logits_to_keep=1)
-    with starting_at(model, batch.trunk):
+    with starting_at(model, batch.trunk, batch.trunk_layers):
         output = model(**arguments, logits_to_keep=keep)
     logits = output.logits[:, -keep:-1]
     return logits if temperature == 1 else logits / temperature
@@ -131,7 +133,7 @@ def completion_states(model: Any, batch: Packed) -> Tensor:
     keep = batch.tokens.shape[1] + 1
     backbone = inner(model).base_model
     arguments = _arguments(model, batch, backbone)
-    with starting_at(model, batch.trunk):
+    with starting_at(model, batch.trunk, batch.trunk_layers):
         output = backbone(**arguments)
     return output[0][:, -keep:-1]
 

@@ -65,7 +65,7 @@ def with_trunk(model: Any, batch: Packed, parts: Sequence[Tensor]) -> Packed:
             trunk = output.new_zeros((*batch.ids.shape, output.shape[-1]))
             before = prefix[0] if prefix else None
         trunk[rows, batch.columns(rows)] = output
-    return replace(batch, trunk=trunk, prefix_trunk=before)
+    return replace(batch, trunk=trunk, prefix_trunk=before, trunk_layers=len(frozen))
 
 
 @torch.no_grad()
@@ -90,16 +90,21 @@ def _run(model: Any, last: nn.Module, batch: Packed) -> list[Any]:
 
 
 @contextlib.contextmanager
-def starting_at(model: Any, trunk: Tensor | None) -> Iterator[None]:
-    """Within the block, forward passes take ``trunk`` as the output of the frozen layers instead of running them."""
-    if trunk is None:
+def starting_at(model: Any, trunk: Tensor | None, depth: int) -> Iterator[None]:
+    """Within the block, forward passes take ``trunk`` as the output of the first ``depth`` layers and run the others.
+
+    Not of the layers that are frozen at the moment: with its adapters off, a model has none that trains.
+    """
+    layers = _decoder_layers(getattr(model, "module", model))
+    if trunk is None or layers is None:
         yield
         return
+    output = trunk
 
     def known(*arguments: Any, **settings: Any) -> Tensor:
-        return trunk
+        return output
 
-    with _forwards([(layer, known) for layer in frozen_layers(model)]):
+    with _forwards([(layer, known) for layer in layers[:depth]]):
         yield
 
 

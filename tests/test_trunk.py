@@ -63,11 +63,13 @@ def test_the_frozen_layers_really_are_skipped_and_put_back():
     calls = []
     handle = frozen_layers(policy.model)[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     completion_logits(policy.model, cut)
+    with policy.reference() as reference:
+        completion_logits(reference, cut)
     assert not calls
     completion_logits(policy.model, batch())
     assert calls
     handle.remove()
-    with pytest.raises(KeyError), starting_at(policy.model, cut.trunk):
+    with pytest.raises(KeyError), starting_at(policy.model, cut.trunk, cut.trunk_layers):
         raise KeyError
     assert all("forward" not in vars(layer) for layer in frozen_layers(policy.model))
 
