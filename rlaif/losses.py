@@ -6,6 +6,7 @@ Shapes: B examples, T completion tokens. Masks are 1.0 on completion tokens and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -39,8 +40,23 @@ def token_logps(logits: Tensor, tokens: Tensor) -> Tensor:
     Returns:
         (...).
     """
-    logits = logits.float()
-    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+    return _TokenLogps.apply(logits.float(), tokens)
+
+
+class _TokenLogps(torch.autograd.Function):
+    """log_softmax and gather in as few passes over the logits as there can be, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+        logps = torch.log_softmax(logits, dim=-1)
+        ctx.save_for_backward(logps, tokens)
+        return logps.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        logps, tokens = ctx.saved_tensors
+        (gradient,) = (each.unsqueeze(-1) for each in gradients)
+        return logps.exp().mul_(-gradient).scatter_add_(-1, tokens.unsqueeze(-1), gradient), None
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -60,7 +76,8 @@ def state_logps(
     """Log-probability of each token, and entropy, from the states that the output head reads.
 
     The same numbers as ``token_logps(head(states) / temperature, tokens)``, but logits are made for a few positions
-    at a time and made again in the backward pass, so that N x V of them are never held.
+    at a time. What the backward pass needs of them is kept for up to four such pieces; of more it is made again, so
+    that N x V numbers are never held.
 
     Args:
         states: (N, H).
@@ -68,14 +85,16 @@ def state_logps(
         tokens: (N,).
         temperature: divides the logits.
         with_entropy: also return entropies; zeros otherwise.
-        max_logits: logits held at once.
+        max_logits: size of a piece.
 
     Returns:
         log-probabilities and entropies, each (N,), in float32.
     """
 
     def piece(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(states).float() / temperature
+        logits = head(states).float()
+        if temperature != 1:
+            logits = logits / temperature
         logps = token_logps(logits, tokens)
         return logps, entropy(logits) if with_entropy else torch.zeros_like(logps)
 
@@ -83,7 +102,7 @@ def state_logps(
         vocabulary = head(states[:1]).shape[-1]
     size = max(max_logits // vocabulary, 1)
     pairs = zip(states.split(size), tokens.split(size), strict=True)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and len(states) * vocabulary > 4 * max_logits:
         pieces = [checkpoint(piece, *pair, use_reentrant=False) for pair in pairs]
     else:
         pieces = [piece(*pair) for pair in pairs]
