@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlaif.losses import token_logps
 from rlaif.prefix import positions_after, read_prefix, shareable, split_prefix
 
 # First words of random streams after the seed, so that no two purposes share numbers. NumPy pads short seeds with
@@ -43,6 +42,10 @@ class Generation:
         return "stop" if self.ended else "length"
 
 
+_WORTH_KEEPING = 7 / 8
+"""Rows that have ended are taken out of a batch once no more than this share of it is left."""
+
+
 def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of token ids as one left-padded tensor and its attention mask, both of shape (rows, longest)."""
     width = max(len(row) for row in rows)
@@ -62,7 +65,9 @@ def left_pad_after(
     return (torch.tensor(prefix, device=device) if prefix else None, *left_pad(rest, pad, device))
 
 
-def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float = 1.0) -> torch.Tensor:
+def draw(
+    logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One token per row by inverting the cumulative distribution.
 
     Args:
@@ -72,11 +77,19 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p:
         top_p: keep the smallest set of tokens with this mass.
 
     Returns:
-        Token ids of shape (rows,).
+        Token ids, and their log-probabilities at the temperature (at 1 if that is 0) before the cut: each (rows,).
     """
+    logits = logits.float()
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    logps = torch.log_softmax(logits, dim=-1)
+
+    def drawn(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return tokens, logps.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
     if temperature == 0:
-        return logits.argmax(dim=-1)
-    probs = torch.softmax(logits.float() / temperature, dim=-1)
+        return drawn(logits.argmax(dim=-1))
+    probs = logps.exp()
     if top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True)
         # Keep a token if the mass before it is still below top_p: at least one stays.
@@ -84,9 +97,9 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p:
         probs = torch.zeros_like(probs).scatter(-1, order, ordered)
     cumulative = probs.cumsum(dim=-1)
     point = uniform.to(cumulative).unsqueeze(-1) * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, point, right=True).squeeze(-1)
+    place = torch.searchsorted(cumulative, point, right=True).squeeze(-1)
     # Rounding may land one past the end.
-    return drawn.clamp(max=probs.shape[-1] - 1)
+    return drawn(place.clamp(max=probs.shape[-1] - 1))
 
 
 @contextlib.contextmanager
@@ -130,6 +143,8 @@ def generate(
         pad: token id to pad with.
         observe: a value of the hidden states (B, 1, H) -> (B, 1) before each token, for example a value head.
     """
+    from rlaif.decoding import grouped_heads, with_room
+
     device = next(model.parameters()).device
     prefix, ids, mask = left_pad_after(prompts, pad, device, shareable(model))
     uniform = torch.from_numpy(
@@ -147,7 +162,7 @@ def generate(
     if prefix is not None:
         cache = read_prefix(model, prefix, len(prompts), logits_to_keep=1)
         mask = torch.cat([mask.new_ones(len(mask), len(prefix)), mask], dim=1)
-    with head_inputs(model) as hidden:
+    with head_inputs(model) as hidden, grouped_heads(model):
         for step in range(max_new_tokens):
             output = model(
                 input_ids=ids,
@@ -157,22 +172,20 @@ def generate(
                 use_cache=True,
                 logits_to_keep=1,
             )
-            cache = output.past_key_values
-            logits = output.logits[:, -1].float()
-            drawn = draw(logits, uniform[active, step], temperature, top_p)
+            cache = output.past_key_values if step else with_room(output.past_key_values, max_new_tokens)
+            drawn, logps[active, step] = draw(output.logits[:, -1], uniform[active, step], temperature, top_p)
             tokens[active, step] = drawn
-            logps[active, step] = token_logps(logits / (temperature or 1.0), drawn)
             if observe is not None:
                 values[active, step] = observe(hidden()[:, -1:]).squeeze(-1)
-            done = torch.isin(drawn, ends)
-            lengths[active[done]] = step + 1
-            ended[active[done]] = True
-            if bool(done.all()):
+            now = torch.isin(drawn, ends) & ~ended[active]
+            lengths[active[now]] = step + 1
+            ended[active[now]] = True
+            left = (~ended[active]).nonzero().squeeze(-1)
+            if not len(left):
                 break
-            keep = ~done
             ids, positions = drawn.unsqueeze(-1), positions[:, -1:] + 1
-            if bool(done.any()):
-                left = keep.nonzero().squeeze(-1)
+            # Taking rows out copies the cache: not for each that ends.
+            if len(left) <= _WORTH_KEEPING * len(active):
                 active, ids, mask, positions = active[left], ids[left], mask[left], positions[left]
                 cache.batch_select_indices(left)
             mask = torch.cat([mask, mask.new_ones((len(mask), 1))], dim=-1)

@@ -140,7 +140,10 @@ class PreferenceModel:
 
     def score(self, examples: Sequence[Example]) -> list[float]:
         """The score of each (prompt, completion)."""
-        encoded = [encode_example(self.tokenizer, prompt, completion) for prompt, completion in examples]
+        given = [tuple(encode_example(self.tokenizer, prompt, completion)) for prompt, completion in examples]
+        # Pairs of one prompt share completions.
+        places = {row: place for place, row in enumerate(dict.fromkeys(given))}
+        encoded = [list(row) for row in places]
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         scores = [0.0] * len(encoded)
         batch: list[int] = []
@@ -151,7 +154,7 @@ class PreferenceModel:
             batch.append(index)
         if batch:
             self._score_batch(batch, encoded, scores)
-        return scores
+        return [scores[places[row]] for row in given]
 
     @torch.inference_mode()
     def _score_batch(self, batch: list[int], encoded: list[list[int]], scores: list[float]) -> None:

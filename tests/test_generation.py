@@ -21,7 +21,7 @@ def what(generations):
 
 
 def drawn(points, temperature=1.0, top_p=1.0, logits=LOGITS):
-    return draw(logits.expand(len(points), -1), torch.tensor(points), temperature, top_p).tolist()
+    return draw(logits.expand(len(points), -1), torch.tensor(points), temperature, top_p)[0].tolist()
 
 
 def test_left_pad():
@@ -76,7 +76,7 @@ def test_temperature():
 @given(st.lists(st.floats(-8, 8), min_size=1, max_size=9), st.floats(0, 1, exclude_max=True, width=32))
 def test_draw_agrees_with_a_loop(values, point):
     logits = torch.tensor([values])
-    token = draw(logits, torch.tensor([point]), 1.0).item()
+    token = draw(logits, torch.tensor([point]), 1.0)[0].item()
     ends = torch.softmax(logits.double(), -1)[0].cumsum(-1).tolist()
     start = ends[token - 1] if token else 0.0
     assert start - 1e-6 <= point <= ends[token] + 1e-6

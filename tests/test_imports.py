@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "rlaif"
 LAYERS = [
     {"", "config", "records", "processes", "progress", "text"},
     {"gold", "constitution", "losses", "chat", "splits", "evaluation.statistics"},
-    {"models", "generation", "artifacts", "engines", "policy", "preference_model", "prefix", "trunk"},
+    {"models", "decoding", "generation", "artifacts", "engines", "policy", "preference_model", "prefix", "trunk"},
     {"sampling", "labeling", "preferences", "demonstrations", "rewards", "methods", "evaluation", "reporting"},
     {"cli"},
     {"sample", "label", "audit", "train", "evaluate", "report", "run"},

@@ -10,12 +10,13 @@ import torch
 from rlaif.chat import encode_chat, turn_end
 from rlaif.config import DPOConfig, LoraSettings, ModelConfig, PMConfig, PPOConfig, SFTConfig, Tuning
 from rlaif.demonstrations import Demonstration
+from rlaif.generation import generate
 from rlaif.methods.dpo import train_dpo
 from rlaif.methods.pm import train_pm
 from rlaif.methods.ppo import train_ppo
 from rlaif.methods.sft import _rows, train_sft
 from rlaif.models import eos_ids, load_causal_lm, load_tokenizer
-from rlaif.policy import completion_logits, pack
+from rlaif.policy import completion_logits, completion_logps, pack
 from rlaif.preference_model import load_scorer, pm_config
 from rlaif.prefix import shareable
 from rlaif.records import Preference, Prompt, UserError
@@ -69,6 +70,21 @@ def test_a_shared_prefix_changes_no_logits(model: tuple[str, ModelConfig]) -> No
     real = alone.completion_mask.bool()
     expected, found = (completion_logits(loaded, batch)[real] for batch in (alone, shared))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sampling_says_what_a_forward_pass_says(model: tuple[str, ModelConfig]) -> None:
+    """With rows that end early, so that the cache is cut while it grows."""
+    _, config = model
+    loaded = load_causal_lm(config)
+    prompts = [[20 + row, 6, 7, *range(row)] for row in range(9)]
+    ends = list(range(0, 200, 5))
+    found = generate(
+        loaded, prompts, [(row, 1) for row in range(9)], max_new_tokens=9, temperature=1.0, eos=ends, pad=0
+    )
+    assert len({len(one.tokens) for one in found}) > 2
+    expected = completion_logps(loaded, prompts, [one.tokens for one in found], 0)
+    for one, logps in zip(found, expected, strict=True):
+        assert one.logps == pytest.approx(logps, abs=1e-4)
 
 
 @pytest.mark.parametrize("tuning", [Tuning.lora, pytest.param(Tuning.full, marks=pytest.mark.slow)])
