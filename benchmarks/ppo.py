@@ -1,6 +1,6 @@
 """PPO against TRL 1.12.0's (the last release that has one), side by side on the embedded model at equal settings.
 
-    python -m benchmarks.ppo [--quick] [--maths] [--dtype bfloat16]
+    python -m benchmarks.ppo [--quick] [--maths] [--dtype bfloat16] [--repeats 3]
 
 Both run in a process of their own on the same torch and transformers, with the same weights' precision, LoRA r=16, 2
 epochs in minibatches of 16, the same prompts and the same preference model. TRL is installed into a folder of its own
@@ -88,6 +88,7 @@ def main() -> None:
     arguments.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights, in both"
     )
+    arguments.add_argument("--repeats", type=int, default=3, help="processes of each, taking turns")
     options = arguments.parse_args()
     ratios: dict[str, Any] = {"maths_difference_to_trl": work("trl_maths", {})}
     if options.maths:
@@ -100,7 +101,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings |= {"folder": folder, "dtype": options.dtype}
         work("make_pm", settings)
-        speed, details = compare(settings, 1 if options.quick else 3)
+        speed, details = compare(settings, 1 if options.quick else options.repeats)
     packages = ("torch", "transformers", "peft", "accelerate")
     details |= {"settings": {name: value for name, value in settings.items() if name != "folder"}, "trl": TRL}
     finish("ppo", speed | ratios, details, packages, options.quick)

@@ -58,7 +58,7 @@ def ours(settings: dict[str, Any]) -> dict[str, Any]:
         iterations=settings["iterations"],
         rollouts=settings["rollouts"],
         minibatch_size=settings["minibatch_size"],
-        micro_batch_size=settings["minibatch_size"],
+        micro_batch_size=min(PPOConfig.micro_batch_size, settings["minibatch_size"]),
         max_new_tokens=settings["max_new_tokens"],
         epochs=2,
         learning_rate=1e-5,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import logging
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -476,18 +474,6 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids |= set(configured) if isinstance(configured, (list, tuple)) else {configured}
     return sorted(token for token in ids if token is not None)
-
-
-def return_freed_memory() -> None:
-    """Have blocks of 1 MiB and more go back to the system as soon as they are free (glibc; elsewhere nothing).
-
-    Left alone, glibc soon keeps blocks of up to 32 MiB for itself, and training on a CPU, where large short-lived
-    tensors alternate with those that wait for the backward pass, leaves its heap full of holes: forward and backward
-    of SmolLM2-135M on 900 tokens peak at 2.3 instead of 3.5 GB, for about a tenth more time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
 
 
 def seed_everything(seed: int) -> None:

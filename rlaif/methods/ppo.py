@@ -38,7 +38,7 @@ from rlaif.methods.ppo_rollout import Actor, PromptStream, Rollouts, ScoreFuncti
 from rlaif.methods.ppo_sampler import VLLMSampler, open_sampler
 from rlaif.methods.ppo_view import View
 from rlaif.methods.trackers import Trackers
-from rlaif.models import return_freed_memory, seed_everything
+from rlaif.models import seed_everything
 from rlaif.policy import Policy, load_policy
 from rlaif.preference_model import load_preference_model, pm_config, read_head
 from rlaif.processes import add_up, copy_from_main, is_main, spread, wait_for_all
@@ -79,7 +79,6 @@ def train_ppo(
         UserError: if no prompt fits ``max_prompt_length``, or the PM's head does not fit the policy.
     """
     seed_everything(seed)
-    return_freed_memory()
     policy = load_policy(start, config.tuning, config.lora)
     head = None
     if config.value_init is ValueInit.pm:
