@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlaif.config import LoraSettings, ModelConfig, Tuning
 from rlaif.generation import left_pad_after
+from rlaif.lora import lean
 from rlaif.losses import token_logps
 from rlaif.models import inner, is_adapter, load_causal_lm, load_tokenizer, lora_config, merge
 from rlaif.prefix import positions_after, read_after, shareable
@@ -223,7 +224,7 @@ def load_policy(config: ModelConfig, tuning: Tuning, lora: LoraSettings) -> Poli
         from peft import get_peft_model
 
         base = load_causal_lm(config, quantized=tuning is Tuning.qlora, merged=True)
-        model = get_peft_model(base, lora_config(lora, base, "CAUSAL_LM", revision=config.revision)).eval()
+        model = lean(get_peft_model(base, lora_config(lora, base, "CAUSAL_LM", revision=config.revision))).eval()
         return Policy(model, tokenizer, tuning, config)
     model = load_causal_lm(config, trainable=True)
     frozen = load_causal_lm(config, merged=True).requires_grad_(False)

@@ -16,7 +16,7 @@ from rlaif.chat import encode_chat
 from rlaif.config import EnsembleScore, ModelConfig, Tuning
 from rlaif.generation import left_pad_after
 from rlaif.models import adapter_base, inner, is_adapter, load_sequence_scorer, load_tokenizer, resolve_model
-from rlaif.policy import Policy, under
+from rlaif.policy import Policy, merged, under
 from rlaif.prefix import positions_after, read_after, shareable
 from rlaif.records import Message, UserError, read_json
 
@@ -185,9 +185,13 @@ class AdapterPreferenceModel(PreferenceModel):
         self.weight, self.bias = (tensor.to(device) for tensor in read_head(folder))
         return model
 
+    def score(self, examples: Sequence[Example]) -> list[float]:
+        """The score of each (prompt, completion)."""
+        with under(self.model, self.ADAPTER), merged(self.model):
+            return super().score(examples)
+
     def _head_scores(self, ids: torch.Tensor, mask: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
-        with under(self.model, self.ADAPTER):
-            hidden = last_hidden(self.model, ids, mask, prefix)
+        hidden = last_hidden(self.model, ids, mask, prefix)
         return (hidden.float() @ self.weight.T + self.bias).squeeze(-1)
 
 

@@ -249,7 +249,7 @@ class PPOConfig:
     """Passes over each iteration's episodes."""
     minibatch_size: int = 16
     """Episodes per optimiser step."""
-    micro_batch_size: int = 8
+    micro_batch_size: int = 16
     """Episodes per forward-backward pass; gradients add up to a minibatch."""
     rollout_batch_size: int = 64
     """Sequences decoded at once."""

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from rlaif.config import LoraSettings, ModelConfig, TrainerSettings, Tuning
+from rlaif.lora import lean
 from rlaif.methods.trackers import TensorBoardBeside, chosen
 from rlaif.models import autocasts, load_causal_lm, lora_config, pick_device
 from rlaif.processes import is_main, wait_for_all, world_size
@@ -231,6 +232,7 @@ def run_trainer(trainer: Any, folder: Path, method: str) -> None:
     newest = max(checkpoints, key=lambda path: int(path.name.rsplit("-", 1)[-1]), default=None)
     if newest is not None:
         log.info("%s: going on from %s", method, newest.name)
+    lean(trainer.model)
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
 
 

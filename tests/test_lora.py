@@ -1,0 +1,104 @@
+"""The lean LoRA layer computes what PEFT's computes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear
+
+from rlaif.config import LoraSettings, ModelConfig, Tuning
+from rlaif.lora import lean
+from rlaif.models import load_causal_lm
+from rlaif.policy import load_policy, merged
+
+TINY = ModelConfig(name="tiny", device="cpu")
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+
+
+def filled(model: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_" in name:
+                value.copy_(0.2 * torch.randn(value.shape, generator=generator))
+    return model
+
+
+def peft_model(**settings: Any) -> Any:
+    targets = ["q_proj", "v_proj", "down_proj"]
+    return filled(
+        get_peft_model(load_causal_lm(TINY), LoraConfig(r=4, lora_alpha=12, target_modules=targets, **settings))
+    )
+
+
+def run(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    torch.manual_seed(3)  # of dropout
+    logits = model(input_ids=IDS).logits
+    logits.square().mean().backward()
+    gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    return logits.detach(), gradients
+
+
+@pytest.mark.parametrize(
+    ("settings", "training"),
+    [
+        ({}, False),
+        ({"lora_dropout": 0.5}, False),
+        ({"lora_dropout": 0.5}, True),
+        ({"lora_bias": True}, False),
+        ({"use_dora": True}, False),
+        ({"use_rslora": True}, True),
+    ],
+)
+def test_logits_and_gradients_are_those_of_peft(settings: dict[str, Any], training: bool) -> None:
+    plain = peft_model(**settings).train(training)
+    ours = lean(copy.deepcopy(plain))
+    (expected, wanted), (found, gradients) = run(plain), run(ours)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert wanted.keys() == gradients.keys()
+    for name in wanted:
+        torch.testing.assert_close(gradients[name], wanted[name], rtol=1e-4, atol=1e-6)
+
+
+def test_another_adapter_none_and_merged_ones() -> None:
+    plain = peft_model()
+    plain.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))
+    filled(plain)
+    ours = lean(copy.deepcopy(plain))
+    for name in ("default", "other"):
+        for model in (plain, ours):
+            model.set_adapter(name)
+        torch.testing.assert_close(run(ours)[0], run(plain)[0], rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        with plain.disable_adapter(), ours.disable_adapter():
+            assert torch.equal(ours(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+        with merged(ours) as model:
+            torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+    folded = copy.deepcopy(ours).merge_and_unload()
+    assert not any(isinstance(module, Linear) for module in folded.modules())
+    torch.testing.assert_close(folded(input_ids=IDS).logits, plain(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_has_weights_of_its_own() -> None:
+    ours = lean(peft_model())
+    twin = copy.deepcopy(ours)
+    before = ours(input_ids=IDS).logits
+    with torch.no_grad():
+        for name, value in twin.named_parameters():
+            if "lora_B" in name:
+                value.zero_()
+    assert torch.equal(ours(input_ids=IDS).logits, before)
+    assert not torch.allclose(twin(input_ids=IDS).logits, before)
+
+
+def test_no_wide_product_is_made_beside_the_layers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load_policy(TINY, Tuning.lora, LoraSettings(r=4, alpha=8))
+    layer = next(module for module in policy.model.modules() if isinstance(module, Linear))
+    monkeypatch.setattr(type(layer.lora_B["default"]), "forward", None)
+    layer.base_layer.forward = lambda x: torch.zeros(*x.shape[:-1], layer.out_features)
+    assert layer(torch.randn(2, 3, layer.in_features)).shape == (2, 3, layer.out_features)
