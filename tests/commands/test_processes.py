@@ -29,9 +29,10 @@ def arguments(method: str, inputs: Path, output: Path, batch_size: int) -> list[
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "rlaif.train"]
 ACCELERATE = ["accelerate.commands.launch", "--main_process_port=0"]
+FLAGS = [*ACCELERATE, "--multi_gpu", "--num_processes=2", "-m", "rlaif.train"]
 
 
-def launch(env: dict[str, str], *overrides: str, expect: int = 0, by: Sequence[str] = TORCHRUN) -> str:
+def launch(env: dict[str, str], *overrides: str, expect: int = 0, by: Sequence[str] = FLAGS) -> str:
     command = [sys.executable, "-m", *by]
     result = subprocess.run(
         [*command, *overrides], env=env, cwd=REPO, capture_output=True, text=True, timeout=300, check=False
@@ -40,33 +41,46 @@ def launch(env: dict[str, str], *overrides: str, expect: int = 0, by: Sequence[s
     return result.stderr
 
 
+@pytest.fixture(scope="module")
+def alone(
+    inputs: Path, run_command: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """What one process makes of such settings, made once: its output folder."""
+    folders: dict[tuple[str, ...], Path] = {}
+
+    def run(method: str, *own: str) -> Path:
+        if (method, *own) not in folders:
+            folder = tmp_path_factory.mktemp("one")
+            run_command("train", *arguments(method, inputs, folder, 8), *own)
+            folders[method, *own] = folder
+        return folders[method, *own]
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "pm", "dpo"])
 def test_two_processes_are_one_with_twice_the_batch(
-    method: str, inputs: Path, command_env: dict[str, str], run_command: Callable[..., Any], tmp_path: Path
+    method: str, inputs: Path, command_env: dict[str, str], alone: Callable[..., Path], tmp_path: Path
 ) -> None:
-    run_command("train", *arguments(method, inputs, tmp_path / "one", 8))
-    launch(command_env, *arguments(method, inputs, tmp_path / "two", 4))
-    model = "pm/preference_model" if method == "pm" else f"{method}/policy"
-    name = "model.safetensors" if method == "sft" else "adapter_model.safetensors"
-    one, two = (load_file(tmp_path / folder / model / name) for folder in ("one", "two"))
-    assert set(one) == set(two)
-    for key, value in one.items():
-        # Adam turns gradients that are only rounding into steps of full size: single weights may differ.
-        assert float((value - two[key]).norm()) <= 2e-3 * float(value.norm()), key
-    provenance = json.loads((tmp_path / "two" / method / "provenance.json").read_text())
+    folders = alone(method), tmp_path
+    launch(command_env, *arguments(method, inputs, tmp_path, 4))
+    close(*(folder / result_of(method) for folder in folders))
+    provenance = json.loads((tmp_path / method / "provenance.json").read_text())
     assert provenance["config"]["processes"] == 2
     curves = [
-        [json.loads(line) for line in (tmp_path / folder / method / "training.jsonl").read_text().splitlines()]
-        for folder in ("one", "two")
+        [json.loads(line) for line in (folder / method / "training.jsonl").read_text().splitlines()]
+        for folder in folders
     ]
     assert len(curves[0]) == len(curves[1]) == 4
     losses = [[line["loss"] for line in curve] for curve in curves]
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
     assert losses[0][-1] < losses[0][0]
-    assert not list((tmp_path / "two").rglob(".*"))
-    # Given again, it is up to date, and every process sees so.
-    assert "up to date, skipped" in launch(command_env, *arguments(method, inputs, tmp_path / "two", 4))
+    assert not list(tmp_path.rglob(".*"))
+
+
+def result_of(method: str) -> str:
+    return "pm/preference_model" if method == "pm" else f"{method}/policy"
 
 
 def close(one: Path, two: Path) -> None:
@@ -75,47 +89,46 @@ def close(one: Path, two: Path) -> None:
     expected, found = load_file(left), load_file(right)
     assert set(expected) == set(found)
     for key, value in expected.items():
+        # Adam turns gradients that are only rounding into steps of full size: single weights may differ.
         assert float((value - found[key]).norm()) <= 2e-3 * float(value.norm()), key
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("configured", [False, True], ids=["flags", "file"])
-@pytest.mark.parametrize("method", ["ppo", "dpo", "pm"])
-def test_accelerate_launch(
-    method: str,
-    configured: bool,
-    inputs: Path,
-    command_env: dict[str, str],
-    run_command: Callable[..., Any],
-    tmp_path: Path,
+@pytest.mark.parametrize("by", ["torchrun", "file"])
+def test_other_ways_to_start_them(
+    by: str, inputs: Path, command_env: dict[str, str], alone: Callable[..., Path], tmp_path: Path
 ) -> None:
-    if configured:
-        file = tmp_path / "accelerate.yaml"
-        file.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 2\n")
-        by = [*ACCELERATE, f"--config_file={file}", "-m", "rlaif.train"]
-    else:
-        by = [*ACCELERATE, "--multi_gpu", "--num_processes=2", "-m", "rlaif.train"]
+    file = tmp_path / "accelerate.yaml"
+    file.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 2\n")
+    start = TORCHRUN if by == "torchrun" else [*ACCELERATE, f"--config_file={file}", "-m", "rlaif.train"]
+    settings = arguments("dpo", inputs, tmp_path / "two", 4)
+    launch(command_env, *settings, by=start)
+    close(alone("dpo") / result_of("dpo"), tmp_path / "two" / result_of("dpo"))
+    if by == "torchrun":
+        # Given again, it is up to date, and every process sees so.
+        assert "up to date, skipped" in launch(command_env, *settings, by=start)
+
+
+@pytest.mark.slow
+def test_processes_of_ppo_share_its_batches(
+    inputs: Path, command_env: dict[str, str], run_command: Callable[..., Any], tmp_path: Path
+) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    if method == "ppo":
-        # A batch of PPO is shared, so both are given the same; the labeler is asked by one process for both.
-        shared = [*COMMON, *PPO, f"prompts={inputs}/prompts.jsonl", "method=ppo"]
-        settings = {folder: [*shared, f"output_dir={folder}"] for folder in (one, two)}
-    else:
-        settings = {folder: arguments(method, inputs, folder, size) for folder, size in ((one, 8), (two, 4))}
+    # Both are given the same; the labeler is asked by one process for both.
+    shared = [*COMMON, *PPO, f"prompts={inputs}/prompts.jsonl", "method=ppo"]
+    settings = {folder: [*shared, f"output_dir={folder}"] for folder in (one, two)}
     run_command("train", *settings[one])
-    launch(command_env, *settings[two], by=by)
-    result = "pm/preference_model" if method == "pm" else f"{method}/policy"
-    close(one / result, two / result)
+    launch(command_env, *settings[two])
+    close(one / "ppo" / "policy", two / "ppo" / "policy")
     assert not list(two.rglob(".*"))
-    if method == "ppo":
-        left, right = (
-            [json.loads(line) for line in (folder / "ppo" / "training.jsonl").read_text().splitlines()]
-            for folder in (one, two)
-        )
-        for key in ("score", "kl", "reward", "policy_loss", "grad_norm"):
-            assert [line[key] for line in left] == pytest.approx([line[key] for line in right], rel=1e-3, abs=1e-4)
-        # How many processes made it decides nothing.
-        assert "up to date, skipped" in run_command("train", *settings[two]).stderr
+    left, right = (
+        [json.loads(line) for line in (folder / "ppo" / "training.jsonl").read_text().splitlines()]
+        for folder in (one, two)
+    )
+    for key in ("score", "kl", "reward", "policy_loss", "grad_norm"):
+        assert [line[key] for line in left] == pytest.approx([line[key] for line in right], rel=1e-3, abs=1e-4)
+    # How many processes made it decides nothing.
+    assert "up to date, skipped" in run_command("train", *settings[two]).stderr
 
 
 SPREAD = {
@@ -125,29 +138,25 @@ SPREAD = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize("method", ["sft", "pm", "dpo"])
+@pytest.mark.parametrize("settings", ["sft", "pm", "dpo", "dpo dpo.tuning=full"])
 @pytest.mark.parametrize("what", SPREAD)
 def test_training_that_is_spread_over_processes_is_that_of_one(
     what: str,
-    method: str,
-    tuning: str,
+    settings: str,
     inputs: Path,
     command_env: dict[str, str],
-    run_command: Callable[..., Any],
+    alone: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
     if what == "deepspeed":
         pytest.importorskip("deepspeed")
     file = tmp_path / "accelerate.yaml"
     file.write_text(f"compute_environment: LOCAL_MACHINE\nnum_processes: 2\n{SPREAD[what]}\n")
-    own = [f"{method}.tuning={tuning}"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    run_command("train", *arguments(method, inputs, one, 8), *own)
+    method, *own = settings.split()
+    one, two = alone(method, *own), tmp_path / "two"
     by = [*ACCELERATE, f"--config_file={file}", str(Path(__file__).with_name("spread_on_cpu.py"))]
     launch({**command_env, "DS_ACCELERATOR": "cpu"}, *arguments(method, inputs, two, 4), *own, by=by)
-    result = "pm/preference_model" if method == "pm" else f"{method}/policy"
-    close(one / result, two / result)
+    close(one / result_of(method), two / result_of(method))
 
 
 @pytest.mark.slow

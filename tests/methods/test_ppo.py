@@ -13,7 +13,7 @@ import torch
 from peft import get_peft_model
 
 from rlaif import losses
-from rlaif.config import Dtype, Keep, KLControl, KLEstimator, LoraSettings, ModelConfig, PPOConfig, Tuning, ValueInit
+from rlaif.config import Dtype, Keep, KLControl, KLEstimator, LoraSettings, ModelConfig, Tuning, ValueInit
 from rlaif.generation import generate
 from rlaif.methods.ppo import PPOTrainer, train_ppo
 from rlaif.methods.ppo_checkpoint import Checkpoints, Progress
@@ -23,27 +23,7 @@ from rlaif.models import load_sequence_scorer, load_tokenizer, lora_config, seed
 from rlaif.policy import Packed, has_plain_head, load_policy
 from rlaif.records import Prompt, UserError
 from rlaif.rewards import known_scores
-
-TINY = ModelConfig(name="tiny", device="cpu")
-PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": "ab" * (i + 1)},)) for i in range(6)]
-VALIDATION = [Prompt(f"v{i}", ({"role": "user", "content": "xy" * (i + 1)},)) for i in range(5)]
-
-
-def vowels(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-    return [sum(letter in "aeiou" for letter in text) / 4 for text in texts]
-
-
-def config(**changes: Any) -> PPOConfig:
-    base = PPOConfig(
-        iterations=2,
-        rollouts=8,
-        minibatch_size=4,
-        micro_batch_size=4,
-        max_new_tokens=6,
-        learning_rate=1e-2,
-        lora=LoraSettings(r=4, alpha=8),
-    )
-    return dataclasses.replace(base, **changes)
+from tests.methods.problem import PROMPTS, TINY, VALIDATION, ppo_config, vowels
 
 
 def trainer(
@@ -55,7 +35,7 @@ def trainer(
     **changes: Any,
 ) -> PPOTrainer:
     seed_everything(0)
-    settings = config(**changes)
+    settings = ppo_config(**changes)
     policy = load_policy(dataclasses.replace(start, dtype=dtype), settings.tuning, settings.lora)
     return PPOTrainer(settings, policy, PROMPTS, score, tmp_path, seed=0, validation=VALIDATION, head=head)
 
@@ -102,7 +82,7 @@ def test_the_precision_is_that_of_the_arithmetic_and_not_of_the_weights(tmp_path
     """Over 4-bit layers that compute in bfloat16, the first parameter is float32, and tells nothing."""
     policy = trainer(tmp_path, dtype=Dtype.bfloat16).policy
     policy.model.float()
-    assert Actor(policy, config()).dtype is torch.bfloat16
+    assert Actor(policy, ppo_config()).dtype is torch.bfloat16
 
 
 def test_a_capped_head_is_not_plain(tmp_path: Path) -> None:
@@ -309,7 +289,7 @@ def test_a_pm_scores_and_starts_the_value(tmp_path: Path, shared: bool) -> None:
                 value.copy_(HEAD[0])
     model.save_pretrained(tmp_path / "pm")
     load_tokenizer(TINY).save_pretrained(tmp_path / "pm")
-    settings = config(value_init=ValueInit.pm, eval_every=1, relative_reward=False)
+    settings = ppo_config(value_init=ValueInit.pm, eval_every=1, relative_reward=False)
     train_ppo(settings, TINY, PROMPTS, None, tmp_path, 0, VALIDATION, tmp_path / "pm")
     curve = lines_of(tmp_path / "training.jsonl")
     assert curve[0]["value_mean"] != 0
@@ -496,7 +476,7 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
 
 
 def run(tmp_path: Path, score: ScoreFunction = vowels, **changes: Any) -> list[dict[str, Any]]:
-    train_ppo(config(**changes), TINY, PROMPTS, score, tmp_path, 0, VALIDATION)
+    train_ppo(ppo_config(**changes), TINY, PROMPTS, score, tmp_path, 0, VALIDATION)
     return lines_of(tmp_path / "training.jsonl")
 
 
@@ -610,7 +590,7 @@ def test_no_samples_are_logged_where_none_are_wanted(tmp_path: Path) -> None:
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        config(**changes)
+        ppo_config(**changes)
 
 
 def test_every_prompt_is_used_once_per_round(tmp_path: Path) -> None:
@@ -649,7 +629,7 @@ def weights(folder: Path) -> bytes:
 
 
 def test_a_resumed_run_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = config(iterations=4, save_every=2, kl_control=KLControl.adaptive, epochs=2)
+    settings = ppo_config(iterations=4, save_every=2, kl_control=KLControl.adaptive, epochs=2)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
@@ -679,7 +659,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("tuning", [Tuning.lora, Tuning.full])
 def test_ppo_raises_the_score(tmp_path: Path, tuning: Tuning) -> None:
-    settings = config(
+    settings = ppo_config(
         tuning=tuning,
         iterations=12,
         rollouts=32,
@@ -698,7 +678,7 @@ def test_a_strong_kl_penalty_holds_the_policy(tmp_path: Path) -> None:
     for kl_coef in (0.0, 5.0):
         folder = tmp_path / str(kl_coef)
         folder.mkdir()
-        settings = config(iterations=8, rollouts=16, learning_rate=2e-2, kl_coef=kl_coef)
+        settings = ppo_config(iterations=8, rollouts=16, learning_rate=2e-2, kl_coef=kl_coef)
         train_ppo(settings, TINY, PROMPTS, vowels, folder, seed=0)
         kls.append(lines_of(folder / "training.jsonl")[-1]["kl"])
     assert kls[1] < kls[0] / 2

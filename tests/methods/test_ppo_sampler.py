@@ -48,30 +48,12 @@ from rlaif.methods.ppo_sampler import VLLMSampler, check_sampler, one_seed, shak
 from rlaif.models import load_sequence_scorer, load_tokenizer, lora_config, seed_everything
 from rlaif.policy import load_policy
 from rlaif.records import Prompt, UserError
-
-TINY = ModelConfig(name="tiny", device="cpu")
-PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": "ab" * (i + 1)},)) for i in range(6)]
-VALIDATION = [Prompt(f"v{i}", ({"role": "user", "content": "xy" * (i + 1)},)) for i in range(5)]
-
-
-def vowels(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-    return [sum(letter in "aeiou" for letter in text) / 4 for text in texts]
+from tests.methods.problem import PROMPTS, TINY, VALIDATION, ppo_config, vowels
 
 
 def config(**changes: Any) -> PPOConfig:
-    base = PPOConfig(
-        sampler=Sampler.vllm,
-        vllm=SamplerVLLMConfig(python=__file__),  # any file: the process is played
-        iterations=2,
-        rollouts=8,
-        minibatch_size=4,
-        micro_batch_size=4,
-        max_new_tokens=6,
-        learning_rate=1e-2,
-        save_every=1,
-        lora=LoraSettings(r=4, alpha=8),
-    )
-    return dataclasses.replace(base, **changes)
+    played = SamplerVLLMConfig(python=__file__)  # any file: the process is played
+    return ppo_config(**{"sampler": Sampler.vllm, "vllm": played, "save_every": 1, **changes})
 
 
 class Played:

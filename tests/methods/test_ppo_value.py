@@ -22,28 +22,12 @@ from rlaif.policy import completion_states, load_policy, under
 from rlaif.preference_model import AdapterPreferenceModel, load_preference_model, pm_config, read_head
 from rlaif.records import Prompt
 from rlaif.trunk import frozen_layers
-
-TINY = ModelConfig(name="tiny", device="cpu")
-PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": "ab" * (i + 1)},)) for i in range(6)]
-
-
-def vowels(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-    return [sum(letter in "aeiou" for letter in text) / 4 for text in texts]
+from tests.methods.problem import PROMPTS, TINY, ppo_config, vowels
 
 
 def config(top_layers: float = 1.0, **changes: Any) -> PPOConfig:
-    base = PPOConfig(
-        iterations=2,
-        rollouts=8,
-        minibatch_size=4,
-        micro_batch_size=4,
-        max_new_tokens=6,
-        learning_rate=1e-2,
-        lora=LoraSettings(r=4, alpha=8, top_layers=top_layers),
-        value_adapter=True,
-        report_to=[],
-    )
-    return dataclasses.replace(base, **changes)
+    lora = LoraSettings(r=4, alpha=8, top_layers=top_layers)
+    return ppo_config(**{"lora": lora, "value_adapter": True, "report_to": [], **changes})
 
 
 def trainer(folder: Path, start: ModelConfig = TINY, pm: Path | None = None, **changes: Any) -> PPOTrainer:
