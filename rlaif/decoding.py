@@ -12,14 +12,13 @@ from typing import Any
 
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlaif.models import inner
 
-_GROUPED = "rlaif_grouped_sdpa"
+_ROOM = 128
 
 
 class RoomyLayer(DynamicLayer):
@@ -65,8 +64,9 @@ class RoomyLayer(DynamicLayer):
         return moved
 
 
-def with_room(cache: Any, room: int) -> Any:
-    """The cache, with room for so many tokens more wherever it is a plain transformers cache."""
+def with_room(cache: Any, tokens: int) -> Any:
+    """The cache, with room for some of so many tokens more wherever it is a plain transformers cache."""
+    room = min(tokens, _ROOM)
     if isinstance(cache, DynamicCache):
         cache.layers = [
             RoomyLayer(layer, room) if type(layer) is DynamicLayer and layer.is_initialized else layer
@@ -77,17 +77,18 @@ def with_room(cache: Any, room: int) -> Any:
 
 @contextlib.contextmanager
 def grouped_heads(model: Any) -> Iterator[None]:
-    """Within the block, steps of one token on a CPU read keys and values that several heads share where they are."""
-    core = inner(model)
-    usual = core.config._attn_implementation == "sdpa" and core._can_set_attn_implementation()
-    if core.device.type != "cpu" or not usual:
+    """Within the block, steps of one token on a CPU read keys and values that several heads share where they are.
+
+    The models' settings stay as they are: some build their masks by the name of their attention.
+    """
+    if inner(model).device.type != "cpu":
         yield
         return
-    core.set_attn_implementation(_GROUPED)
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attend
     try:
         yield
     finally:
-        core.set_attn_implementation("sdpa")
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def _attend(
@@ -95,14 +96,11 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """As transformers' own, but heads (B, H, 1, D) that share keys (B, K, T, D) stand as queries below each other."""
     rows, heads, width, size = query.shape
-    if width > 1 or settings.get("position_bias") is not None:
+    own = attention_mask is not None and attention_mask.shape[1] > 1  # a mask for each head
+    if width > 1 or own or settings.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     grouped = query.reshape(rows, key.shape[1], -1, size)
     output = F.scaled_dot_product_attention(
         grouped, key, value, attention_mask, settings.get("dropout", 0.0), scale=settings.get("scaling")
     )
     return output.reshape(rows, 1, heads, -1), None
-
-
-AttentionInterface.register(_GROUPED, _attend)
-AttentionMaskInterface.register(_GROUPED, sdpa_mask)

@@ -183,7 +183,8 @@ def generate(
             left = (~ended[active]).nonzero().squeeze(-1)
             if not len(left):
                 break
-            ids, positions = drawn.unsqueeze(-1), positions[:, -1:] + 1
+            # What has ended stays where it is: a model may have no position further on.
+            ids, positions = drawn.unsqueeze(-1), positions[:, -1:] + (~ended[active]).long().unsqueeze(-1)
             # Taking rows out copies the cache: not for each that ends.
             if len(left) <= _WORTH_KEEPING * len(active):
                 active, ids, mask, positions = active[left], ids[left], mask[left], positions[left]

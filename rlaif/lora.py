@@ -43,5 +43,7 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
     if name not in layer.lora_A or name in layer.lora_variant or torch.is_autocast_enabled(x.device.type):
         return False
     first, second, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    if type(first) is not nn.Linear or type(second) is not nn.Linear:
+        return False  # FSDP may have spread them by themselves.
     same = x.dtype == first.weight.dtype == layer.base_layer.weight.dtype
     return same and second.bias is None and (isinstance(dropout, nn.Identity) or not dropout.training)

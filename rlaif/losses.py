@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -53,6 +54,7 @@ class _TokenLogps(torch.autograd.Function):
         return logps.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         logps, tokens = ctx.saved_tensors
         (gradient,) = (each.unsqueeze(-1) for each in gradients)

@@ -242,18 +242,28 @@ def under(model: Any, adapter: str, trains: bool = False) -> Iterator[Any]:
         model.set_adapter(policy)
 
 
+def _is_sum(layer: Any) -> bool:
+    """Whether what the active adapters do to a layer is all in one matrix that is added to its float32 weights."""
+    products_alone = not any(
+        name in layer.lora_variant or name in layer.lora_embedding_A or layer.lora_bias.get(name)
+        for name in layer.active_adapters
+    )
+    return products_alone and layer.get_base_layer().weight.dtype == torch.float32
+
+
 @contextlib.contextmanager
 def merged(model: Any) -> Iterator[Any]:
     """The model with its LoRA updates added to the base weights, for fast sampling.
 
     The base weights are set aside and put back, not computed back: nothing drifts, however often it is done.
     Only float32 weights are added to: an update finer than a shorter float (or 4 bits) can hold would vanish, and the
-    sampler would be another policy than the one that trains. There the adapter stays beside the weights.
+    sampler would be another policy than the one that trains. There, and where an update is more than a product of two
+    matrices, the adapter stays beside the weights.
     """
     from peft.tuners.lora import LoraLayer
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if any(layer.get_base_layer().weight.dtype != torch.float32 for layer in layers) or not layers:
+    if not layers or not all(_is_sum(layer) for layer in layers):
         yield model
         return
     kept: list[tuple[Any, Tensor]] = []

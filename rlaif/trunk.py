@@ -95,14 +95,13 @@ def starting_at(model: Any, trunk: Tensor | None, depth: int) -> Iterator[None]:
 
     Not of the layers that are frozen at the moment: with its adapters off, a model has none that trains.
     """
-    layers = _decoder_layers(getattr(model, "module", model))
-    if trunk is None or layers is None:
+    layers = None if trunk is None else _decoder_layers(getattr(model, "module", model))
+    if layers is None:
         yield
         return
-    output = trunk
 
-    def known(*arguments: Any, **settings: Any) -> Tensor:
-        return output
+    def known(*arguments: Any, **settings: Any) -> Tensor | None:
+        return trunk
 
     with _forwards([(layer, known) for layer in layers[:depth]]):
         yield

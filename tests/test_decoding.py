@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlaif.config import ModelConfig
-from rlaif.decoding import RoomyLayer, grouped_heads, with_room
+from rlaif.decoding import RoomyLayer, _attend, grouped_heads, with_room
 from rlaif.generation import generate
 from rlaif.models import load_causal_lm
 
@@ -72,15 +77,41 @@ def test_heads_that_share_keys_are_not_given_copies_of_them(monkeypatch):
     generate(model, PROMPTS, [(row, 1) for row in range(3)], max_new_tokens=3, temperature=1.0, eos=[], pad=0)
     grouped = (config.num_attention_heads // config.num_key_value_heads, config.num_key_value_heads)
     assert heads[-2 * config.num_hidden_layers :] == [grouped] * 2 * config.num_hidden_layers
-    assert model.config._attn_implementation == "sdpa"
 
 
-def test_the_setting_is_put_back_and_is_not_saved(tmp_path):
+@pytest.mark.parametrize("heads", [1, 6])
+@pytest.mark.parametrize("width", [1, 3])
+def test_any_mask_is_that_of_transformers_own(heads, width):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 6, width, 4, generator=generator)
+    key, value = torch.randn(2, 3, 2, 7, 4, generator=generator)
+    mask = torch.rand(3, heads, width, 7, generator=generator) < 0.7
+    mask[..., 0] = True
+    module = SimpleNamespace(num_key_value_groups=3)
+    (found, _), (expected, _) = (
+        function(module, query, key, value, mask, scaling=0.3) for function in (_attend, sdpa_attention_forward)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_attention_is_put_back_after_an_error():
     model = load_causal_lm(ModelConfig(name="tiny", device="cpu"))
-    with grouped_heads(model):
-        model.config.save_pretrained(tmp_path)
-    assert model.config._attn_implementation == "sdpa"
-    assert "rlaif" not in (tmp_path / "config.json").read_text()
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with pytest.raises(KeyError), grouped_heads(model):
+        raise KeyError
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+
+
+def test_what_has_ended_needs_no_further_positions():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=18, n_embd=16, n_layer=1, n_head=2)).eval()
+    prompts = [list(range(15)), *([row] for row in range(11))]
+    settings = {"max_new_tokens": 12, "temperature": 1.0, "pad": 0}
+    seeds = [(row, 1) for row in range(12)]
+    (first,) = generate(model, prompts[:1], seeds[:1], eos=[], **settings | {"max_new_tokens": 1})
+    found = generate(model, prompts, seeds, eos=first.tokens, **settings)
+    assert found[0].tokens == first.tokens
+    assert max(len(one.tokens) for one in found) == 12
 
 
 def test_rows_that_have_ended_stay_a_while_and_change_nothing():

@@ -29,10 +29,8 @@ def filled(model: Any) -> Any:
 
 
 def peft_model(**settings: Any) -> Any:
-    targets = ["q_proj", "v_proj", "down_proj"]
-    return filled(
-        get_peft_model(load_causal_lm(TINY), LoraConfig(r=4, lora_alpha=12, target_modules=targets, **settings))
-    )
+    settings = {"target_modules": ["q_proj", "v_proj", "down_proj"], **settings}
+    return filled(get_peft_model(load_causal_lm(TINY), LoraConfig(r=4, lora_alpha=12, **settings)))
 
 
 def run(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -82,6 +80,20 @@ def test_another_adapter_none_and_merged_ones() -> None:
     folded = copy.deepcopy(ours).merge_and_unload()
     assert not any(isinstance(module, Linear) for module in folded.modules())
     torch.testing.assert_close(folded(input_ids=IDS).logits, plain(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_dora": True}, {"target_modules": ["embed_tokens", "q_proj"]}],
+    ids=["plain", "dora", "embeddings"],
+)
+@torch.no_grad()
+def test_merged_for_a_while_or_left_beside_the_model_says_the_same(settings: dict[str, Any]) -> None:
+    model = peft_model(**settings)
+    expected = model(input_ids=IDS).logits
+    with merged(model) as sampler:
+        torch.testing.assert_close(sampler(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model(input_ids=IDS).logits, expected)
 
 
 def test_a_copy_has_weights_of_its_own() -> None:
