@@ -6,6 +6,8 @@ All processes must call :func:`from_main`, :func:`from_all`, :func:`spread`, :fu
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -106,9 +108,20 @@ def copy_from_main(tensors: Iterable[Any]) -> None:
         torch.distributed.broadcast(tensor, src=0)
 
 
+@functools.cache
 def _state() -> Any:
-    """accelerate's view of the processes; making it joins them."""
+    """accelerate's view of the processes; making it joins them, until the interpreter ends."""
     import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+    # Threads of a group that is only forgotten may abort a process that has done its work.
+    atexit.register(_leave)
+    return state
+
+
+def _leave() -> None:
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
