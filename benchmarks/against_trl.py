@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import random
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import say, spread
+from benchmarks.harness import parser, say, spread
 
 RATE = 1e-4
 """Learning rate of both."""
@@ -113,10 +114,18 @@ def timed_training() -> Iterator[list[float]]:
         Trainer.train = original  # type: ignore[method-assign]
 
 
+def command_line(description: str | None) -> argparse.Namespace:
+    """What the command line says."""
+    result = parser(description)
+    result.add_argument("--steps", type=int, default=8, help="optimiser steps of each run")
+    result.add_argument("--repeats", type=int, default=3, help="runs of each, taking turns")
+    return result.parse_args()
+
+
 def compare(
     ours: Callable[[list[Any], int, int, Path], list[float]],
     theirs: Callable[[list[Any], int, Path], list[float]],
-    quick: bool,
+    options: argparse.Namespace,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Ratios and details: alternating runs on single pairs, and on all pairs of four completions.
 
@@ -124,11 +133,11 @@ def compare(
         ours: trains on pairs of so many prompts, so many steps, in a folder; returns the loss of each step. A step is
             all pairs, so that losses are comparable.
         theirs: the same with TRL's stock trainer.
-        quick: fewer steps and repeats.
+        options: what :func:`command_line` found.
     """
-    prompts, steps, repeats = (2, 2, 1) if quick else (8, 8, 3)
+    prompts, steps, repeats = (2, 2, 1) if options.quick else (8, options.steps, options.repeats)
     ratios: dict[str, Any] = {}
-    details: dict[str, Any] = {"steps": steps, "prompts_per_step": prompts}
+    details: dict[str, Any] = {"steps": steps, "prompts_per_step": prompts, "repeats": repeats}
     for name, completions in (("pairs", 2), ("groups_of_4", 4)):
         pairs = preferences(completions, prompts)
         rates: dict[str, list[float]] = {"rlaif": [], "trl": []}

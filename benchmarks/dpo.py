@@ -1,6 +1,6 @@
 """DPO: pairs a second against TRL's stock DPOTrainer, with the same losses.
 
-    python -m benchmarks.dpo [--quick]
+    python -m benchmarks.dpo [--quick] [--steps 8] [--repeats 3]
 
 The embedded model, LoRA r=16 on all linear layers, float32, hard labels; every step sees the same pairs.
 Once with one pair a prompt, once with all six pairs of four completions, where ours passes each completion through the
@@ -12,8 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.against_trl import RATE, compare, losses_of, rows, stock_arguments, stock_losses
-from benchmarks.harness import finish, parser
+from benchmarks.against_trl import RATE, command_line, compare, losses_of, rows, stock_arguments, stock_losses
+from benchmarks.harness import finish
 
 
 def ours(pairs: list[Any], prompts: int, steps: int, folder: Path) -> list[float]:
@@ -49,9 +49,9 @@ def theirs(pairs: list[Any], steps: int, folder: Path) -> list[float]:
 
 def main() -> None:
     """Compare and write the result."""
-    arguments = parser(__doc__).parse_args()
-    ratios, details = compare(ours, theirs, arguments.quick)
-    finish("dpo", ratios, details, ["trl", "torch", "transformers", "peft"], arguments.quick)
+    options = command_line(__doc__)
+    ratios, details = compare(ours, theirs, options)
+    finish("dpo", ratios, details, ["trl", "torch", "transformers", "peft"], options.quick)
 
 
 if __name__ == "__main__":

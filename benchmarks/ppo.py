@@ -1,6 +1,6 @@
 """PPO against TRL 1.12.0's (the last release that has one), side by side on the embedded model at equal settings.
 
-    python -m benchmarks.ppo [--quick] [--maths] [--dtype bfloat16] [--repeats 3]
+    python -m benchmarks.ppo [--quick] [--maths] [--dtype bfloat16] [--repeats 3] [--rounds 3]
 
 Both run in a process of their own on the same torch and transformers, with the same weights' precision, LoRA r=16, 2
 epochs in minibatches of 16, the same prompts and the same preference model. TRL is installed into a folder of its own
@@ -89,13 +89,15 @@ def main() -> None:
         "--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights, in both"
     )
     arguments.add_argument("--repeats", type=int, default=3, help="processes of each, taking turns")
+    arguments.add_argument("--rounds", type=int, default=3, help="of 64 episodes that count, in each process")
     options = arguments.parse_args()
     ratios: dict[str, Any] = {"maths_difference_to_trl": work("trl_maths", {})}
     if options.maths:
         say(json.dumps(ratios))
         return
     ratios |= work("prompts", {"counts": [1_000, 100_000], "rounds": 5 if options.quick else 30})
-    settings: dict[str, Any] = {"rollouts": 64, "max_new_tokens": 32, "iterations": 4, "minibatch_size": 16}
+    settings: dict[str, Any] = {"rollouts": 64, "max_new_tokens": 32, "minibatch_size": 16}
+    settings["iterations"] = options.rounds + 1
     if options.quick:
         settings = {"rollouts": 8, "max_new_tokens": 8, "iterations": 2, "minibatch_size": 4}
     with tempfile.TemporaryDirectory() as folder:

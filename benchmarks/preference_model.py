@@ -1,6 +1,6 @@
 """Training a preference model: pairs a second against TRL's stock RewardTrainer, with the same losses.
 
-    python -m benchmarks.preference_model [--quick]
+    python -m benchmarks.preference_model [--quick] [--steps 8] [--repeats 3]
 
 The embedded model, LoRA r=16 on all linear layers, float32, hard labels, no centring; every step sees the same pairs.
 Once with one pair a prompt, once with all six pairs of four completions, where ours passes each completion through the
@@ -12,8 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.against_trl import RATE, compare, losses_of, rows, stock_arguments, stock_losses
-from benchmarks.harness import finish, parser
+from benchmarks.against_trl import RATE, command_line, compare, losses_of, rows, stock_arguments, stock_losses
+from benchmarks.harness import finish
 
 
 def ours(pairs: list[Any], prompts: int, steps: int, folder: Path) -> list[float]:
@@ -53,9 +53,9 @@ def theirs(pairs: list[Any], steps: int, folder: Path) -> list[float]:
 
 def main() -> None:
     """Compare and write the result."""
-    arguments = parser(__doc__).parse_args()
-    ratios, details = compare(ours, theirs, arguments.quick)
-    finish("preference_model", ratios, details, ["trl", "torch", "transformers", "peft"], arguments.quick)
+    options = command_line(__doc__)
+    ratios, details = compare(ours, theirs, options)
+    finish("preference_model", ratios, details, ["trl", "torch", "transformers", "peft"], options.quick)
 
 
 if __name__ == "__main__":
