@@ -55,14 +55,16 @@ def losses_of(folder: Path) -> list[float]:
 
 
 def stock_arguments(folder: Path, steps: int, batch: int) -> dict[str, Any]:
-    """Arguments of TRL's trainers that ours are run with too."""
+    """Arguments of TRL's trainers that ours are run with too; up to 8 pairs at a time: 48 take more than 24 GB."""
     import torch
 
+    at_once = max(size for size in range(1, 9) if batch % size == 0)
     return {
         "output_dir": str(folder),
         "learning_rate": RATE,
         "max_steps": steps,
-        "per_device_train_batch_size": batch,
+        "per_device_train_batch_size": at_once,
+        "gradient_accumulation_steps": batch // at_once,
         "lr_scheduler_type": "linear",
         "warmup_steps": 0,
         "max_length": None,
