@@ -21,7 +21,7 @@ def ours(pairs: list[Any], prompts: int, steps: int, folder: Path) -> list[float
     from rlaif.config import DPOConfig, ModelConfig
     from rlaif.methods.dpo import train_dpo
 
-    config = DPOConfig(learning_rate=RATE, max_steps=steps, batch_size=prompts, warmup_ratio=0.0)
+    config = DPOConfig(learning_rate=RATE, max_steps=steps, batch_size=prompts, warmup_ratio=0.0, report_to=[])
     train_dpo(config, ModelConfig(name="embedded"), pairs, folder, seed=0)
     return losses_of(folder)
 

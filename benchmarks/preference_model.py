@@ -21,7 +21,9 @@ def ours(pairs: list[Any], prompts: int, steps: int, folder: Path) -> list[float
     from rlaif.config import ModelConfig, PMConfig
     from rlaif.methods.pm import train_pm
 
-    config = PMConfig(learning_rate=RATE, max_steps=steps, batch_size=prompts, warmup_ratio=0.0, center_coefficient=0.0)
+    config = PMConfig(
+        learning_rate=RATE, max_steps=steps, batch_size=prompts, warmup_ratio=0.0, center_coefficient=0.0, report_to=[]
+    )
     train_pm(config, ModelConfig(name="embedded"), pairs, [], folder, seed=0)
     return losses_of(folder)
 
