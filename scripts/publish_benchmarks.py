@@ -23,7 +23,7 @@ HEAD = """<!-- made by scripts/publish_benchmarks.py -->
 compares side by side in one run, in turns, and writes its ratios, every single measurement, the machine and the
 versions to `benchmarks/results/NAME.json`. Timings depend on the machine; ratios less so. Where a command says
 `--repeats 1` they come from one run of each side, without an interval: repeated runs of the same side differed by up to
-a tenth here.
+a fifth here.
 """
 
 # Benchmark: what it is about, and what each of its figures says.
