@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rlaif.models import inner
 
 _ROOM = 128
+"""Tokens for which room is made at most; where more come, it is made anew."""
 
 
 class RoomyLayer(DynamicLayer):

@@ -14,17 +14,14 @@ from rlaif.config import LoraSettings, ModelConfig, Tuning
 from rlaif.lora import lean
 from rlaif.models import load_causal_lm
 from rlaif.policy import load_policy, merged
+from tests.adapters import fill
 
 TINY = ModelConfig(name="tiny", device="cpu")
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
 
 def filled(model: Any) -> Any:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if "lora_" in name:
-                value.copy_(0.2 * torch.randn(value.shape, generator=generator))
+    fill(model.named_parameters(), 0.2)
     return model
 
 

@@ -11,6 +11,7 @@ from rlaif.generation import head_inputs
 from rlaif.losses import token_logps
 from rlaif.models import load_causal_lm
 from rlaif.policy import completion_logits, completion_logps, load_policy, merged, pack
+from tests.adapters import fill
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(name="tiny", device="cpu")
@@ -28,11 +29,7 @@ def base():
 def policy():
     """A LoRA policy whose adapter does something."""
     policy = load_policy(TINY, Tuning.lora, LoraSettings(r=4, alpha=8))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, value in policy.trainable():
-            if "lora_B" in name:
-                value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+    fill(policy.trainable())
     return policy
 
 

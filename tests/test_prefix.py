@@ -14,6 +14,7 @@ from rlaif.policy import completion_logits, completion_states, load_policy, pack
 from rlaif.preference_model import last_hidden, training_scores
 from rlaif.prefix import _SHORTEST, shareable, split_prefix
 from rlaif.trunk import with_trunk
+from tests.adapters import fill
 
 TINY = ModelConfig(name="tiny", device="cpu")
 CPU = torch.device("cpu")
@@ -38,11 +39,7 @@ def test_prefix_and_rest_are_the_rows(start, ends):
 
 def policy_of(tuning: Tuning, top_layers: float = 1.0):
     policy = load_policy(TINY, tuning, LoraSettings(r=4, alpha=8, top_layers=top_layers))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, value in policy.trainable():
-            if "lora_B" in name:
-                value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+    fill(policy.trainable())
     return policy
 
 

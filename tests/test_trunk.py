@@ -8,6 +8,7 @@ import torch
 from rlaif.config import LoraSettings, ModelConfig, Tuning
 from rlaif.policy import completion_logits, load_policy, pack
 from rlaif.trunk import frozen_layers, starting_at, with_trunk
+from tests.adapters import fill
 
 TINY = ModelConfig(name="tiny", device="cpu")
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
@@ -16,11 +17,7 @@ COMPLETIONS = [[20], [21, 22, 23, 24], [25, 26]]
 
 def policy_of(top_layers: float, tuning: Tuning = Tuning.lora, **settings: object):
     policy = load_policy(TINY, tuning, LoraSettings(r=4, alpha=8, top_layers=top_layers, **settings))  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, value in policy.trainable():
-            if ("lora_" in name and "_B" in name) or "embedding_B" in name:
-                value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+    fill(policy.trainable())
     return policy
 
 

@@ -15,7 +15,6 @@ from rlaif.config import (
     GRPOConfig,
     LoraSettings,
     Method,
-    ModelConfig,
     PMConfig,
     PPOConfig,
     RLOOConfig,
@@ -27,10 +26,9 @@ from rlaif.methods.online import train_online
 from rlaif.methods.pm import train_pm
 from rlaif.methods.ppo import train_ppo
 from rlaif.methods.sft import train_sft
-from rlaif.records import Preference, Prompt
+from rlaif.records import Preference
+from tests.methods.problem import PROMPTS, TINY
 
-TINY = ModelConfig(name="tiny", device="cpu")
-PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": "ab" * (i + 1)},)) for i in range(4)]
 PREFERENCES = [Preference(p.prompt_id, p.messages, "aa", "zz", "0", "1", 1.0, "people", "human") for p in PROMPTS]
 STEP: dict[str, Any] = {"max_steps": 1, "batch_size": 4, "lora": LoraSettings(r=2), "report_to": []}
 ONLINE: dict[str, Any] = STEP | {"generations": 2, "max_new_tokens": 4}

@@ -23,6 +23,7 @@ from rlaif.models import load_sequence_scorer, load_tokenizer, lora_config, seed
 from rlaif.policy import Packed, has_plain_head, load_policy
 from rlaif.records import Prompt, UserError
 from rlaif.rewards import known_scores
+from tests.adapters import fill
 from tests.methods.problem import PROMPTS, TINY, VALIDATION, ppo_config, vowels
 
 
@@ -198,17 +199,9 @@ def sft_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An SFT adapter that does something."""
     folder = tmp_path_factory.mktemp("sft")
     policy = load_policy(TINY, Tuning.lora, LoraSettings(r=4, alpha=8))
-    shake(policy.trainable())
+    fill(policy.trainable(), 0.3)
     policy.save(folder)
     return folder
-
-
-def shake(parameters: Sequence[tuple[str, torch.Tensor]], scale: float = 0.3) -> None:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in parameters:
-            if "lora_B" in name:
-                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.mark.parametrize("tuning", [Tuning.lora, Tuning.full])
@@ -337,7 +330,7 @@ def test_gradient_checkpointing_runs_layers_again_and_changes_no_number(tmp_path
     found = {}
     for again in (False, True):
         ppo = trainer(tmp_path, gradient_checkpointing=again, max_grad_norm=1e9, lora=LoraSettings(r=4, top_layers=0.5))
-        shake(ppo.policy.trainable())
+        fill(ppo.policy.trainable(), 0.3)
         rollouts = ppo.rollout(0)
         calls: list[int] = []
         layers = ppo.actor.model.get_base_model().model.layers
@@ -444,7 +437,7 @@ def test_relative_rewards_subtract_the_references_score_on_the_same_prompt(tmp_p
         return vowels(prompts, texts)
 
     ppo = trainer(tmp_path, relative_reward=True, score=recorded)
-    shake(ppo.policy.trainable(), 1.0)
+    fill(ppo.policy.trainable(), 1.0)
     rollouts = ppo.rollout(0)
     assert len(asked) == 8 + 6
     baselines = dict(asked[8:])

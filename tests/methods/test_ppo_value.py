@@ -22,6 +22,7 @@ from rlaif.policy import completion_states, load_policy, under
 from rlaif.preference_model import AdapterPreferenceModel, load_preference_model, pm_config, read_head
 from rlaif.records import Prompt
 from rlaif.trunk import frozen_layers
+from tests.adapters import fill
 from tests.methods.problem import PROMPTS, TINY, ppo_config, vowels
 
 
@@ -52,25 +53,17 @@ def pm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
     model = load_sequence_scorer(TINY)
     settings = LoraSettings(r=2, top_layers=request.param)
     model = get_peft_model(model, lora_config(settings, model, "SEQ_CLS", ["score"]))
-    shake(dict(model.named_parameters()), ("lora_B", "score"), 0.3)
+    fill(model.named_parameters(), 0.3, ("lora_B", "score"))
     model.save_pretrained(folder)
     load_tokenizer(TINY).save_pretrained(folder)
     return folder
-
-
-def shake(parameters: dict[str, torch.Tensor], names: Sequence[str], scale: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if any(each in name for each in names):
-                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
 def shaken(folder: Path, **changes: Any) -> tuple[PPOTrainer, Rollouts]:
     """A trainer whose value function says something, with its rollouts."""
     ppo = trainer(folder, **changes)
     assert ppo.value_adapter is not None
-    shake({"head": ppo.value_head.linear.weight, **ppo.value_adapter.named}, ("head", "lora_B"), 0.3)
+    fill([("head", ppo.value_head.linear.weight), *ppo.value_adapter.named.items()], 0.3, ("head", "lora_B"))
     return ppo, ppo.rollout(0)
 
 
@@ -112,7 +105,7 @@ def test_layers_that_run_again_change_no_gradient(tmp_path: Path) -> None:
     found = []
     for again in (False, True):
         ppo, rollouts = shaken(tmp_path, gradient_checkpointing=again, max_grad_norm=1e9)
-        shake(dict(ppo.policy.trainable()), ("lora_B",), 0.3)
+        fill(ppo.policy.trainable(), 0.3)
         advantages = torch.ones_like(rollouts.logps)
         ppo.minibatch(torch.arange(4), rollouts, advantages, rollouts.values + 1, train_policy=True)
         found.append([value.grad.clone() for value in (*ppo.parameters, *ppo.value_parameters)])  # type: ignore[union-attr]
@@ -213,7 +206,7 @@ def test_the_saved_policy_has_the_policys_adapter_alone(tmp_path: Path) -> None:
 
 def test_a_policy_that_started_from_an_adapter_is_saved_without_the_values(tmp_path: Path) -> None:
     policy = load_policy(TINY, Tuning.lora, LoraSettings(r=4))
-    shake(dict(policy.trainable()), ("lora_B",), 0.3)
+    fill(policy.trainable(), 0.3)
     policy.save(tmp_path / "sft")
     ppo, rollouts = shaken(tmp_path, start=ModelConfig(name=str(tmp_path / "sft"), device="cpu"))
     expected = ppo.actor.evaluate(rollouts.batch)[0]
@@ -274,7 +267,7 @@ def test_training_the_value_function_leaves_the_pm_alone(tmp_path: Path, pm: Pat
 
 def test_a_pm_with_weights_of_its_own_gives_the_head(tmp_path: Path) -> None:
     model = load_sequence_scorer(TINY)
-    shake(dict(model.named_parameters()), ("score",), 0.3)
+    fill(model.named_parameters(), 0.3, ("score",))
     model.save_pretrained(tmp_path / "pm")
     load_tokenizer(TINY).save_pretrained(tmp_path / "pm")
     ppo = trainer(tmp_path, TINY, tmp_path / "pm", value_init=ValueInit.pm)

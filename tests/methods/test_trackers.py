@@ -11,18 +11,16 @@ from typing import Any
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from rlaif.config import DPOConfig, LoraSettings, ModelConfig, PPOConfig, SFTConfig
+from rlaif.config import DPOConfig, LoraSettings, PPOConfig, SFTConfig
 from rlaif.demonstrations import Demonstration
 from rlaif.methods import trackers
 from rlaif.methods.ppo import train_ppo
 from rlaif.methods.sft import train_sft
 from rlaif.methods.trackers import TensorBoardBeside, Trackers, chosen, flat
 from rlaif.records import Prompt
+from tests.methods.problem import PROMPTS, TINY
 
 pytest.importorskip("tensorboard")
-
-TINY = ModelConfig(name="tiny", device="cpu")
-PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": "ab" * (i + 1)},)) for i in range(4)]
 
 
 def scalars(folder: Path, key: str) -> list[tuple[int, float]]:
