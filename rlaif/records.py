@@ -188,8 +188,10 @@ class Preference:
 
 def content_hash(*parts: Any) -> str:
     """A short stable hash of JSON-able values."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+    return hashlib.sha256(_CANONICAL.encode(parts).encode("utf-8", "surrogatepass")).hexdigest()[:24]
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
 
 
 def existing_file(path: str | os.PathLike[str] | None, key: str) -> Path:
@@ -304,7 +306,10 @@ def write_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 def json_line(value: dict[str, Any]) -> str:
     """One line of a JSONL file."""
-    return json.dumps(value, ensure_ascii=False) + "\n"
+    return _LINE.encode(value) + "\n"
+
+
+_LINE = json.JSONEncoder(ensure_ascii=False)
 
 
 class atomic_file:  # noqa: N801 - used as a context manager function

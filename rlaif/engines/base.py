@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -106,6 +106,11 @@ class Engine(ABC):
 
     identity: dict[str, Any]
     """Everything about the engine that can change an answer: part of every cache key."""
+
+    in_bursts = False
+    """Whether answers come several at a time, so that it pays to store together what came together."""
+    before_waiting: Callable[[], None] = staticmethod(lambda: None)
+    """What an engine that is ``in_bursts`` calls when it has handed over a burst and waits for the next."""
 
     @property
     def name(self) -> str:

@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rlaif.engines.token_scorer import TokenScorer
 
 T = TypeVar("T")
+R = TypeVar("R")
 A = TypeVar("A", FirstToken, Replies)
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ class OpenAIEngine(Engine):
     Raises:
         UserError: if the key is missing or refused, the server cannot be reached or does not serve the model.
     """
+
+    in_bursts = True
 
     def __init__(self, config: LabelerConfig, seed: int) -> None:
         self._config = config
@@ -187,8 +190,8 @@ class OpenAIEngine(Engine):
         """
         if self._tokens is not None:
             self._tokens.check()
-            return self.told(self._client.stream(requests, self._tokens.sample), "completions")
-        return self.told(self._client.stream(requests, self._sample), "completions")
+            return self._stream(requests, self._tokens.sample, "completions")
+        return self._stream(requests, self._sample, "completions")
 
     def score_options(self, requests: Iterable[OptionRequest]) -> Iterator[tuple[int, OptionMass | Failure]]:
         """Mass of each option, from log-probabilities (see :func:`option_masses`) or from replies.
@@ -198,8 +201,8 @@ class OpenAIEngine(Engine):
         """
         if self._tokens is not None:
             self._tokens.check()
-            return self.told(self._client.stream(requests, self._tokens.score, self._config.batch_size), "verdicts")
-        return self.told(self._client.stream(requests, self._score), "verdicts")
+            return self._stream(requests, self._tokens.score, "verdicts", self._config.batch_size)
+        return self._stream(requests, self._score, "verdicts")
 
     def close(self) -> None:
         """Cancel what is in flight, close the connections and end the thread."""
@@ -224,6 +227,11 @@ class OpenAIEngine(Engine):
                 missing,
                 what,
             )
+
+    def _stream(
+        self, requests: Iterable[T], job: Callable[[Sequence[T]], Awaitable[Sequence[R]]], what: str, size: int = 1
+    ) -> Iterator[tuple[int, R]]:
+        return self.told(self._client.stream(requests, job, size, self.before_waiting), what)
 
     async def _sample(self, batch: Sequence[SampleRequest]) -> list[Sampled | Failure]:
         [request] = batch

@@ -161,6 +161,7 @@ class Labeling:
                     yield request
 
         count = 0
+        self.engine.before_waiting = self.store.commit
         try:
             for place, answer in _server(self.engine, kind)(feed()):
                 count += 1
@@ -171,7 +172,7 @@ class Labeling:
                     self.failed[key] = answer
                     opened.sound = False
                 else:
-                    self.store.put(key, _to_json(answer))
+                    self.store.put(key, _to_json(answer), together=self.engine.in_bursts)
                     self.answered += last
                     # A later run shall look at it again.
                     opened.sound = opened.sound and not _is_fallback(answer)
@@ -183,8 +184,10 @@ class Labeling:
         except BaseException:
             # Why it ended must not be hidden by what follows from it (a full disk).
             with contextlib.suppress(UserError):
+                self.store.commit()
                 self._account()
             raise
+        self.store.commit()
         self._account()
         if last and view.skipped:
             log.info("%d verdicts were known already, %d were asked", view.skipped, count)

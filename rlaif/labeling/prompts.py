@@ -6,6 +6,7 @@ outside stands between markers that are chosen so that it cannot contain them, a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import string
@@ -203,15 +204,21 @@ def _block(title: str, text: str, tag: str) -> str:
 
 def _free_tag(texts: Sequence[str]) -> str:
     """A suffix for markers such that no text contains a marker with it, nor one that looks like it; mostly empty."""
-    used = {int(number or 0) for text in texts for number in _MARKER.findall(_skeleton(clean(text)))}
+    used = frozenset().union(*map(_markers, texts))
     number = next(number for number in itertools.count() if number not in used)
     return f" {number}" if number else ""
+
+
+@functools.lru_cache(maxsize=64)
+def _markers(text: str) -> frozenset[int]:
+    """The numbers of all markers that a text contains, or that look like it."""
+    return frozenset(int(number or 0) for number in _MARKER.findall(_skeleton(clean(text))))
 
 
 def _skeleton(text: str) -> str:
     """A text as a marker would be seen in it: one case, no accents, look-alikes replaced by what they look like."""
     if text.isascii():
-        return text.lower()
+        return text.lower() if "[" in text else ""
     text = text.translate(_BRACKETS)
     if "[" not in text:
         return ""
@@ -224,6 +231,7 @@ def _transcript(conversation: Sequence[Message]) -> str:
     return "\n".join(f"{names[message['role']]}: {message['content']}" for message in conversation)
 
 
+@functools.lru_cache(maxsize=64)  # a candidate stands in many prompts
 def clean(text: str) -> str:
     """Without invisible and direction-changing characters; very long text keeps its start and its end."""
     text = _INVISIBLE.sub("", text)

@@ -73,12 +73,9 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 def _laplacian(count: int, one: np.ndarray, other: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Sum over pairs of weight * (e_i - e_j)(e_i - e_j)^T."""
-    result = np.zeros((count, count))
-    np.add.at(result, (one, one), weights)
-    np.add.at(result, (other, other), weights)
-    np.add.at(result, (one, other), -weights)
-    np.add.at(result, (other, one), -weights)
-    return result
+    places = np.concatenate([one * count + other, other * count + one])
+    between = np.bincount(places, np.concatenate([weights, weights]), count**2).reshape(count, count)
+    return np.diag(between.sum(1)) - between
 
 
 def doubts(count: int, verdicts: Sequence[Verdict], noise: float = NOISE, ridge: float = RIDGE) -> np.ndarray:

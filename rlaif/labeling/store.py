@@ -18,7 +18,7 @@ STORE_FILES = (STORE, f"{STORE}-wal")
 
 
 class VerdictStore:
-    """Key -> verdict. What ``put`` has returned from survives the process, however it ends (write-ahead log)."""
+    """Key -> verdict. What has been put (and committed, if together) survives the process, however it ends."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -49,13 +49,20 @@ class VerdictStore:
             found.update((key, json.loads(value)) for key, value in rows)
         return found
 
-    def put(self, key: str, value: Any) -> None:
-        """Store one verdict.
+    def put(self, key: str, value: Any, together: bool = False) -> None:
+        """Store one verdict; ``together`` with all else that is written until :meth:`commit`, which is faster.
 
         Raises:
             UserError: if the disk is full or the file cannot be written; everything stored so far is safe.
         """
+        if together and not self.connection.in_transaction:
+            self._write("BEGIN IMMEDIATE")
         self._write("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", key, json.dumps(value))
+
+    def commit(self) -> None:
+        """Make what was put together safe."""
+        if self.connection.in_transaction:
+            self._write("COMMIT")
 
     def finish(self, key: str) -> None:
         """Mark something of which every verdict is stored, so that a later run need not look at each of them."""
@@ -91,6 +98,7 @@ class VerdictStore:
 
     def close(self) -> None:
         """Fold the write-ahead log into the file and close it."""
+        self.commit()
         self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.connection.close()
 
@@ -102,5 +110,5 @@ class VerdictStore:
             self.close()
             return
         # What went wrong already must not be hidden by what follows from it (a full disk).
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(sqlite3.Error, UserError):
             self.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from rlaif.engines.base import Failure, Likelihood, OptionMass, Sampled
 from rlaif.labeling.prompts import SCALE
@@ -30,15 +31,14 @@ def probability(blank: Label, answers: Sequence[Answer], minimum: float, clamp: 
         for answer in answers
         if isinstance(answer, Sampled | OptionMass)
     ]
-    blank = replace(
-        blank,
-        reply="\n\n".join(reply for reply, _, _ in said if reply is not None) or None,
-        prompt_tokens=total_count(count for _, count, _ in said),
-        completion_tokens=total_count(count for _, _, count in said),
-    )
+    read: dict[str, Any] = {
+        "reply": "\n\n".join(reply for reply, _, _ in said if reply is not None) or None,
+        "prompt_tokens": total_count(count for _, count, _ in said),
+        "completion_tokens": total_count(count for _, _, count in said),
+    }
     failed = [answer for answer in answers if isinstance(answer, Failure)]
     if failed:
-        return replace(blank, method="none", reason=failed[0].reason)
+        return replace(blank, method="none", reason=failed[0].reason, **read)
     found = [answer for answer in answers if isinstance(answer, OptionMass)]
     known = [(yes, no) for yes, no in (answer.masses for answer in found) if yes is not None and no is not None]
     finite = all(math.isfinite(sum(masses)) for masses in known)
@@ -52,6 +52,7 @@ def probability(blank: Label, answers: Sequence[Answer], minimum: float, clamp: 
         p=sum(verdicts) / len(verdicts) if verdicts else None,
         reason=None if verdicts else _missing(bool(known), finite),
         option_mass=round(sum(sum(masses) for masses in known) / len(known), 6) if known and finite else None,
+        **read,
     )
 
 

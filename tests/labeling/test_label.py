@@ -1,9 +1,10 @@
 """Labeling with a scripted labeler gives back what was scripted."""
 
+import time
 from dataclasses import replace
 
 import pytest
-from fake_server import FakeServer
+from fake_server import FakeServer, logprobs
 
 from rlaif.config import LabelerConfig, LabelerType, LabelingConfig, LabelMode, ScriptedConfig
 from rlaif.constitution import Constitution, Exemplar, Principle
@@ -205,6 +206,41 @@ def test_an_interrupted_run_keeps_what_it_has(store):
     assert len(labeler.asked) == len(labels) - 7
 
 
+class DyingAtWork(Dying):
+    in_bursts = True
+
+
+def test_a_run_that_is_interrupted_within_a_burst_keeps_it(store):
+    with pytest.raises(RuntimeError):
+        label_candidates(lines(), CONSTITUTION, DyingAtWork(engine()), PAIRWISE, store)
+    with VerdictStore(store.path) as other:
+        assert other.connection.execute("SELECT count(*) FROM verdicts").fetchone() == (7,)
+
+
+def test_answers_are_stored_before_the_next_are_waited_for(store, server):
+    """Not only when the run ends: the server answers each question only once the answers before it can be read."""
+
+    def reply(body):
+        asked.append(body)
+        deadline = time.monotonic() + 10
+        with VerdictStore(store.path) as other:
+            while time.monotonic() < deadline:
+                [[stored]] = other.connection.execute("SELECT count(*) FROM verdicts")
+                if stored == len(asked) - 1:
+                    seen.append(stored)
+                    break
+                time.sleep(0.01)
+        return logprobs([("A", 0.7), ("B", 0.2)])
+
+    asked, seen = [], []
+    server.default = reply
+    config = LabelerConfig(type=LabelerType.openai, model="judge", base_url=server.url, concurrency=1)
+    with build_labeler(config, seed=0) as labeler:
+        labels = label_candidates(lines(2, ("a", "b")), CONSTITUTION, labeler, PAIRWISE, store)
+    assert len(labels) == 4
+    assert seen == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("part", ["rlaif.labeling.prompts._PAIRWISE_HEAD", "rlaif.labeling.label._code"])
 def test_other_prompt_code_is_asked_again(store, monkeypatch, part):
     """That everything was answered is a mark on what was asked, not on the line alone."""
@@ -303,6 +339,13 @@ def keys(candidates=None, constitution=CONSTITUTION, config=PAIRWISE, labeler=No
     setup = Setup(constitution, labeler.name, config, seed)
     labeling = Labeling(lambda: (), setup, labeler, VerdictStore(":memory:"))
     return [labeling.key(request) for request in requests(setup, candidates)]
+
+
+@pytest.fixture
+def server():
+    fake = FakeServer()
+    yield fake
+    fake.close()
 
 
 @pytest.fixture

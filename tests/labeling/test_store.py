@@ -43,6 +43,24 @@ def test_a_put_is_there_for_others_when_it_returns(tmp_path):
         assert other.get(["a"]) == {"a": 1}
 
 
+def test_what_is_put_together_is_there_for_others_once_committed(tmp_path):
+    with VerdictStore(tmp_path / "s.sqlite") as store, VerdictStore(tmp_path / "s.sqlite") as other:
+        store.put("a", 1, together=True)
+        store.put("b", 2, together=True)
+        store.spend([3])
+        assert store.get(["a", "b"]) == {"a": 1, "b": 2}
+        assert (other.get(["a", "b"]), other.spent()) == ({}, None)
+        store.commit()
+        assert (other.get(["a", "b"]), other.spent()) == ({"a": 1, "b": 2}, [3])
+        store.commit()
+        store.put("c", 3)
+        assert other.get(["c"]) == {"c": 3}
+    with VerdictStore(tmp_path / "s.sqlite") as store:
+        store.put("d", 4, together=True)
+    with VerdictStore(tmp_path / "s.sqlite") as store:
+        assert store.get(["d"]) == {"d": 4}
+
+
 WRITER = """
 import sys
 from pathlib import Path
