@@ -21,14 +21,15 @@ from rlaif.methods.supervised import (
     group_comparisons,
     load_start,
     on_one_device,
+    parts_by_length,
     peft_arguments,
     run_trainer,
     save_result,
+    shares_prefix,
     trainer_arguments,
 )
 from rlaif.models import load_causal_lm, load_tokenizer, seed_everything
-from rlaif.policy import Policy, completion_logits, pack
-from rlaif.prefix import shareable
+from rlaif.policy import Packed, Policy, completion_logits, pack
 from rlaif.records import Preference
 from rlaif.trunk import with_trunk
 
@@ -52,15 +53,15 @@ class SoftDPOTrainer(DPOTrainer):
     ) -> Any:
         """The soft-label loss over the pairs of the batch."""
         batch, chosen, rejected = inputs["batch"], inputs["chosen"], inputs["rejected"]
-        everything = torch.arange(len(batch), device=batch.ids.device)
-        batch = with_trunk(self.accelerator.unwrap_model(model), batch, [everything])
-        logps = self._summed(model, batch)
+        parts = parts_by_length(batch.mask.sum(dim=1))
+        batch = with_trunk(self.accelerator.unwrap_model(model), batch, parts)
+        logps = self._summed(model, batch, parts)
         with torch.no_grad():
             if self.ref_model is None:
                 with self.accelerator.unwrap_model(self.model).disable_adapter():
-                    ref_logps = self._summed(self.model, batch)
+                    ref_logps = self._summed(self.model, batch, parts)
             else:
-                ref_logps = self._summed(self.ref_model, batch)
+                ref_logps = self._summed(self.ref_model, batch, parts)
         pairs = torch.stack([chosen, rejected], dim=1)
         margin = dpo_margin(logps[pairs], ref_logps[pairs], self.beta)
         log_ratios, lengths = logps - ref_logps, batch.completion_mask.sum(dim=1)
@@ -74,9 +75,13 @@ class SoftDPOTrainer(DPOTrainer):
         metrics["chosen_log_ratio"].append(log_ratios[chosen].mean().item())
         return (loss, {"margin": margin}) if return_outputs else loss
 
-    def _summed(self, model: Any, batch: Any) -> torch.Tensor:
-        logps = token_logps(completion_logits(model, batch), batch.tokens)
-        return (logps * batch.completion_mask).sum(dim=1)
+    def _summed(self, model: Any, batch: Packed, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        result = batch.completion_mask.new_empty(len(batch))
+        for rows in parts:
+            part = batch.select(rows)
+            logps = token_logps(completion_logits(model, part), part.tokens)
+            result[rows] = (logps * part.completion_mask).sum(dim=1)
+        return result
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         device = self.accelerator.device
@@ -124,8 +129,7 @@ def train_dpo(config: DPOConfig, start: ModelConfig, train: Sequence[Preference]
         **peft_arguments(config, start, model, "CAUSAL_LM"),
     )
     trainer.settings = config
-    # transformers recomputes layers without a cache.
-    trainer.share = not config.gradient_checkpointing and shareable(model)
+    trainer.share = shares_prefix(model, config, [group["prompt_ids"] for group in groups])
     run_trainer(trainer, folder, "dpo")
     policy = Policy(trainer.model, tokenizer, config.tuning, start)
     save_result(trainer, folder, lambda: policy.save(folder / "policy"))

@@ -21,9 +21,11 @@ from rlaif.methods.supervised import (
     drop_long,
     group_comparisons,
     on_one_device,
+    parts_by_length,
     peft_arguments,
     run_trainer,
     save_result,
+    shares_prefix,
     trainer_arguments,
 )
 from rlaif.models import is_adapter, load_sequence_scorer, load_tokenizer, merge, seed_everything
@@ -37,7 +39,6 @@ from rlaif.preference_model import (
     separate_pad_token,
     training_scores,
 )
-from rlaif.prefix import shareable
 from rlaif.processes import is_main
 from rlaif.records import Preference, content_hash, read_json, write_json
 
@@ -59,7 +60,12 @@ class SoftRewardTrainer(RewardTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Soft Bradley-Terry plus centring over the pairs of the batch."""
-        scores = training_scores(model, inputs["input_ids"], inputs["attention_mask"], inputs.get("prefix"))
+        ids, mask, prefix = inputs["input_ids"], inputs["attention_mask"], inputs.get("prefix")
+        lengths = mask.sum(dim=1)
+        scores = lengths.new_empty(lengths.shape, dtype=torch.float32)
+        for rows in parts_by_length(lengths):
+            longest = int(lengths[rows].max())
+            scores[rows] = training_scores(model, ids[rows, -longest:], mask[rows, -longest:], prefix)
         chosen, rejected = scores[inputs["chosen"]], scores[inputs["rejected"]]
         strength = (2 * inputs["p_chosen"] - 1) * self.margin
         losses = soft_bradley_terry(chosen - rejected - strength, inputs["p_chosen"])
@@ -162,8 +168,7 @@ def _train_member(
     model.config.pad_token_id = tokenizer.pad_token_id
     if config.tuning is Tuning.full:
         model = model.float()
-    # transformers recomputes layers without a cache.
-    share = not config.gradient_checkpointing and shareable(model)
+    share = shares_prefix(model, config, [sequence for group in groups for sequence in group["sequences"]])
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = collate_comparisons(examples)

@@ -19,6 +19,7 @@ from rlaif.config import LoraSettings, ModelConfig, TrainerSettings, Tuning
 from rlaif.lora import lean
 from rlaif.methods.trackers import TensorBoardBeside, chosen
 from rlaif.models import autocasts, load_causal_lm, lora_config, pick_device
+from rlaif.prefix import shareable, split_prefix
 from rlaif.processes import is_main, wait_for_all, world_size
 from rlaif.progress import keep_lines, progress
 from rlaif.records import UserError
@@ -27,6 +28,8 @@ log = logging.getLogger("rlaif")
 
 # Completions in one training example of a preference method.
 _GROUP = 16
+# What a pass through the model costs beside its tokens, in tokens: Python and kernels that wait for each other.
+_PASS_CPU, _PASS_GPU = 64, 2048
 
 
 def load_start(start: ModelConfig, tuning: Tuning) -> Any:
@@ -172,6 +175,39 @@ def collate_comparisons(groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "p_chosen": torch.tensor([p for group in groups for p in group["p_chosen"]]),
         "weight": torch.tensor(weight),
     }
+
+
+def shares_prefix(model: Any, config: TrainerSettings, rows: Sequence[Sequence[int]]) -> bool:
+    """Whether a batch of these rows reads what all of its rows begin with once (:mod:`rlaif.prefix`).
+
+    Several processes must pass through the model equally often, or they wait for each other forever: for them, only if
+    all rows that there are begin with the same.
+    """
+    if config.gradient_checkpointing or not shareable(model):  # transformers recomputes layers without a cache
+        return False
+    return world_size() == 1 or bool(split_prefix(rows)[0])
+
+
+def parts_by_length(lengths: torch.Tensor) -> list[torch.Tensor]:
+    """The rows (B,) of a batch in parts of similar lengths, such that padding each to its longest row costs least.
+
+    A part costs a pass through the model besides. With several processes there is one part (see above).
+    """
+    count, device = len(lengths), lengths.device
+    if world_size() > 1:
+        return [torch.arange(count, device=device)]
+    overhead = _PASS_CPU if device.type == "cpu" else _PASS_GPU
+    ordered, order = lengths.cpu().sort(stable=True)
+    # cost[n]: of the n shortest rows; start[n]: where the last part of them begins.
+    cost, start = torch.zeros(count + 1), [0] * (count + 1)
+    for end in range(1, count + 1):
+        costs = cost[:end] + torch.arange(end, 0, -1) * ordered[end - 1] + overhead
+        cost[end], start[end] = costs.min(), int(costs.argmin())
+    parts = []
+    while count:
+        parts.append(order[start[count] : count].to(device))
+        count = start[count]
+    return parts
 
 
 # What TRL's online trainers call what PPO's curve has as well.

@@ -24,7 +24,19 @@ PPO = [
 def arguments(method: str, inputs: Path, output: Path, batch_size: int) -> list[str]:
     own = [f"{method}.batch_size={batch_size}", f"{method}.max_steps=4", f"{method}.learning_rate=1e-3"]
     own += [f"{method}.tuning=full"] if method == "sft" else [f"{method}.lora.r=4"]
-    return [*COMMON, f"method={method}", f"preferences={inputs}/preferences", f"output_dir={output}", *own]
+    return [*COMMON, f"method={method}", f"preferences={inputs}/mixed", f"output_dir={output}", *own]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mixed(inputs: Path) -> None:
+    """Preferences of which most, not all, share a system message: some batches of one process, not all, begin alike."""
+    lines = [json.loads(line) for line in (inputs / "preferences" / "train.jsonl").read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line["prompt"] = [{"role": "user", "content": line["prompt"]}]
+        if number not in (3, 9):
+            line["prompt"].insert(0, {"role": "system", "content": "Answer in one short sentence."})
+    (inputs / "mixed").mkdir()
+    (inputs / "mixed" / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "rlaif.train"]

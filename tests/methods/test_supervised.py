@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlaif.config import ModelConfig, SFTConfig
-from rlaif.methods.supervised import collate_comparisons, group_comparisons, on_one_device, trainer_arguments
+from rlaif.methods import supervised
+from rlaif.methods.supervised import (
+    collate_comparisons,
+    group_comparisons,
+    on_one_device,
+    parts_by_length,
+    shares_prefix,
+    trainer_arguments,
+)
+from rlaif.models import load_causal_lm
 
 
 def row(prompt: str, chosen: list[int], rejected: list[int], p_chosen: float = 1.0) -> dict[str, object]:
@@ -101,3 +110,45 @@ def test_steps_count_all_processes(tmp_path, monkeypatch):
     assert trainer_arguments(settings, ModelConfig(device="cpu"), tmp_path, 0, 32)["warmup_steps"] == 4
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert trainer_arguments(settings, ModelConfig(device="cpu"), tmp_path, 0, 32)["warmup_steps"] == 2
+
+
+def padded(lengths: list[int], parts: list[list[int]], overhead: int) -> int:
+    return sum(len(part) * max(lengths[row] for row in part) + overhead for part in parts)
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=7))
+def test_parts_of_similar_lengths_cost_least(lengths: list[int]) -> None:
+    found = [part.tolist() for part in parts_by_length(torch.tensor(lengths))]
+    assert sorted(row for part in found for row in part) == list(range(len(lengths)))
+    # All ways to cut the rows, sorted by length, into parts.
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    ways = []
+    for cuts in range(2 ** (len(order) - 1)):
+        parts: list[list[int]] = [[]]
+        for place, row in enumerate(order):
+            if place and cuts >> (place - 1) & 1:
+                parts.append([])
+            parts[-1].append(row)
+        ways.append(padded(lengths, parts, supervised._PASS_CPU))
+    assert padded(lengths, found, supervised._PASS_CPU) == min(ways)
+
+
+def test_parts_by_hand() -> None:
+    # Ten rows of 10 and two of 100 tokens: 12 x 100 in one part; 100 + 200 and two passes (128) in two.
+    lengths = torch.tensor([10, 100] + [10] * 9 + [100])
+    assert [part.tolist() for part in parts_by_length(lengths)] == [[1, 11], [0, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
+    # Two of 10 beside one of 40: 120 and one pass, or 60 and two.
+    assert [part.tolist() for part in parts_by_length(torch.tensor([10, 40, 10]))] == [[0, 2, 1]]
+
+
+def test_several_processes_pass_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_causal_lm(ModelConfig(name="tiny", device="cpu"))
+    alike, other = [[*range(40, 52), number] for number in range(3)], [1, 2, 3]
+    lengths = torch.tensor([1, 1000, 1])
+    assert shares_prefix(model, SFTConfig(), [*alike, other])
+    assert len(parts_by_length(lengths)) == 2
+    monkeypatch.setattr(supervised, "world_size", lambda: 2)
+    assert shares_prefix(model, SFTConfig(), alike)
+    assert not shares_prefix(model, SFTConfig(), [*alike, other])
+    assert [part.tolist() for part in parts_by_length(lengths)] == [[0, 1, 2]]
+    assert not shares_prefix(model, SFTConfig(gradient_checkpointing=True), alike)
