@@ -3,8 +3,9 @@
     python -m benchmarks.labeling_scale [--quick]
 
 Both runs are ``python -m rlaif.label labeler=scripted`` on generated candidates, four to a prompt: six comparisons,
-each in both orders. The large run is killed when nine tenths of its verdicts are stored, and then goes on. ``rss_*``
-is the largest resident memory of the process. --quick takes a tenth of both sizes.
+each in both orders. The large run is killed when nine tenths of its verdicts are stored, and then goes on; the small
+one is measured before, between and after, for the machine's speed may drift while the large one lasts. ``rss_*`` is
+the largest resident memory of the process. --quick takes a tenth of both sizes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import random
 import signal
 import sqlite3
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -120,23 +122,33 @@ def main() -> None:
         small = write_candidates(folder / "small.jsonl", SMALL // scale)
         # What every run takes, whatever its size: imports, the configuration.
         write_candidates(folder / "none.jsonl", 100)
-        fixed, _ = Run(folder / "none.jsonl", folder / "none").end()
-        seconds_small, rss_small = Run(folder / "small.jsonl", folder / "small").end()
-        say(f"{small} verdicts in {seconds_small:.1f} s, of which {fixed:.1f} s before the first; {rss_small:.0f} MiB")
+        few: list[tuple[float, float, float]] = []
+
+        def measure_small() -> None:
+            turn = len(few)
+            fixed, _ = Run(folder / "none.jsonl", folder / f"none-{turn}").end()
+            seconds, rss = Run(folder / "small.jsonl", folder / f"small-{turn}").end()
+            say(f"{small} verdicts in {seconds:.1f} s, of which {fixed:.1f} s before the first; {rss:.0f} MiB")
+            few.append((fixed, seconds, rss))
+
+        measure_small()
         large = write_candidates(folder / "large.jsonl", LARGE // scale)
         run = Run(folder / "large.jsonl", folder / "large")
         run.wait_for(large * 9 // 10)
         seconds_killed, rss_killed = run.end(kill=True)
         say(f"killed at nine tenths of {large} verdicts, after {seconds_killed:.1f} s; {rss_killed:.0f} MiB")
+        measure_small()
         run = Run(folder / "large.jsonl", folder / "large")
         resumed = run.wait_for_news()
         seconds_resumed, rss_resumed = run.end()
         say(f"went on after {resumed:.1f} s and ended after {seconds_resumed:.1f} s; {rss_resumed:.0f} MiB")
+        measure_small()
         figures = json.loads((folder / "large" / "quality.json").read_text(encoding="utf-8"))
         if figures["n_verdicts"] != large or figures["failed"]:
             sys.exit(f"{figures['n_verdicts']} verdicts instead of {large}, {figures['failed']} failed")
     # The second start reads its way through what is stored; that is the price of the kill, not of a label.
     seconds_large = seconds_killed + seconds_resumed - resumed
+    fixed, seconds_small, rss_small = (statistics.median(values) for values in zip(*few, strict=True))
     details |= {
         "seconds_fixed": round(fixed, 2),
         "seconds_small": round(seconds_small, 2),
