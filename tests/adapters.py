@@ -8,7 +8,7 @@ import torch
 
 
 def fill(
-    parameters: Iterable[tuple[str, torch.Tensor]], scale: float = 0.1, names: Sequence[str] = ("lora_B", "embedding_B")
+    parameters: Iterable[tuple[str, torch.Tensor]], scale: float = 0.1, names: Sequence[str] = ("lora_B", "embedding_A")
 ) -> None:
     """Random numbers, always the same, where a name has one of ``names``: the half of LoRA that starts at zero."""
     generator = torch.Generator().manual_seed(0)

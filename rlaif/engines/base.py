@@ -109,8 +109,8 @@ class Engine(ABC):
 
     in_bursts = False
     """Whether answers come several at a time, so that it pays to store together what came together."""
-    before_waiting: Callable[[], None] = staticmethod(lambda: None)
-    """What an engine that is ``in_bursts`` calls when it has handed over a burst and waits for the next."""
+    after_burst: Callable[[], None] = staticmethod(lambda: None)
+    """What an engine that is ``in_bursts`` calls once it has handed over a burst, before anything else."""
 
     @property
     def name(self) -> str:

@@ -132,12 +132,12 @@ class Client:
         requests: Iterable[T],
         job: Callable[[Sequence[T]], Awaitable[Sequence[R]]],
         size: int = 1,
-        before_waiting: Callable[[], None] = lambda: None,
+        after_burst: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[int, R]]:
         """Results of ``job`` on batches of ``size`` requests, as they end; at most ``concurrency`` jobs at once.
 
         As many batches again are pulled ahead, so that the server does not wait while the caller works.
-        ``before_waiting`` is called whenever all results that there are have been handed over.
+        ``after_burst`` is called whenever results that came together have been handed over.
         """
         run: _Stream[T, R] = _Stream(self._loop, job, self._concurrency)
         source = iter(requests)
@@ -156,8 +156,6 @@ class Client:
                     self._loop.call_soon_threadsafe(run.give, units)
                 if not in_hand:
                     return
-                if run.results.empty():
-                    before_waiting()
                 problem = None
                 for entry in run.results.get():
                     in_hand -= 1
@@ -165,6 +163,7 @@ class Client:
                         problem = entry  # what others have got comes first: it may have been paid for
                         continue
                     yield from enumerate(entry[1], entry[0])
+                after_burst()
                 if problem is not None:
                     raise problem
         finally:

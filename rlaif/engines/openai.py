@@ -231,7 +231,7 @@ class OpenAIEngine(Engine):
     def _stream(
         self, requests: Iterable[T], job: Callable[[Sequence[T]], Awaitable[Sequence[R]]], what: str, size: int = 1
     ) -> Iterator[tuple[int, R]]:
-        return self.told(self._client.stream(requests, job, size, self.before_waiting), what)
+        return self.told(self._client.stream(requests, job, size, self.after_burst), what)
 
     async def _sample(self, batch: Sequence[SampleRequest]) -> list[Sampled | Failure]:
         [request] = batch

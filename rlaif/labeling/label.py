@@ -161,7 +161,7 @@ class Labeling:
                     yield request
 
         count = 0
-        self.engine.before_waiting = self.store.commit
+        self.engine.after_burst = self.store.commit
         try:
             for place, answer in _server(self.engine, kind)(feed()):
                 count += 1
@@ -187,6 +187,8 @@ class Labeling:
                 self.store.commit()
                 self._account()
             raise
+        finally:
+            self.engine.after_burst = lambda: None
         self.store.commit()
         self._account()
         if last and view.skipped:

@@ -204,15 +204,15 @@ def _block(title: str, text: str, tag: str) -> str:
 
 def _free_tag(texts: Sequence[str]) -> str:
     """A suffix for markers such that no text contains a marker with it, nor one that looks like it; mostly empty."""
-    used = frozenset().union(*map(_markers, texts))
+    used = frozenset().union(*(_markers(clean(text)) for text in texts))
     number = next(number for number in itertools.count() if number not in used)
     return f" {number}" if number else ""
 
 
 @functools.lru_cache(maxsize=64)
 def _markers(text: str) -> frozenset[int]:
-    """The numbers of all markers that a text contains, or that look like it."""
-    return frozenset(int(number or 0) for number in _MARKER.findall(_skeleton(clean(text))))
+    """The numbers of all markers that a clean text contains, or that look like it."""
+    return frozenset(int(number or 0) for number in _MARKER.findall(_skeleton(text)))
 
 
 def _skeleton(text: str) -> str:
@@ -231,9 +231,13 @@ def _transcript(conversation: Sequence[Message]) -> str:
     return "\n".join(f"{names[message['role']]}: {message['content']}" for message in conversation)
 
 
-@functools.lru_cache(maxsize=64)  # a candidate stands in many prompts
 def clean(text: str) -> str:
     """Without invisible and direction-changing characters; very long text keeps its start and its end."""
+    return _cleaned(text) if len(text) <= _LIMIT else _cleaned.__wrapped__(text)
+
+
+@functools.lru_cache(maxsize=64)  # a candidate stands in many prompts
+def _cleaned(text: str) -> str:
     text = _INVISIBLE.sub("", text)
     if len(text) > _LIMIT:
         text = f"{text[: _LIMIT // 2]}\n[...]\n{text[-_LIMIT // 2 :]}"

@@ -53,14 +53,18 @@ class VerdictStore:
         """Store one verdict; ``together`` with all else that is written until :meth:`commit`, which is faster.
 
         Raises:
-            UserError: if the disk is full or the file cannot be written; everything stored so far is safe.
+            UserError: if the disk is full or the file cannot be written; everything committed so far is safe.
         """
         if together and not self.connection.in_transaction:
             self._write("BEGIN IMMEDIATE")
         self._write("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", key, json.dumps(value))
 
     def commit(self) -> None:
-        """Make what was put together safe."""
+        """Make what was put together safe.
+
+        Raises:
+            UserError: if the disk is full or the file cannot be written; what was put together is lost.
+        """
         if self.connection.in_transaction:
             self._write("COMMIT")
 

@@ -53,7 +53,7 @@ class SoftDPOTrainer(DPOTrainer):
     ) -> Any:
         """The soft-label loss over the pairs of the batch."""
         batch, chosen, rejected = inputs["batch"], inputs["chosen"], inputs["rejected"]
-        parts = parts_by_length(batch.mask.sum(dim=1))
+        parts = parts_by_length(batch.mask.sum(dim=1), batch.prefix)
         batch = with_trunk(self.accelerator.unwrap_model(model), batch, parts)
         logps = self._summed(model, batch, parts)
         with torch.no_grad():
@@ -129,7 +129,7 @@ def train_dpo(config: DPOConfig, start: ModelConfig, train: Sequence[Preference]
         **peft_arguments(config, start, model, "CAUSAL_LM"),
     )
     trainer.settings = config
-    trainer.share = shares_prefix(model, config, [group["prompt_ids"] for group in groups])
+    trainer.share = shares_prefix(model, config, [[group["prompt_ids"]] * len(group["sequences"]) for group in groups])
     run_trainer(trainer, folder, "dpo")
     policy = Policy(trainer.model, tokenizer, config.tuning, start)
     save_result(trainer, folder, lambda: policy.save(folder / "policy"))

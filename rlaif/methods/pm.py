@@ -63,7 +63,7 @@ class SoftRewardTrainer(RewardTrainer):
         ids, mask, prefix = inputs["input_ids"], inputs["attention_mask"], inputs.get("prefix")
         lengths = mask.sum(dim=1)
         scores = lengths.new_empty(lengths.shape, dtype=torch.float32)
-        for rows in parts_by_length(lengths):
+        for rows in parts_by_length(lengths, prefix):
             longest = int(lengths[rows].max())
             scores[rows] = training_scores(model, ids[rows, -longest:], mask[rows, -longest:], prefix)
         chosen, rejected = scores[inputs["chosen"]], scores[inputs["rejected"]]
@@ -168,7 +168,7 @@ def _train_member(
     model.config.pad_token_id = tokenizer.pad_token_id
     if config.tuning is Tuning.full:
         model = model.float()
-    share = shares_prefix(model, config, [sequence for group in groups for sequence in group["sequences"]])
+    share = shares_prefix(model, config, [group["sequences"] for group in groups])
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = collate_comparisons(examples)

@@ -177,26 +177,31 @@ def collate_comparisons(groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def shares_prefix(model: Any, config: TrainerSettings, rows: Sequence[Sequence[int]]) -> bool:
-    """Whether a batch of these rows reads what all of its rows begin with once (:mod:`rlaif.prefix`).
+def shares_prefix(model: Any, config: TrainerSettings, examples: Sequence[Sequence[Sequence[int]]]) -> bool:
+    """Whether batches of these examples, each of some rows, read a common beginning apart (:mod:`rlaif.prefix`).
 
     Several processes must pass through the model equally often, or they wait for each other forever: for them, only if
-    all rows that there are begin with the same.
+    all rows that there are begin with the same, and no batch can be a single row.
     """
     if config.gradient_checkpointing or not shareable(model):  # transformers recomputes layers without a cache
         return False
-    return world_size() == 1 or bool(split_prefix(rows)[0])
+    if world_size() == 1:
+        return True
+    return all(len(rows) > 1 for rows in examples) and bool(split_prefix([row for rows in examples for row in rows])[0])
 
 
-def parts_by_length(lengths: torch.Tensor) -> list[torch.Tensor]:
+def parts_by_length(lengths: torch.Tensor, prefix: torch.Tensor | None = None) -> list[torch.Tensor]:
     """The rows (B,) of a batch in parts of similar lengths, such that padding each to its longest row costs least.
 
-    A part costs a pass through the model besides. With several processes there is one part (see above).
+    A part costs a pass through the model besides, and another over the prefix (L,) that all rows share. With several
+    processes there is one part (see above).
     """
     count, device = len(lengths), lengths.device
     if world_size() > 1:
         return [torch.arange(count, device=device)]
     overhead = _PASS_CPU if device.type == "cpu" else _PASS_GPU
+    if prefix is not None:
+        overhead = 2 * overhead + len(prefix)
     ordered, order = lengths.cpu().sort(stable=True)
     # cost[n]: of the n shortest rows; start[n]: where the last part of them begins.
     cost, start = torch.zeros(count + 1), [0] * (count + 1)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from rlaif.config import ModelConfig, SFTConfig
+from rlaif.config import DPOConfig, LoraSettings, ModelConfig, PMConfig, SFTConfig
 from rlaif.methods import supervised
+from rlaif.methods.dpo import train_dpo
+from rlaif.methods.pm import train_pm
 from rlaif.methods.supervised import (
     collate_comparisons,
     group_comparisons,
@@ -18,6 +24,8 @@ from rlaif.methods.supervised import (
     trainer_arguments,
 )
 from rlaif.models import load_causal_lm
+from rlaif.records import Preference
+from tests.methods.problem import TINY
 
 
 def row(prompt: str, chosen: list[int], rejected: list[int], p_chosen: float = 1.0) -> dict[str, object]:
@@ -139,16 +147,58 @@ def test_parts_by_hand() -> None:
     assert [part.tolist() for part in parts_by_length(lengths)] == [[1, 11], [0, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
     # Two of 10 beside one of 40: 120 and one pass, or 60 and two.
     assert [part.tolist() for part in parts_by_length(torch.tensor([10, 40, 10]))] == [[0, 2, 1]]
+    # A prefix of 900 tokens is read once more for each part: 1200 + 900 + 128, or 300 + 1800 + 256.
+    assert len(parts_by_length(lengths, torch.arange(900))) == 1
+    assert len(parts_by_length(lengths, torch.arange(20))) == 2
 
 
 def test_several_processes_pass_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_causal_lm(ModelConfig(name="tiny", device="cpu"))
-    alike, other = [[*range(40, 52), number] for number in range(3)], [1, 2, 3]
+    alike = [[[*range(40, 52), number], [*range(40, 52), 7]] for number in range(3)]
+    other, single = [[1, 2, 3], [1, 2, 4]], [[*range(40, 53)]]
     lengths = torch.tensor([1, 1000, 1])
-    assert shares_prefix(model, SFTConfig(), [*alike, other])
+    assert shares_prefix(model, SFTConfig(), [*alike, other, single])
     assert len(parts_by_length(lengths)) == 2
     monkeypatch.setattr(supervised, "world_size", lambda: 2)
     assert shares_prefix(model, SFTConfig(), alike)
     assert not shares_prefix(model, SFTConfig(), [*alike, other])
+    # Two texts that are the same tokens: a batch of one row begins like no other.
+    assert not shares_prefix(model, SFTConfig(), [*alike, single])
     assert [part.tolist() for part in parts_by_length(lengths)] == [[0, 1, 2]]
     assert not shares_prefix(model, SFTConfig(gradient_checkpointing=True), alike)
+
+
+@pytest.mark.parametrize("method", ["pm", "dpo"])
+def test_training_in_parts_is_training_in_one(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below adapted layers that start in the middle, and after a system message that all prompts share."""
+    system = {"role": "system", "content": "Answer in one short sentence."}
+    data = [
+        Preference(f"p{i}", (system, {"role": "user", "content": "ab" * i}), "a" * (1 + 9 * i), "z" * 5, "0", "1", 0.9,
+                   "people", "human")
+        for i in range(8)
+    ]  # fmt: skip
+    counts: list[int] = []
+    found = parts_by_length
+
+    def counted(*arguments: Any) -> list[torch.Tensor]:
+        parts = found(*arguments)
+        counts.append(len(parts))
+        return parts
+
+    monkeypatch.setattr(f"rlaif.methods.{method}.parts_by_length", counted)
+    shared = {"batch_size": 4, "max_steps": 3, "learning_rate": 1e-2, "lora": LoraSettings(r=4, top_layers=0.5)}
+    weights = []
+    for overhead in (0, 10**9):
+        monkeypatch.setattr(supervised, "_PASS_CPU", overhead)
+        folder = tmp_path / str(overhead)
+        if method == "pm":
+            target = train_pm(PMConfig(**shared), TINY, data, [], folder, seed=0)
+        else:
+            target = train_dpo(DPOConfig(**shared), TINY, data, folder, seed=0)
+        weights.append(load_file(target / "adapter_model.safetensors"))
+    assert min(counts[:3]) > 1
+    assert counts[3:] == [1, 1, 1]
+    one, other = weights
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, rtol=1e-3, atol=1e-4, msg=key)
