@@ -192,6 +192,7 @@ def content_hash(*parts: Any) -> str:
 
 
 _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+_LINE = json.JSONEncoder(ensure_ascii=False)
 
 
 def existing_file(path: str | os.PathLike[str] | None, key: str) -> Path:
@@ -307,9 +308,6 @@ def write_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 def json_line(value: dict[str, Any]) -> str:
     """One line of a JSONL file."""
     return _LINE.encode(value) + "\n"
-
-
-_LINE = json.JSONEncoder(ensure_ascii=False)
 
 
 class atomic_file:  # noqa: N801 - used as a context manager function
