@@ -29,7 +29,7 @@ log = logging.getLogger("rlaif")
 # Completions in one training example of a preference method.
 _GROUP = 16
 # What a pass through the model costs beside its tokens, in tokens: Python and kernels that wait for each other.
-_PASS_CPU, _PASS_GPU = 64, 2048
+_PASS_CPU, _PASS_GPU = 16, 2048
 
 
 def load_start(start: ModelConfig, tuning: Tuning) -> Any:

@@ -142,12 +142,12 @@ def test_parts_of_similar_lengths_cost_least(lengths: list[int]) -> None:
 
 
 def test_parts_by_hand() -> None:
-    # Ten rows of 10 and two of 100 tokens: 12 x 100 in one part; 100 + 200 and two passes (128) in two.
+    # Ten rows of 10 and two of 100 tokens: 12 x 100 in one part; 100 + 200 and two passes (32) in two.
     lengths = torch.tensor([10, 100] + [10] * 9 + [100])
     assert [part.tolist() for part in parts_by_length(lengths)] == [[1, 11], [0, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
-    # Two of 10 beside one of 40: 120 and one pass, or 60 and two.
-    assert [part.tolist() for part in parts_by_length(torch.tensor([10, 40, 10]))] == [[0, 2, 1]]
-    # A prefix of 900 tokens is read once more for each part: 1200 + 900 + 128, or 300 + 1800 + 256.
+    # Two of 10 beside one of 15: 45 and one pass, or 35 and two.
+    assert [part.tolist() for part in parts_by_length(torch.tensor([10, 15, 10]))] == [[0, 2, 1]]
+    # A prefix of 900 tokens is read once more for each part: 1200 + 900 + 32, or 300 + 1800 + 64.
     assert len(parts_by_length(lengths, torch.arange(900))) == 1
     assert len(parts_by_length(lengths, torch.arange(20))) == 2
 
