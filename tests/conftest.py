@@ -16,3 +16,13 @@ def few_threads():
     import torch
 
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def server():
+    """A programmable server (``tests/engines/fake_server.py``), fresh for each test."""
+    from fake_server import FakeServer
+
+    fake = FakeServer()
+    yield fake
+    fake.close()

@@ -188,7 +188,7 @@ class Labeling:
                 self._account()
             raise
         finally:
-            self.engine.after_burst = lambda: None
+            del self.engine.after_burst
         self.store.commit()
         self._account()
         if last and view.skipped:

@@ -342,13 +342,6 @@ def keys(candidates=None, constitution=CONSTITUTION, config=PAIRWISE, labeler=No
 
 
 @pytest.fixture
-def server():
-    fake = FakeServer()
-    yield fake
-    fake.close()
-
-
-@pytest.fixture
 def openai():
     """Makes clients of a server that does nothing."""
     servers = FakeServer(), FakeServer()

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from fake_server import FakeServer, text
+from fake_server import text
 
 from rlaif.config import LabelerConfig, LabelerType, LabelingConfig, LabelMode, Principles, ScriptedConfig
 from rlaif.constitution import Constitution, Principle, load_constitution
@@ -243,12 +243,6 @@ def test_too_little_mass_and_unknown_options_are_no_verdict(store, config):
 
 class TestWithoutLogProbabilities:
     """A server that gives none: verdicts come from replies, and the label says so."""
-
-    @pytest.fixture
-    def server(self):
-        fake = FakeServer()
-        yield fake
-        fake.close()
 
     @staticmethod
     def labeler(server, **settings):
