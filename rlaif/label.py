@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import time
 from collections import Counter
@@ -166,7 +168,7 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
         from rlaif.labeling.store import VerdictStore
 
         started = time.perf_counter()
-        with build_labeler(config.labeler, config.seed) as engine, VerdictStore(folder / STORE) as store:
+        with build_labeler(config.labeler, config.seed) as engine, VerdictStore(folder / STORE) as store, _loaded():
             loading = time.perf_counter() - started
             setup = Setup(constitution, engine.name, config.labeling, config.seed)
             calibration: dict[str, Any] = {}
@@ -227,6 +229,17 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
         **labeler_inputs(config.labeler),
     }
     run_stage("label", output, settings, inputs, make, config.seed, carry_over=STORE_FILES, unfinished=_has_failures)
+
+
+@contextlib.contextmanager
+def _loaded() -> Iterator[None]:
+    """What has been loaded by now is not gone through by the garbage collector again: a tenth of a label's time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _comparisons(file: str | None, key: str) -> list[Comparison]:

@@ -208,6 +208,16 @@ def test_encoding_by_lines_keeps_hostile_text_inert(text: str) -> None:
         assert ChatEncoder(tokenizer)(messages, text) == encode_chat(tokenizer, messages, text)
 
 
+@pytest.mark.parametrize("other", [{"truncation": True, "max_length": 1}, {"padding": "max_length", "max_length": 99}])
+def test_encoding_by_lines_does_not_mind_what_else_the_tokenizer_is_used_for(other: dict[str, Any]) -> None:
+    tokenizer = _trained(None)
+    messages = [{"role": "user", "content": "a b\nc d\nx"}]
+    expected = encode_chat(tokenizer, messages)
+    tokenizer.pad_token = tokenizer.eos_token or "<|im_end|>"
+    tokenizer("a b c", split_special_tokens=True, **other)
+    assert ChatEncoder(tokenizer)(messages) == expected
+
+
 def test_only_tokenizers_with_known_rules_are_cut() -> None:
     from tokenizers import AddedToken, normalizers
 

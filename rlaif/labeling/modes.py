@@ -6,6 +6,7 @@ A talk decides by its answers alone, so it can be held again from stored answers
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -32,7 +33,15 @@ from rlaif.labeling.prompts import (
     score_prompt,
     word_spellings,
 )
-from rlaif.labeling.verdicts import Answer, distribution, expected_score, likelihood_ratio, probability, total_count
+from rlaif.labeling.verdicts import (
+    Answer,
+    Blank,
+    distribution,
+    expected_score,
+    likelihood_ratio,
+    probability,
+    total_count,
+)
 from rlaif.records import Candidates, Completion, Label, Prompt, UserError, content_hash
 
 Request = OptionRequest | SampleRequest | CompletionRequest
@@ -375,19 +384,19 @@ _TALKS: Mapping[LabelMode, Callable[[Setup, Candidates], Talk]] = {
 }
 
 
-def _blank(setup: Setup, line: Candidates, principle: Principle, **shown: Any) -> Label:
-    """A label without its verdict; ``shown`` names the candidates by their ids."""
+def _blank(setup: Setup, line: Candidates, principle: Principle, **shown: Any) -> Blank:
+    """A label but for its verdict; ``shown`` names the candidates by their ids."""
     names = {*shown.get("order", ()), *(name for name in shown.values() if isinstance(name, str))}
     completions = [candidate.completion for candidate in line.candidates if candidate.candidate_id in names]
     # What is scored as a completion is read whole; a pointwise question of its own leaves the conversation out.
     whole = setup.config.mode is LabelMode.contrastive
     alone = setup.config.mode is LabelMode.pointwise and principle.ask is not None
-    return Label(
+    return functools.partial(
+        Label,
         prompt_id=line.prompt.prompt_id,
         mode=setup.config.mode.value,
         principle=principle.id,
         labeler=setup.labeler,
-        method="",
         truncated=(not whole and is_truncated(() if alone else line.prompt.messages, *completions)) or None,
         **shown,
     )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlaif.records import UserError
 
 _BATCH = 500
+_PUT = "INSERT OR REPLACE INTO verdicts VALUES (?, ?)"
+_FINISH = "INSERT OR IGNORE INTO finished VALUES (?)"
 STORE = "store.sqlite"
 # A run that was killed leaves its newest verdicts in the write-ahead log.
 STORE_FILES = (STORE, f"{STORE}-wal")
@@ -22,6 +24,8 @@ class VerdictStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._together: list[tuple[str, str]] = []
+        self._finished: list[tuple[str]] = []
         try:
             self.connection = sqlite3.connect(path, isolation_level=None, timeout=60)
             self.connection.execute("PRAGMA journal_mode=WAL")
@@ -50,14 +54,16 @@ class VerdictStore:
         return found
 
     def put(self, key: str, value: Any, together: bool = False) -> None:
-        """Store one verdict; ``together`` with all else that is written until :meth:`commit`, which is faster.
+        """Store one verdict; ``together`` with what else is put until :meth:`commit` or until anything is read: faster.
 
         Raises:
             UserError: if the disk is full or the file cannot be written; everything committed so far is safe.
         """
-        if together and not self.connection.in_transaction:
-            self._write("BEGIN IMMEDIATE")
-        self._write("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", key, json.dumps(value))
+        row = key, json.dumps(value)
+        if together:
+            self._together.append(row)
+        else:
+            self._write(_PUT, [row])
 
     def commit(self) -> None:
         """Make what was put together safe.
@@ -65,12 +71,26 @@ class VerdictStore:
         Raises:
             UserError: if the disk is full or the file cannot be written; what was put together is lost.
         """
-        if self.connection.in_transaction:
+        rows, self._together = self._together, []
+        marks, self._finished = self._finished, []
+        if not rows and not marks:
+            return
+        try:
+            self._write("BEGIN IMMEDIATE")
+            self._write(_PUT, rows)
+            self._write(_FINISH, marks)
             self._write("COMMIT")
+        except UserError:
+            self.connection.rollback()
+            raise
 
     def finish(self, key: str) -> None:
         """Mark something of which every verdict is stored, so that a later run need not look at each of them."""
-        self._write("INSERT OR IGNORE INTO finished VALUES (?)", key)
+        if self._together:
+            # Not before the verdicts.
+            self._finished.append((key,))
+        else:
+            self._write(_FINISH, [(key,)])
 
     def is_finished(self, key: str) -> bool:
         """Whether it is marked."""
@@ -83,9 +103,10 @@ class VerdictStore:
 
     def spend(self, value: Iterable[Any]) -> None:
         """Remember what all requests have cost."""
-        self._write("INSERT OR REPLACE INTO account VALUES (0, ?)", json.dumps(list(value)))
+        self._write("INSERT OR REPLACE INTO account VALUES (0, ?)", [(json.dumps(list(value)),)])
 
     def _read(self, statement: str, *values: str) -> list[Any]:
+        self.commit()
         try:
             return self.connection.execute(statement, values).fetchall()
         except sqlite3.Error as error:
@@ -94,9 +115,12 @@ class VerdictStore:
                 "everything again"
             ) from None
 
-    def _write(self, statement: str, *values: str) -> None:
+    def _write(self, statement: str, rows: Sequence[tuple[str, ...]] | None = None) -> None:
         try:
-            self.connection.execute(statement, values)
+            if rows is None:
+                self.connection.execute(statement)
+            else:
+                self.connection.executemany(statement, rows)
         except sqlite3.Error as error:
             raise UserError(f"{self.path}: a verdict cannot be stored ({error})") from None
 

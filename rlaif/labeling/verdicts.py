@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +12,15 @@ from rlaif.labeling.prompts import SCALE
 from rlaif.records import Label
 
 Answer = OptionMass | Sampled | Likelihood | Failure
+Blank = Callable[..., Label]
+"""Makes a label, given what there is to say of its verdict."""
 
 
-def probability(blank: Label, answers: Sequence[Answer], minimum: float, clamp: float = 0.0) -> Label:
+def probability(blank: Blank, answers: Sequence[Answer], minimum: float, clamp: float = 0.0) -> Label:
     """The share of the first of two options, the mean over several answers.
 
     Args:
-        blank: the label without its verdict.
+        blank: all of the label but its verdict.
         answers: one, or one after each rationale, which holds the rationale; where such an answer failed, the rationale
             stands before it. What was said and read counts whether or not there is a verdict.
         minimum: option mass below which an answer is uncovered.
@@ -33,12 +35,12 @@ def probability(blank: Label, answers: Sequence[Answer], minimum: float, clamp: 
     ]
     read: dict[str, Any] = {
         "reply": "\n\n".join(reply for reply, _, _ in said if reply is not None) or None,
-        "prompt_tokens": total_count(count for _, count, _ in said),
-        "completion_tokens": total_count(count for _, _, count in said),
+        "prompt_tokens": total_count([count for _, count, _ in said]),
+        "completion_tokens": total_count([count for _, _, count in said]),
     }
     failed = [answer for answer in answers if isinstance(answer, Failure)]
     if failed:
-        return replace(blank, method="none", reason=failed[0].reason, **read)
+        return blank(method="none", reason=failed[0].reason, **read)
     found = [answer for answer in answers if isinstance(answer, OptionMass)]
     known = [(yes, no) for yes, no in (answer.masses for answer in found) if yes is not None and no is not None]
     finite = all(math.isfinite(sum(masses)) for masses in known)
@@ -46,8 +48,7 @@ def probability(blank: Label, answers: Sequence[Answer], minimum: float, clamp: 
     verdicts = [yes / (yes + no) for yes, no in covered]
     if clamp:
         verdicts = [min(max(p, clamp), 1 - clamp) for p in verdicts]
-    return replace(
-        blank,
+    return blank(
         method=found[0].method,
         p=sum(verdicts) / len(verdicts) if verdicts else None,
         reason=None if verdicts else _missing(bool(known), finite),
@@ -56,17 +57,16 @@ def probability(blank: Label, answers: Sequence[Answer], minimum: float, clamp: 
     )
 
 
-def distribution(blank: Label, answer: Answer, minimum: float) -> Label:
+def distribution(blank: Blank, answer: Answer, minimum: float) -> Label:
     """The share of each of many options in their mass; an option that the engine cannot see makes it unknown."""
     if isinstance(answer, Failure):
-        return replace(blank, method="none", reason=answer.reason)
+        return blank(method="none", reason=answer.reason)
     assert isinstance(answer, OptionMass)
     known = [mass for mass in answer.masses if mass is not None]
     seen, total = len(known) == len(answer.masses), sum(known)
     finite = math.isfinite(total)
     covered = seen and finite and total > 0 and total >= minimum
-    return replace(
-        blank,
+    return blank(
         method=answer.method,
         probs=tuple(mass / total for mass in known) if covered else None,
         reason=None if covered else _missing(seen, finite),
@@ -77,7 +77,7 @@ def distribution(blank: Label, answer: Answer, minimum: float) -> Label:
     )
 
 
-def expected_score(blank: Label, answer: Answer, minimum: float) -> Label:
+def expected_score(blank: Blank, answer: Answer, minimum: float) -> Label:
     """E[score] = sum over k from 1 to 10 of k p(k), with the distribution that it is the mean of."""
     label = distribution(blank, answer, minimum)
     if label.probs is None:
@@ -85,20 +85,18 @@ def expected_score(blank: Label, answer: Answer, minimum: float) -> Label:
     return replace(label, score=sum(k * p for k, p in zip(SCALE, label.probs, strict=True)))
 
 
-def likelihood_ratio(blank: Label, answers: Sequence[Answer], normalize: bool) -> Label:
+def likelihood_ratio(blank: Blank, answers: Sequence[Answer], normalize: bool) -> Label:
     """log P(completion | encouraged) - log P(completion | discouraged), in nats, or in nats a token."""
     failed = [answer for answer in answers if isinstance(answer, Failure)]
     if failed:
-        return replace(blank, method="none", reason=failed[0].reason)
+        return blank(method="none", reason=failed[0].reason)
     encouraged, discouraged = (answer for answer in answers if isinstance(answer, Likelihood))
     read = total_count(part for answer in (encouraged, discouraged) for part in (answer.prompt_tokens, answer.tokens))
-    label = replace(blank, method="logprob", prompt_tokens=read)
-    if not encouraged.tokens:
-        return replace(label, reason="empty_completion")
     ratio = encouraged.logp - discouraged.logp
-    if not math.isfinite(ratio):
-        return replace(label, reason="not_finite")
-    return replace(label, score=ratio / encouraged.tokens if normalize else ratio)
+    if normalize and encouraged.tokens:
+        ratio /= encouraged.tokens
+    reason = "empty_completion" if not encouraged.tokens else None if math.isfinite(ratio) else "not_finite"
+    return blank(method="logprob", prompt_tokens=read, reason=reason, score=None if reason else ratio)
 
 
 def _missing(seen: bool, finite: bool) -> str:

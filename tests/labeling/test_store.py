@@ -47,12 +47,13 @@ def test_what_is_put_together_is_there_for_others_once_committed(tmp_path):
     with VerdictStore(tmp_path / "s.sqlite") as store, VerdictStore(tmp_path / "s.sqlite") as other:
         store.put("a", 1, together=True)
         store.put("b", 2, together=True)
-        store.spend([3])
-        assert store.get(["a", "b"]) == {"a": 1, "b": 2}
-        assert (other.get(["a", "b"]), other.spent()) == ({}, None)
+        store.finish("line")
+        assert (other.get(["a", "b"]), other.is_finished("line")) == ({}, False)
         store.commit()
-        assert (other.get(["a", "b"]), other.spent()) == ({"a": 1, "b": 2}, [3])
+        assert (other.get(["a", "b"]), other.is_finished("line")) == ({"a": 1, "b": 2}, True)
         store.commit()
+        store.put("e", 5, together=True)
+        assert store.get(["e"]) == {"e": 5}
         store.put("c", 3)
         assert other.get(["c"]) == {"c": 3}
     with VerdictStore(tmp_path / "s.sqlite") as store:

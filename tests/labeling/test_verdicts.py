@@ -1,5 +1,6 @@
 """What a labeler says -> a verdict, or the reason why there is none."""
 
+import functools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from rlaif.engines.base import Likelihood, OptionMass
 from rlaif.labeling.verdicts import distribution, expected_score, likelihood_ratio, probability
 from rlaif.records import Label
 
-BLANK = Label(prompt_id="p", mode="pairwise", principle="k", labeler="l", method="")
+BLANK = functools.partial(Label, prompt_id="p", mode="pairwise", principle="k", labeler="l")
 ODD = [math.nan, math.inf]
 
 
