@@ -35,7 +35,7 @@ def launch(command: str, task: Callable[[Any, Path], None], usage: str) -> NoRet
         print(usage.strip())
         print(f"\nAll settings and their values: python -m rlaif.{command} --cfg job")
         sys.exit(0)
-    register()
+    register(command)
     failures: list[str] = []
     try:
         if world_size() > 1 and command != "train":

@@ -94,7 +94,8 @@ def conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     (name,) = re.findall(r"`conf/(experiment/\w+\.yaml)`:\n", page.read_text(encoding="utf-8"))
     (block,) = blocks(page, "yaml")
     (folder / name).write_text(block, encoding="utf-8")
-    register()
+    for command in COMMANDS:
+        register(command)
     with initialize_config_dir(str(folder), version_base="1.3"):
         yield
 

@@ -282,12 +282,11 @@ COMMANDS: dict[str, type[CommandConfig]] = {
 }
 
 
-def register() -> None:
-    """Make every schema known to Hydra under the names that the files in ``conf/`` refer to."""
+def register(command: str) -> None:
+    """Make a command's schemas known to Hydra under the names that the files in ``conf/`` refer to."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    for name, schema in COMMANDS.items():
-        store.store(name=f"{name}_schema", node=schema)
+    store.store(name=f"{command}_schema", node=COMMANDS[command])
     store.store(group="model", name="model_schema", node=ModelConfig)
     store.store(group="labeler", name="labeler_schema", node=LabelerConfig)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from preloaded import Preloaded
 
 REPO = Path(__file__).parents[2]
 PROMPTS = REPO / "data" / "everyday_prompts.jsonl"
@@ -41,7 +42,11 @@ def _arguments(command: str, overrides: tuple[Any, ...]) -> list[str]:
 
 @pytest.fixture(scope="session")
 def run_command(command_env: dict[str, str]) -> Callable[..., Result]:
-    """``run_command("train", "seed=1", ..., expect=0)``: run to the end and check the exit status."""
+    """``run_command("train", "seed=1", ..., expect=0)``: run to the end and check the exit status.
+
+    With ``env``, ``prefix`` or other arguments it is a process from scratch; else one that need not import everything.
+    """
+    preloaded = Preloaded(command_env)
 
     def run(
         command: str,
@@ -53,6 +58,8 @@ def run_command(command_env: dict[str, str]) -> Callable[..., Result]:
         timeout: float = 240,
         **arguments: Any,
     ) -> Result:
+        if env is None and not prefix and not arguments:
+            return checked(preloaded.run(command, [str(override) for override in overrides], cwd, timeout), expect)
         merged = {k: v for k, v in {**command_env, **(env or {})}.items() if v is not None}
         result = subprocess.run(
             [*prefix, *_arguments(command, overrides)],
@@ -63,6 +70,9 @@ def run_command(command_env: dict[str, str]) -> Callable[..., Result]:
             timeout=timeout,
             **arguments,
         )
+        return checked(result, expect)
+
+    def checked(result: Result, expect: int) -> Result:
         assert result.returncode == expect, f"exit {result.returncode}, not {expect}:\n{result.stderr[-4000:]}"
         return result
 

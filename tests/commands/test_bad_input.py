@@ -301,6 +301,7 @@ def test_one_clear_line(case, values, run_command, tmp_path):
     assert left_over(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_unknown_model_with_the_hub_allowed(run_command, inputs, tmp_path):
     """No hub is reachable through a dead proxy; the message must come soon all the same."""
     dead = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
@@ -352,6 +353,7 @@ def test_foreign_files_are_not_replaced(command, values, run_command, tmp_path):
     assert left_over(tmp_path) == ["thesis.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "size"),
     [("sample", "16k"), ("label", "64k"), ("train", "256k")],

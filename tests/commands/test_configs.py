@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import subprocess
-import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,11 +22,16 @@ CONF = REPO / "conf"
 GROUPS = sorted(path for path in CONF.rglob("*.yaml") if path.parent != CONF)
 
 
+@pytest.fixture(scope="module")
+def registered() -> None:
+    for command in COMMANDS:
+        register(command)
+
+
 @pytest.fixture(autouse=True)
-def composing() -> Iterator[None]:
+def composing(registered: None) -> Iterator[None]:
     """Hydra set up on ``conf/`` as the commands do it."""
     GlobalHydra.instance().clear()
-    register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         yield
 
@@ -90,17 +93,8 @@ def test_defaults_of_the_files_are_those_of_the_dataclasses(command):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_cfg_job_shows_every_setting(command, command_env):
-    result = subprocess.run(
-        [sys.executable, "-m", f"rlaif.{command}", "--cfg", "job"],
-        env=command_env,
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert result.returncode == 0, result.stderr
-    shown = OmegaConf.create(result.stdout)
+def test_cfg_job_shows_every_setting(command, run_command):
+    shown = OmegaConf.create(run_command(command, "--cfg", "job").stdout)
     assert set(shown) == {field.name for field in dataclasses.fields(COMMANDS[command])}
 
 

@@ -82,6 +82,7 @@ def test_adaptive_pairs_and_ranks(run_command, candidates, tmp_path):
         assert bool(json.loads(row["principles"])) != row["inferred"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_adaptive_run_ends_in_the_same_bytes(run_command, start_command, candidates, tmp_path):
     arguments = [
         *SCRIPTED,

@@ -179,6 +179,7 @@ def test_twenty_kills_change_nothing_and_repeat_nothing(
     assert not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.slow
 def test_a_budget_holds_over_all_runs_into_a_folder(inputs: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     server = serve(slow(0.01))
     command = [*arguments(inputs, server.url, tmp_path / "out"), "labeler.max_retries=0"]

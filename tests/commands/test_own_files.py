@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # each test runs several commands
+
 METHODS = {"pm": "pm/preference_model", "dpo": "dpo/policy", "sft": "sft/policy", "ppo": "ppo/policy"}
 TINY_SETTINGS = [
     "model@policy=tiny",

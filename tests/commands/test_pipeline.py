@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # each test runs several commands
+
 ARMS = {"rlaif_ppo": "ppo", "rlhf_ppo": "ppo", "dpo": "dpo"}
 LONGER = ["ppo.iterations=12", "ppo.save_every=2", "~arms.dpo", "~arms.rlhf_ppo"]
 

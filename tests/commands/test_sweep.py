@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # each test runs several commands
+
 TINY_SETTINGS = [
     "model@policy=tiny",
     "data.max_prompts=60",

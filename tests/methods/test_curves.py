@@ -76,6 +76,7 @@ def test_every_curve_of_ppo_is_explained(tmp_path: Path) -> None:
     assert explained("Reading the curves") == logged(tmp_path)
 
 
+@pytest.mark.slow
 def test_every_curve_of_the_other_methods_is_explained(tmp_path: Path, subtests: pytest.Subtests) -> None:
     found: set[str] = set()
     for name, train in OTHERS.items():

@@ -143,6 +143,7 @@ def test_a_head_with_something_after_it_gives_the_same_values(tmp_path: Path) ->
     torch.testing.assert_close(ppo.actor.evaluate_values(rollouts.batch), rollouts.values, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_learns_what_a_head_alone_cannot(tmp_path: Path) -> None:
     """Returns at random: a linear function of 48 features fits fewer of them than features that may move."""
     left = {}
