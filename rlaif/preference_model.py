@@ -279,12 +279,23 @@ def last_hidden(model: Any, ids: torch.Tensor, mask: torch.Tensor, prefix: torch
 
 
 def training_scores(
-    model: Any, ids: torch.Tensor, mask: torch.Tensor, prefix: torch.Tensor | None = None
+    model: Any,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    positions: torch.Tensor,
+    prefix: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Scores of left-padded rows, that stand after a prefix (L,), through the model's own forward pass: (B, T) -> (B,).
+    """Scores at every token of rows that stand after a prefix (L,), through the model's own forward pass, (B, T).
 
     Calling the model itself, and not its parts, keeps what a launcher has wrapped around it: autocast, and the
-    gradients that processes exchange. What its head says of the last position is caught on the way.
+    gradients that processes exchange. What its head says is caught on the way.
+
+    Args:
+        model: a sequence classifier.
+        ids: (B, T).
+        mask: (B, T) or (B, 1, T, T), as for :func:`rlaif.prefix.read_after`.
+        positions: (B, T), counted from the start of the prefix.
+        prefix: token ids before every row.
     """
     caught: list[torch.Tensor] = []
     head = inner(getattr(model, "module", model)).score
@@ -296,11 +307,11 @@ def training_scores(
     before = head.register_forward_pre_hook(widen)
     after = head.register_forward_hook(lambda module, arguments, output: caught.append(output))
     try:
-        model(**read_after(model, prefix, ids, mask, positions_after(prefix, mask)))
+        model(**read_after(model, prefix, ids, mask, positions))
     finally:
         before.remove()
         after.remove()
-    return caught[-1][:, -1, 0].float()
+    return caught[-1][..., 0].float()
 
 
 def head_scores(model: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -55,8 +55,8 @@ def read_after(
     Args:
         model: the model that the rows pass through.
         prefix: (L,) token ids before every row, or None.
-        ids: (B, T), left-padded.
-        mask: (B, T), of these columns alone.
+        ids: (B, T).
+        mask: (B, T), or (B, 1, T, T) for what each token sees, of these columns alone.
         positions: (B, T), counted from the start of the prefix.
         run: what to call instead of the model itself: a part of it.
         settings: further arguments of that call.
@@ -66,7 +66,7 @@ def read_after(
         return rows
     cache = read_prefix(model, prefix, len(ids), run, **settings)
     return rows | {
-        "attention_mask": torch.cat([mask.new_ones(len(mask), len(prefix)), mask], dim=1),
+        "attention_mask": torch.cat([mask.new_ones((*mask.shape[:-1], len(prefix))), mask], dim=-1),
         "past_key_values": cache,
         "use_cache": True,
     }

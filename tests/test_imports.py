@@ -24,6 +24,7 @@ LAYERS = [
         "policy",
         "preference_model",
         "prefix",
+        "siblings",
         "trunk",
     },
     {"sampling", "labeling", "preferences", "demonstrations", "rewards", "methods", "evaluation", "reporting"},

@@ -12,7 +12,7 @@ from rlaif.generation import generate, left_pad
 from rlaif.models import load_causal_lm, load_sequence_scorer
 from rlaif.policy import completion_logits, completion_states, load_policy, pack
 from rlaif.preference_model import last_hidden, training_scores
-from rlaif.prefix import _SHORTEST, shareable, split_prefix
+from rlaif.prefix import _SHORTEST, positions_after, shareable, split_prefix
 from rlaif.trunk import with_trunk
 from tests.adapters import fill
 
@@ -125,9 +125,12 @@ def test_scores_and_their_gradients():
             last_hidden(model, ids, short, before), last_hidden(model, whole, mask), rtol=1e-4, atol=1e-4
         )
     slopes = []
-    for scores in (training_scores(model, whole, mask), training_scores(model, ids, short, before)):
+    for asked in (
+        (whole, mask, positions_after(None, mask)),
+        (ids, short, positions_after(before, short), before),
+    ):
         model.zero_grad()
-        scores[0].backward()
+        training_scores(model, *asked)[0, -1].backward()
         slopes.append({name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None})
     assert slopes[0].keys() == slopes[1].keys()
     for name, slope in slopes[0].items():

@@ -14,7 +14,6 @@ from trl import RewardConfig, RewardTrainer
 
 from rlaif.config import ModelConfig, PMConfig, Tuning
 from rlaif.evaluation.preference_model import calibration, preference_metrics
-from rlaif.generation import left_pad_after
 from rlaif.losses import soft_bradley_terry
 from rlaif.methods.supervised import (
     collate_comparisons,
@@ -41,6 +40,7 @@ from rlaif.preference_model import (
 )
 from rlaif.processes import is_main
 from rlaif.records import Preference, content_hash, read_json, write_json
+from rlaif.siblings import joinable, lay_out, visible
 
 log = logging.getLogger("rlaif")
 
@@ -60,12 +60,16 @@ class SoftRewardTrainer(RewardTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Soft Bradley-Terry plus centring over the pairs of the batch."""
-        ids, mask, prefix = inputs["input_ids"], inputs["attention_mask"], inputs.get("prefix")
-        lengths = mask.sum(dim=1)
-        scores = lengths.new_empty(lengths.shape, dtype=torch.float32)
+        ids, positions, part = (inputs[name] for name in ("input_ids", "positions", "part"))
+        prefix = inputs.get("prefix")
+        lengths = (part >= 0).sum(dim=1)
+        found = torch.zeros(part.shape, device=part.device)
         for rows in parts_by_length(lengths, prefix):
-            longest = int(lengths[rows].max())
-            scores[rows] = training_scores(model, ids[rows, -longest:], mask[rows, -longest:], prefix)
+            some = slice(int(lengths[rows].max()))
+            found[rows, some] = training_scores(
+                model, ids[rows, some], visible(part[rows, some]), positions[rows, some], prefix
+            )
+        scores = found[inputs["row"], inputs["column"]]
         chosen, rejected = scores[inputs["chosen"]], scores[inputs["rejected"]]
         strength = (2 * inputs["p_chosen"] - 1) * self.margin
         losses = soft_bradley_terry(chosen - rejected - strength, inputs["p_chosen"])
@@ -169,14 +173,12 @@ def _train_member(
     if config.tuning is Tuning.full:
         model = model.float()
     share = shares_prefix(model, config, [group["sequences"] for group in groups])
+    hidden = model.config.get_text_config().hidden_size if joinable(model) else None
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = collate_comparisons(examples)
-        del batch["prompts"]
-        pad, cpu = tokenizer.pad_token_id, torch.device("cpu")
-        prefix, ids, mask = left_pad_after(batch.pop("sequences"), pad, cpu, share)
-        before = {} if prefix is None else {"prefix": prefix}
-        return {"input_ids": ids, "attention_mask": mask, **before, **batch}
+        del batch["prompts"], batch["sequences"]
+        return batch | lay_out([example["sequences"] for example in examples], tokenizer.pad_token_id, share, hidden)
 
     arguments = RewardConfig(
         **trainer_arguments(config, start, folder, seed, len(groups)),

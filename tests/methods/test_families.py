@@ -20,6 +20,7 @@ from rlaif.policy import completion_logits, completion_logps, pack
 from rlaif.preference_model import load_scorer, pm_config
 from rlaif.prefix import shareable
 from rlaif.records import Preference, Prompt, UserError
+from rlaif.siblings import joinable, lay_out, visible
 from tests.methods.families import FAMILIES, family
 
 USER = ({"role": "user", "content": "question"},)
@@ -69,6 +70,26 @@ def test_a_shared_prefix_changes_no_logits(model: tuple[str, ModelConfig]) -> No
     assert shared.prefix is not None
     real = alone.completion_mask.bool()
     expected, found = (completion_logits(loaded, batch)[real] for batch in (alone, shared))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_completions_in_one_row_change_no_states(model: tuple[str, ModelConfig]) -> None:
+    name, config = model
+    loaded = load_causal_lm(config)
+    # Where attention ends at some distance, or counts by the mask, each completion has a row of its own.
+    assert joinable(loaded) == (name not in ("mistral", "gemma2", "gemma3_text", "bloom"))
+    if not joinable(loaded):
+        return
+    rows = [[[5, 6, 7, 20], [5, 6, 7, 21, 22, 23], [5, 6, 7, 24, 25]], [[8, 9, 10, 11, 12]]]
+    alone, together = (lay_out(rows, 0, False, hidden) for hidden in (None, 10**6))
+    assert (len(alone["input_ids"]), len(together["input_ids"])) == (4, 2)
+    expected, found = (
+        loaded(
+            input_ids=batch["input_ids"], attention_mask=visible(batch["part"]), position_ids=batch["positions"]
+        ).logits[batch["row"], batch["column"]]
+        for batch in (alone, together)
+    )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

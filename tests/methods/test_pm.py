@@ -24,6 +24,7 @@ from rlaif.preference_model import (
     separate_pad_token,
     training_scores,
 )
+from rlaif.prefix import positions_after
 from rlaif.records import Preference, UserError
 from tests.methods.families import family
 
@@ -190,7 +191,7 @@ def test_training_reads_the_scores_that_are_used_later() -> None:
             head_scores(model, last_hidden(model, torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long)))
             for row in rows
         ]
-        together = training_scores(model, ids, mask)
+        together = training_scores(model, ids, mask, positions_after(None, mask))[:, -1]
     assert together.tolist() == pytest.approx(torch.cat(alone).tolist(), abs=1e-5)
 
 

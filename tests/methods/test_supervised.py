@@ -196,7 +196,7 @@ def test_training_in_parts_is_training_in_one(method: str, tmp_path: Path, monke
         else:
             target = train_dpo(DPOConfig(**shared), TINY, data, folder, seed=0)
         weights.append(load_file(target / "adapter_model.safetensors"))
-    assert min(counts[:3]) > 1
+    assert sum(counts[:3]) > 3
     assert counts[3:] == [1, 1, 1]
     one, other = weights
     assert one.keys() == other.keys()
