@@ -92,7 +92,7 @@ class ChatEncoder:
     def _encode_line(self, line: str) -> tuple[int, ...]:
         # Calling the tokenizer itself takes twice as long.
         backend = self._tokenizer.backend_tokenizer
-        backend.encode_special_tokens = False
+        backend.encode_special_tokens = bool(getattr(self._tokenizer, "split_special_tokens", False))
         backend.no_truncation()
         backend.no_padding()
         return tuple(backend.encode(line, add_special_tokens=False).ids)

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from rlaif.models import inner
 from rlaif.prefix import shareable, split_prefix
 
+_LONGEST = 4096
+"""Tokens in a joined row: its mask has as many columns and rows."""
+
 _JOINABLE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -91,12 +94,15 @@ def _pays(row: Sequence[Sequence[int]], tokens: Sequence[int], hidden: int) -> b
     in attention, seen or not.
     """
 
-    def cost(together: Sequence[Sequence[int]]) -> float:
+    def length(together: Sequence[Sequence[int]]) -> int:
         start = _common(together)
-        length = start + sum(len(each) - start for each in together)
-        return length + length**2 / (6 * hidden)
+        return start + sum(len(each) - start for each in together)
 
-    return cost([*row, tokens]) < cost(row) + cost([tokens])
+    def cost(tokens: int) -> float:
+        return tokens + tokens**2 / (6 * hidden)
+
+    joined = length([*row, tokens])
+    return joined <= _LONGEST and cost(joined) < cost(length(row)) + cost(len(tokens))
 
 
 def visible(part: Tensor) -> Tensor:

@@ -89,3 +89,8 @@ def test_completions_are_joined_while_what_is_saved_is_more_than_attention_costs
     # 400 wide: 130 alone costs 137; 230 costs 252 (22 less), 330 costs 375 (14 less), 430 costs 507 (5 less);
     # a fifth would bring it to 647, 3 more than a row of its own.
     assert between.shape == (2, 430)
+
+
+def test_no_mask_is_larger_than_it_may_be():
+    long = [[7] * 100 + [100 + number] * 1500 for number in range(4)]
+    assert lay_out([long], 0, False, 10**6)["input_ids"].shape == (2, 3100)

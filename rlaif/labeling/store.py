@@ -69,20 +69,21 @@ class VerdictStore:
         """Make what was put together safe.
 
         Raises:
-            UserError: if the disk is full or the file cannot be written; what was put together is lost.
+            UserError: if the disk is full or the file cannot be written. Then, and if it is interrupted, nothing of it
+                is written yet, and it can be called again.
         """
-        rows, self._together = self._together, []
-        marks, self._finished = self._finished, []
-        if not rows and not marks:
+        if not self._together:
             return
         try:
             self._write("BEGIN IMMEDIATE")
-            self._write(_PUT, rows)
-            self._write(_FINISH, marks)
+            self._write(_PUT, self._together)
+            self._write(_FINISH, self._finished)
             self._write("COMMIT")
-        except UserError:
-            self.connection.rollback()
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self.connection.rollback()
             raise
+        self._together, self._finished = [], []
 
     def finish(self, key: str) -> None:
         """Mark something of which every verdict is stored, so that a later run need not look at each of them."""

@@ -38,7 +38,7 @@ from rlaif.preference_model import (
     separate_pad_token,
     training_scores,
 )
-from rlaif.processes import is_main
+from rlaif.processes import is_main, world_size
 from rlaif.records import Preference, content_hash, read_json, write_json
 from rlaif.siblings import joinable, lay_out, visible
 
@@ -173,7 +173,9 @@ def _train_member(
     if config.tuning is Tuning.full:
         model = model.float()
     share = shares_prefix(model, config, [group["sequences"] for group in groups])
-    hidden = model.config.get_text_config().hidden_size if joinable(model) else None
+    # In several processes all rows are as long as the longest.
+    join = world_size() == 1 and joinable(model)
+    hidden = model.config.get_text_config().hidden_size if join else None
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = collate_comparisons(examples)

@@ -44,7 +44,8 @@ def _arguments(command: str, overrides: tuple[Any, ...]) -> list[str]:
 def run_command(command_env: dict[str, str]) -> Callable[..., Result]:
     """``run_command("train", "seed=1", ..., expect=0)``: run to the end and check the exit status.
 
-    With ``env``, ``prefix`` or other arguments it is a process from scratch; else one that need not import everything.
+    With ``env`` (may be empty), ``prefix`` or other arguments it is a process from scratch; else one that need not
+    import everything, and has the same order of sets as others: what compares two runs has one of them from scratch.
     """
     preloaded = Preloaded(command_env)
 

@@ -95,6 +95,7 @@ def test_a_job_of_a_sweep_is_the_same_as_alone(sweep, smoke, run_command, tmp_pa
         f"prompts={PROMPTS}",
         *TINY_SETTINGS,
         f"output_dir={tmp_path}/alone",
+        env={},
     )
     alone = (tmp_path / "alone" / "dpo" / "policy" / "adapter_model.safetensors").read_bytes()
     job = here / "out" / "feedback=simulated_human,method=dpo,seed=2"

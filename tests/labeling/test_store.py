@@ -62,6 +62,28 @@ def test_what_is_put_together_is_there_for_others_once_committed(tmp_path):
         assert store.get(["d"]) == {"d": 4}
 
 
+@pytest.mark.parametrize("problem", [KeyboardInterrupt, UserError])
+def test_a_commit_that_was_cut_short_can_be_made_again(tmp_path, monkeypatch, problem):
+    with VerdictStore(tmp_path / "s.sqlite") as store, VerdictStore(tmp_path / "s.sqlite") as other:
+        store.put("a", 1, together=True)
+        store.finish("line")
+        write = store._write
+
+        def cut(statement, rows=None):
+            write(statement, rows)
+            if rows:
+                raise problem
+
+        monkeypatch.setattr(store, "_write", cut)
+        with pytest.raises(problem):
+            store.commit()
+        monkeypatch.undo()
+        store.spend([9])
+        assert (other.get(["a"]), other.is_finished("line"), other.spent()) == ({}, False, [9])
+        store.commit()
+        assert (other.get(["a"]), other.is_finished("line")) == ({"a": 1}, True)
+
+
 WRITER = """
 import sys
 from pathlib import Path
