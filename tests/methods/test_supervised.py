@@ -173,7 +173,7 @@ def test_training_in_parts_is_training_in_one(method: str, tmp_path: Path, monke
     """Below adapted layers that start in the middle, and after a system message that all prompts share."""
     system = {"role": "system", "content": "Answer in one short sentence."}
     data = [
-        Preference(f"p{i}", (system, {"role": "user", "content": "ab" * i}), "a" * (1 + 9 * i), "z" * 5, "0", "1", 0.9,
+        Preference(f"p{i}", (system, {"role": "user", "content": "ab" * i}), "a" * (1 + 60 * i), "z" * 5, "0", "1", 0.9,
                    "people", "human")
         for i in range(8)
     ]  # fmt: skip
@@ -196,7 +196,7 @@ def test_training_in_parts_is_training_in_one(method: str, tmp_path: Path, monke
         else:
             target = train_dpo(DPOConfig(**shared), TINY, data, folder, seed=0)
         weights.append(load_file(target / "adapter_model.safetensors"))
-    assert sum(counts[:3]) > 3
+    assert min(counts[:3]) > 1
     assert counts[3:] == [1, 1, 1]
     one, other = weights
     assert one.keys() == other.keys()
