@@ -92,7 +92,7 @@ def _convert_embedded(target: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
-    model.save_pretrained(target)
+    _save(model, target)
     AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(target)
 
 
@@ -131,8 +131,14 @@ def _build_tiny(target: Path) -> None:
         # Sharper than the default initialisation, so that completions differ and end now and then.
         with torch.no_grad():
             model.lm_head.weight.mul_(8)
-    model.save_pretrained(target)
+    _save(model, target)
     tokenizer.save_pretrained(target)
+
+
+def _save(model: Any, target: Path) -> None:
+    # Of several processes each makes the folder, and one of these is kept; transformers lets the first alone write.
+    model.should_save_on_this_rank = lambda is_main_process: True
+    model.save_pretrained(target)
 
 
 def pick_device(name: str) -> torch.device:

@@ -17,6 +17,7 @@ from rlaif.lora import lean
 from rlaif.losses import token_logps
 from rlaif.models import inner, is_adapter, load_causal_lm, load_tokenizer, lora_config, merge
 from rlaif.prefix import positions_after, read_after, shareable
+from rlaif.sharding import gathered
 from rlaif.trunk import starting_at
 
 
@@ -191,7 +192,8 @@ class Policy:
     def reference(self) -> Iterator[Any]:
         """The reference model, for the length of the block."""
         if self.frozen is not None:
-            yield self.frozen
+            with gathered(self.frozen):
+                yield self.frozen
         else:
             with self.model.disable_adapter():
                 yield self.model

@@ -35,6 +35,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def asked(variable: str) -> bool:
+    """Whether accelerate's launcher set an environment variable of its own to yes."""
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+
+
+def spreads_weights() -> bool:
+    """Whether the processes share the weights (FSDP) instead of having all each."""
+    return asked("ACCELERATE_USE_FSDP")
+
+
 def wait_for_all() -> None:
     """Go on when every process has come this far."""
     if world_size() > 1:

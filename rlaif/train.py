@@ -25,7 +25,7 @@ from rlaif.config import (
     ValueInit,
 )
 from rlaif.demonstrations import read_demonstrations
-from rlaif.processes import is_main, world_size
+from rlaif.processes import asked, is_main, spreads_weights, world_size
 from rlaif.records import Message, Prompt, UserError, existing_dir, existing_file, find_prompts, read_json
 from rlaif.splits import read_split
 
@@ -195,16 +195,20 @@ def _check_launcher(config: TrainConfig) -> None:
             "MPI); launch with --multi_gpu --num_processes N, which without GPUs starts N processes on CPUs"
         )
     whole = "launch with --multi_gpu, where each process holds the whole model"
-    if _asked("ACCELERATE_USE_MEGATRON_LM"):
+    if asked("ACCELERATE_USE_MEGATRON_LM"):
         raise UserError(f"accelerate is configured for Megatron-LM, which rlaif does not support; use FSDP, or {whole}")
-    deepspeed = _asked("ACCELERATE_USE_DEEPSPEED")
-    if not deepspeed and not _asked("ACCELERATE_USE_FSDP"):
+    deepspeed = asked("ACCELERATE_USE_DEEPSPEED")
+    if not deepspeed and not spreads_weights():
         return
     import torch
 
     name = "DeepSpeed" if deepspeed else "FSDP"
-    if config.method is Method.ppo:
-        raise UserError(f"accelerate is configured for {name}, which method=ppo does not use; {whole}")
+    if config.method is Method.ppo and deepspeed:
+        raise UserError(f"accelerate is configured for DeepSpeed, which method=ppo does not use; use FSDP, or {whole}")
+    if config.method is Method.ppo and asked("FSDP_OFFLOAD_PARAMS"):
+        raise UserError("accelerate is configured for fsdp_offload_params, which method=ppo does not use; leave it out")
+    if config.method is Method.ppo and asked("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise UserError("method=ppo does not use fsdp_activation_checkpointing; give ppo.gradient_checkpointing=true")
     for group, settings in _trained(config).items():
         if settings.tuning is Tuning.qlora:
             raise UserError(f"accelerate is configured for {name}, which {group}.tuning=qlora does not use; {whole}")
@@ -227,10 +231,6 @@ def _check_deepspeed() -> None:
         raise UserError(
             f"DeepSpeed's ZeRO stage is {stage}, but rlaif trains with 1 or 2; to share the weights use FSDP"
         )
-
-
-def _asked(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 
 def _trained(config: TrainConfig) -> dict[str, TrainerSettings | PPOConfig]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlaif.prefix import read_after
+from rlaif.processes import spreads_weights
 
 if TYPE_CHECKING:
     from rlaif.policy import Packed
@@ -29,7 +30,7 @@ class _ReachedError(Exception):
 def frozen_layers(model: Any) -> list[nn.Module]:
     """The decoder layers, from the first on, below everything that trains; none if the model is not built so."""
     model = getattr(model, "module", model)  # inside a distributed wrapper
-    layers = _decoder_layers(model)
+    layers = decoder_layers(model)
     if layers is None or any(value.requires_grad for value in model.get_input_embeddings().parameters()):
         return []
     for depth, layer in enumerate(layers):
@@ -38,7 +39,8 @@ def frozen_layers(model: Any) -> list[nn.Module]:
     return []
 
 
-def _decoder_layers(model: Any) -> nn.ModuleList | None:
+def decoder_layers(model: Any) -> nn.ModuleList | None:
+    """The model's decoder layers; None if it is not built of one list of them."""
     depth = model.config.get_text_config().num_hidden_layers
     found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
     return found[0] if len(found) == 1 else None
@@ -52,7 +54,8 @@ def with_trunk(model: Any, batch: Packed, parts: Sequence[Tensor]) -> Packed:
         batch: rows to run.
         parts: their indices in micro-batches.
     """
-    frozen = frozen_layers(model)
+    # FSDP gathers weights around whole passes through the layers.
+    frozen = [] if spreads_weights() else frozen_layers(model)
     if not frozen:
         return batch
     trunk: Tensor | None = None
@@ -95,7 +98,7 @@ def starting_at(model: Any, trunk: Tensor | None, depth: int) -> Iterator[None]:
 
     Not of the layers that are frozen at the moment: with its adapters off, a model has none that trains.
     """
-    layers = None if trunk is None else _decoder_layers(getattr(model, "module", model))
+    layers = None if trunk is None else decoder_layers(getattr(model, "module", model))
     if layers is None:
         yield
         return
@@ -117,7 +120,7 @@ def recomputing(model: Any) -> Iterator[None]:
     Raises:
         ValueError: if the model is not built of a list of decoder layers.
     """
-    layers = _decoder_layers(getattr(model, "module", model))
+    layers = decoder_layers(getattr(model, "module", model))
     if layers is None:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers to recompute")
     frozen = len(frozen_layers(model))

@@ -24,6 +24,7 @@ LAYERS = [
         "policy",
         "preference_model",
         "prefix",
+        "sharding",
         "siblings",
         "trunk",
     },

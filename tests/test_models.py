@@ -1,6 +1,7 @@
 """Loading: devices, precision, adapters and the revision of their base."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,3 +118,12 @@ def test_all_weights_train_in_bfloat16_where_that_is_asked_for_or_can_be(tmp_pat
     assert arithmetic(start) is (torch.bfloat16 if expected else torch.float32)
     for tuning, value in {Tuning.full: expected, Tuning.lora: False}.items():
         assert trainer_arguments(SFTConfig(tuning=tuning), start, tmp_path, 0, 32)["bf16"] == value
+
+
+def test_any_of_several_processes_makes_the_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of them is first is chance, and what it made stays in the cache."""
+    monkeypatch.setenv("RLAIF_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.distributed.mixin._is_torch_distributed_initialized", lambda: True)
+    monkeypatch.setattr("transformers.distributed.mixin._get_torch_distributed_rank", lambda: 1)
+    assert (Path(resolve_model("tiny")) / "config.json").is_file()
+    assert load_causal_lm(ModelConfig(name="tiny", device="cpu")).config.num_hidden_layers == 2

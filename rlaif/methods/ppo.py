@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlaif import losses
+from rlaif import losses, sharding
 from rlaif.artifacts import plain
 from rlaif.chat import encode_chat
 from rlaif.config import Keep, KLControl, KLEstimator, ModelConfig, PPOConfig, ValueInit
@@ -87,13 +87,17 @@ def train_ppo(
     if score is None:
         assert preference_model is not None
         pm = load_preference_model(pm_config(start, preference_model), policy)
+        if pm.model is not policy.model:
+            sharding.spread_weights(pm.model)
 
         def score(asked: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-            return spread(pm.score, [(prompt.messages, text) for prompt, text in zip(asked, texts, strict=True)])
+            with sharding.gathered(pm.model):
+                return spread(pm.score, [(prompt.messages, text) for prompt, text in zip(asked, texts, strict=True)])
 
     with open_sampler(policy, config, folder) as sampler:
         trainer = PPOTrainer(config, policy, prompts, score, folder, seed, validation, head, sampler, preference_model)
         trainer.train()
+    sharding.gather_weights(policy.model)
     wait_for_all()
     if is_main():
         policy.save(folder / "policy")
@@ -129,11 +133,15 @@ class PPOTrainer:
                 f"ppo.value_init=pm: the PM's head reads {head[0].shape[-1]} features, the policy has "
                 f"{self.value_head.linear.in_features}; give ppo.value_init=zero"
             )
-        self.parameters = [parameter for _, parameter in policy.trainable()]
         self.value_adapter = self.actor.value_adapter
         self.value_parameters = list(self.value_head.parameters())
         if self.value_adapter is not None:
             self.value_parameters += self.value_adapter.named.values()
+        trained = [value for _, value in policy.trainable()]
+        copy_from_main(value.data for value in (*trained, *self.value_parameters))
+        for model in filter(None, (policy.model, policy.frozen)):
+            sharding.spread_weights(model)
+        self.parameters = [parameter for _, parameter in policy.trainable()]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": self.parameters, "peak": config.learning_rate},
@@ -144,7 +152,6 @@ class PPOTrainer:
             eps=1e-5,
             weight_decay=0.0,
         )
-        copy_from_main(value.data for value in (*self.parameters, *self.value_parameters))
         self.progress = Progress(kl_coef=config.kl_coef)
         self.checkpoints = Checkpoints(folder)
         self.seconds: dict[str, float] = {}
@@ -173,7 +180,7 @@ class PPOTrainer:
                     (iteration + 1) % config.eval_every == 0 or iteration + 1 == config.iterations
                 ):
                     line |= self.measure(iteration)
-                chosen = list(self.samples(iteration, rollouts))
+                chosen = [{"iteration": iteration} | sample for sample in rollouts.samples(config.log_samples)]
                 samples.writelines(json.dumps(sample) + "\n" for sample in chosen)
                 curve.write(json.dumps(line) + "\n")
                 samples.flush()
@@ -189,17 +196,18 @@ class PPOTrainer:
             )
             assert self.progress.best_iteration is not None
             wait_for_all()
-            self.load_policy(self.checkpoints.best(self.progress.best_iteration, self.device))
+            self.load_policy(self.checkpoints.best(self.progress.best_iteration))
 
     def step(self, iteration: int) -> tuple[dict[str, Any], Rollouts]:
         """One iteration: rollouts, rewards, advantages, updates. Returns its line of the training curve."""
         config = self.config
         started = time.perf_counter()
         self.seconds = {}
-        rollouts = self.rollout(iteration)
-        sampled = time.perf_counter()
-        if iteration == 0:
-            check_start(self, rollouts)
+        with sharding.gathered(self.policy.model):
+            rollouts = self.rollout(iteration)
+            sampled = time.perf_counter()
+            if iteration == 0:
+                check_start(self, rollouts)
         mask = rollouts.batch.completion_mask
         penalty = KL[config.kl_estimator](rollouts.logps, rollouts.ref_logps)
         scores = self.reward_scores(rollouts.scores, mask.sum(dim=1), rollouts.ended)
@@ -381,14 +389,15 @@ class PPOTrainer:
                 ratio = (log_ratio.exp() * mask).sum() / total
                 sums += torch.stack([policy_term, value_term, clipped.sum() / total, approx_kl, ratio])
         trained = [*self.parameters, *self.value_parameters]
-        add_up([sums, *(parameter.grad for parameter in trained if parameter.grad is not None)])
+        # FSDP has added up those of weights that it has spread.
+        add_up([sums, *(value.grad for value in trained if value.grad is not None and not sharding.is_spread(value))])
         statistics = dict(zip(names, sums.tolist(), strict=True))
         if not train_policy:
             for parameter in self.parameters:
                 parameter.grad = None
         # Apart: a value loss of another size must not decide how far the policy moves.
-        statistics["grad_norm"] = float(nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm))
-        statistics["value_grad_norm"] = float(nn.utils.clip_grad_norm_(self.value_parameters, config.max_grad_norm))
+        statistics["grad_norm"] = sharding.clip_gradients(self.parameters, config.max_grad_norm)
+        statistics["value_grad_norm"] = sharding.clip_gradients(self.value_parameters, config.max_grad_norm)
         if not self.too_far(statistics):
             self.optimizer.step()
         return statistics
@@ -411,6 +420,19 @@ class PPOTrainer:
         ``validation_objective`` is what training maximises: the mean score as it enters the reward (standardised,
         clipped, minus penalties) minus ``kl_coef``, as configured, times the KL.
         """
+        with sharding.gathered(self.policy.model):
+            found = self.validate()
+        objective, best = found["validation_objective"], self.progress.best_objective
+        if best is None or objective > best:
+            self.progress.best_iteration, self.progress.best_objective = iteration, objective
+            if self.config.keep is Keep.best:
+                weights = self.weights()
+                if is_main():
+                    self.checkpoints.save_best(iteration, weights)
+        return found
+
+    def validate(self) -> dict[str, float]:
+        """Sample, score and compare to the reference on validation prompts."""
         prompts = list(self.validation)
         encoded = [encode_chat(self.policy.tokenizer, prompt.messages) for prompt in prompts]
         generations = self.actor.sample(
@@ -425,32 +447,11 @@ class PPOTrainer:
         logps, _ = self.actor.evaluate(batch, generations)
         kl = float((losses.kl_k1(logps, self.actor.evaluate_reference(batch)) * mask).sum(dim=1).mean())
         objective = float(self.reward_scores(scores, mask.sum(dim=1), ended).mean()) - self.config.kl_coef * kl
-        best = self.progress.best_objective
-        if best is None or objective > best:
-            self.progress.best_iteration, self.progress.best_objective = iteration, objective
-            if self.config.keep is Keep.best and is_main():
-                self.checkpoints.save_best(iteration, self.weights())
         return {
             "validation_score": float(scores.mean()),
             "validation_kl": kl,
             "validation_objective": objective,
         }
-
-    def samples(self, iteration: int, rollouts: Rollouts) -> Iterator[dict[str, Any]]:
-        """Some of the iteration's completions for samples.jsonl. JSON escapes whatever a model may have written."""
-        mask = rollouts.batch.completion_mask
-        kl = (losses.kl_k1(rollouts.logps, rollouts.ref_logps) * mask).sum(dim=1)
-        for row in range(min(self.config.log_samples, len(rollouts.texts))):
-            yield {
-                "iteration": iteration,
-                "prompt_id": rollouts.prompts[row].prompt_id,
-                "prompt": list(rollouts.prompts[row].messages),
-                "completion": rollouts.texts[row],
-                "score": float(rollouts.scores[row]),
-                "kl": float(kl[row]),
-                "tokens": int(mask[row].sum()),
-                "finish_reason": "stop" if rollouts.ended[row] else "length",
-            }
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -460,30 +461,29 @@ class PPOTrainer:
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
 
     def weights(self) -> dict[str, Tensor]:
-        """What training changes of the policy."""
-        return {name: value.detach() for name, value in self.policy.trainable()}
+        """What training changes of the policy; if it is spread, in the main process alone."""
+        return {name: sharding.whole(value.detach()) for name, value in self.policy.trainable()}
 
     def load_policy(self, weights: dict[str, Tensor]) -> None:
         """Put such weights back."""
         with torch.no_grad():
             for name, parameter in self.policy.trainable():
-                parameter.copy_(weights[name])
+                parameter.copy_(sharding.spread_like(weights[name], parameter))
 
     def save_checkpoint(self) -> None:
         """Write everything that the next iteration depends on."""
-        if not is_main():
-            return
         tensors = {
             "policy": self.weights(),
             "value_head": self.value_head.state_dict(),
             "value_adapter": {} if self.value_adapter is None else self.value_adapter.weights(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": sharding.optimizer_state(self.optimizer),
         }
-        self.checkpoints.save(self.progress, tensors)
+        if is_main():
+            self.checkpoints.save(self.progress, tensors)
 
     def load_checkpoint(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
-        found = self.checkpoints.newest(self.device)
+        found = self.checkpoints.newest()
         if found is None:
             return
         self.progress, tensors = found
@@ -491,4 +491,4 @@ class PPOTrainer:
         self.value_head.load_state_dict(tensors["value_head"])
         if self.value_adapter is not None:
             self.value_adapter.load(tensors["value_adapter"])
-        self.optimizer.load_state_dict(tensors["optimizer"])
+        sharding.load_optimizer_state(self.optimizer, tensors["optimizer"])

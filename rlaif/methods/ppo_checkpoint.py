@@ -56,12 +56,12 @@ class Checkpoints:
             if progress.best_iteration is None or other != self._best(progress.best_iteration):
                 other.unlink()
 
-    def newest(self, device: torch.device) -> tuple[Progress, dict[str, Any]] | None:
-        """The newest checkpoint, if there is one."""
+    def newest(self) -> tuple[Progress, dict[str, Any]] | None:
+        """The newest checkpoint, if there is one; its tensors on the CPU."""
         found = sorted(self.root.glob("iteration-*"))
         if not found:
             return None
-        tensors = torch.load(found[-1] / "state.pt", map_location=device, weights_only=True)
+        tensors = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True)
         return Progress(**read_json(found[-1] / "progress.json")), tensors
 
     def save_best(self, iteration: int, policy: dict[str, Tensor]) -> None:
@@ -73,9 +73,9 @@ class Checkpoints:
         torch.save(policy, self.root / ".best.pt.partial")
         os.replace(self.root / ".best.pt.partial", self._best(iteration))
 
-    def best(self, iteration: int, device: torch.device) -> dict[str, Tensor]:
-        """What ``save_best`` kept."""
-        return torch.load(self._best(iteration), map_location=device, weights_only=True)
+    def best(self, iteration: int) -> dict[str, Tensor]:
+        """What ``save_best`` kept, on the CPU."""
+        return torch.load(self._best(iteration), map_location="cpu", weights_only=True)
 
     def _best(self, iteration: int) -> Path:
         return self.root / f"best-{iteration:06d}.pt"

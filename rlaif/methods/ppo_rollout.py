@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from rlaif.methods.ppo_value import ValueAdapter, ValueHead
 from rlaif.models import arithmetic, autocasts, eos_ids
 from rlaif.policy import Packed, Policy, completion_logits, completion_states, has_plain_head, merged, pack
 from rlaif.prefix import shareable
-from rlaif.processes import add_up, share_of, spread, world_size
+from rlaif.processes import add_up, share_of, spread, spreads_weights, world_size
 from rlaif.records import Prompt, UserError
 from rlaif.trunk import with_trunk
 
@@ -44,6 +44,21 @@ class Rollouts:
     """Log-probabilities that the tokens were drawn with, as the sampler noted them."""
     ref_logps: Tensor
     values: Tensor
+
+    def samples(self, count: int) -> Iterator[dict[str, Any]]:
+        """The first completions for samples.jsonl. JSON escapes whatever a model may have written."""
+        mask = self.batch.completion_mask
+        kl = (losses.kl_k1(self.logps, self.ref_logps) * mask).sum(dim=1)
+        for row in range(min(count, len(self.texts))):
+            yield {
+                "prompt_id": self.prompts[row].prompt_id,
+                "prompt": list(self.prompts[row].messages),
+                "completion": self.texts[row],
+                "score": float(self.scores[row]),
+                "kl": float(kl[row]),
+                "tokens": int(mask[row].sum()),
+                "finish_reason": "stop" if self.ended[row] else "length",
+            }
 
 
 class PromptStream:
@@ -118,8 +133,8 @@ class Actor:
         self.value_adapter = ValueAdapter(policy, preference_model) if config.value_adapter else None
         self.dtype, self.autocast = arithmetic(policy.start), autocasts(policy.start, config.tuning)
         self.plain_head = has_plain_head(self.model)
-        # Layers that are recomputed would write into the cache twice.
-        self.share = not config.gradient_checkpointing and shareable(self.model)
+        # Layers that are recomputed would write into the cache twice, and FSDP frees weights between two passes.
+        self.share = not (config.gradient_checkpointing or spreads_weights()) and shareable(self.model)
 
     def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]) -> list[Generation]:
         """A completion of each prompt by the policy."""

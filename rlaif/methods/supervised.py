@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from rlaif.config import LoraSettings, ModelConfig, TrainerSettings, Tuning
@@ -20,9 +18,10 @@ from rlaif.lora import lean
 from rlaif.methods.trackers import TensorBoardBeside, chosen
 from rlaif.models import autocasts, load_causal_lm, lora_config, pick_device
 from rlaif.prefix import shareable, split_prefix
-from rlaif.processes import is_main, wait_for_all, world_size
+from rlaif.processes import is_main, spreads_weights, wait_for_all, world_size
 from rlaif.progress import keep_lines, progress
 from rlaif.records import UserError
+from rlaif.sharding import gather_weights
 
 log = logging.getLogger("rlaif")
 
@@ -183,7 +182,8 @@ def shares_prefix(model: Any, config: TrainerSettings, examples: Sequence[Sequen
     Several processes must pass through the model equally often, or they wait for each other forever: for them, only if
     all rows that there are begin with the same, and no batch can be a single row.
     """
-    if config.gradient_checkpointing or not shareable(model):  # transformers recomputes layers without a cache
+    # transformers recomputes layers without a cache; FSDP takes weights away between two passes through a layer.
+    if config.gradient_checkpointing or spreads_weights() or not shareable(model):
         return False
     if world_size() == 1:
         return True
@@ -275,19 +275,6 @@ def run_trainer(trainer: Any, folder: Path, method: str) -> None:
         log.info("%s: going on from %s", method, newest.name)
     lean(trainer.model)
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-
-
-def gather_weights(model: Any) -> None:
-    """Replace weights that FSDP has spread over processes by whole ones, which only the main process keeps."""
-    whole: dict[Any, nn.Parameter] = {}
-    for module in model.modules():
-        for name, spread in list(module.named_parameters(recurse=False)):
-            if not isinstance(spread.data, DTensor):
-                continue
-            if spread not in whole:  # Modules may share a weight.
-                full = spread.data.full_tensor()
-                whole[spread] = nn.Parameter(full.cpu() if is_main() else full.new_empty(0), spread.requires_grad)
-            setattr(module, name, whole[spread])
 
 
 def save_result(trainer: Any, folder: Path, save: Callable[[], None]) -> None:

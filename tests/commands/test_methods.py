@@ -258,7 +258,12 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAG
         (DEEPSPEED, {"method": Method.ppo}, "configured for DeepSpeed, which method=ppo does not use"),
         ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, {"method": Method.dpo}, "ZeRO stage is 3"),
         ({**FSDP, "FSDP_VERSION": "1"}, {"method": Method.dpo}, "fsdp_version: 2"),
-        (FSDP, {"method": Method.ppo}, "configured for FSDP, which method=ppo does not use"),
+        ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, {"method": Method.ppo}, "fsdp_offload_params, which method=ppo does"),
+        (
+            {**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            {"method": Method.ppo},
+            "give ppo.gradient_checkpointing=true",
+        ),
         (
             FSDP,
             {"method": Method.dpo, "dpo": DPOConfig(tuning=Tuning.qlora)},

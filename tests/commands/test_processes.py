@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
 REPO = Path(__file__).parents[2]
@@ -28,15 +32,16 @@ def arguments(method: str, inputs: Path, output: Path, batch_size: int) -> list[
 
 
 @pytest.fixture(scope="module", autouse=True)
-def mixed(inputs: Path) -> None:
-    """Preferences of which most, not all, share a system message: some batches of one process, not all, begin alike."""
+def systems(inputs: Path) -> None:
+    """Preferences of which most, or all, share a system message: some, or all, batches of one process begin alike."""
     lines = [json.loads(line) for line in (inputs / "preferences" / "train.jsonl").read_text().splitlines()]
-    for number, line in enumerate(lines):
-        line["prompt"] = [{"role": "user", "content": line["prompt"]}]
-        if number not in (3, 9):
-            line["prompt"].insert(0, {"role": "system", "content": "Answer in one short sentence."})
-    (inputs / "mixed").mkdir()
-    (inputs / "mixed" / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, without in (("mixed", (3, 9)), ("alike", ())):
+        (inputs / name).mkdir()
+        with (inputs / name / "train.jsonl").open("w", encoding="utf-8") as file:
+            for number, line in enumerate(lines):
+                system = [] if number in without else [{"role": "system", "content": "Answer in one short sentence."}]
+                prompt = [*system, {"role": "user", "content": line["prompt"]}]
+                file.write(json.dumps(line | {"prompt": prompt}) + "\n")
 
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "rlaif.train"]
@@ -149,8 +154,22 @@ SPREAD = {
 }
 
 
+def spread(what: str, folder: Path) -> list[str]:
+    """What starts two processes between which the training is spread."""
+    file = folder / "accelerate.yaml"
+    file.write_text(f"compute_environment: LOCAL_MACHINE\nnum_processes: 2\n{SPREAD[what]}\n")
+    return [*ACCELERATE, f"--config_file={file}", str(Path(__file__).with_name("spread_on_cpu.py"))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", ["sft", "pm", "dpo", "dpo dpo.tuning=full"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *("sft", "pm", "dpo", "dpo dpo.tuning=full"),
+        # Weights are there for whole passes: none is left out, and none is split behind a common beginning.
+        *("dpo preferences={inputs}/alike dpo.lora.top_layers=0.5", "pm preferences={inputs}/alike pm.tuning=full"),
+    ],
+)
 @pytest.mark.parametrize("what", SPREAD)
 def test_training_that_is_spread_over_processes_is_that_of_one(
     what: str,
@@ -162,13 +181,72 @@ def test_training_that_is_spread_over_processes_is_that_of_one(
 ) -> None:
     if what == "deepspeed":
         pytest.importorskip("deepspeed")
-    file = tmp_path / "accelerate.yaml"
-    file.write_text(f"compute_environment: LOCAL_MACHINE\nnum_processes: 2\n{SPREAD[what]}\n")
-    method, *own = settings.split()
+    method, *own = settings.format(inputs=inputs).split()
     one, two = alone(method, *own), tmp_path / "two"
-    by = [*ACCELERATE, f"--config_file={file}", str(Path(__file__).with_name("spread_on_cpu.py"))]
+    by = spread(what, tmp_path)
     launch({**command_env, "DS_ACCELERATOR": "cpu"}, *arguments(method, inputs, two, 4), *own, by=by)
     close(one / result_of(method), two / result_of(method))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "ppo.lora.top_layers=0.5 ppo.value_adapter=true",
+        "ppo.tuning=full ppo.learning_rate=1e-4 ppo.value_backprop=true ppo.micro_batch_size=1",
+        "ppo.tuning=full ppo.learning_rate=1e-4 ppo.relative_reward=true ppo.gradient_checkpointing=true",
+        # The PM as an adapter on the policy's base, and as a model of its own.
+        "reward=pm preference_model={pm} ppo.value_init=pm",
+        "reward=pm preference_model={pm} ppo.tuning=full ppo.learning_rate=1e-4",
+    ],
+)
+def test_ppo_that_is_spread_over_processes_is_that_of_one(
+    settings: str,
+    inputs: Path,
+    command_env: dict[str, str],
+    run_command: Callable[..., Any],
+    alone: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    own = settings.format(pm=alone("pm") / result_of("pm") if "{pm}" in settings else None).split()
+    shared = [*COMMON, *PPO, f"prompts={inputs}/prompts.jsonl", "method=ppo", *own]
+    run_command("train", *shared, f"output_dir={one}")
+    said = launch(command_env, *shared, f"output_dir={two}", by=spread("fsdp", tmp_path))
+    held, total = map(int, re.search(r"holds (\d+) of (\d+) weights", said).groups())
+    assert held == pytest.approx(total / 2, rel=0.1)
+    close(one / "ppo" / "policy", two / "ppo" / "policy")
+    left, right = (
+        [json.loads(line) for line in (folder / "ppo" / "training.jsonl").read_text().splitlines()]
+        for folder in (one, two)
+    )
+    for key in ("score", "kl", "reward", "policy_loss", "value_loss", "grad_norm", "value_grad_norm"):
+        assert [line[key] for line in left] == pytest.approx([line[key] for line in right], rel=1e-3, abs=1e-4), key
+
+
+@pytest.mark.slow
+def test_ppo_whose_weights_are_spread_goes_on_where_it_was_killed(
+    inputs: Path, command_env: dict[str, str], tmp_path: Path
+) -> None:
+    shared = [*COMMON, *PPO, f"prompts={inputs}/prompts.jsonl", "method=ppo", "ppo.tuning=full", "ppo.iterations=8"]
+    shared += ["ppo.save_every=1", "ppo.keep=best", "ppo.eval_every=1", "ppo.eval_prompts=3"]
+    shared += ["data.validation_fraction=0.3"]
+    by = spread("fsdp", tmp_path)
+    launch(command_env, *shared, f"output_dir={tmp_path / 'one'}", by=by)
+    two = tmp_path / "two"
+    command = [sys.executable, "-m", *by, *shared, f"output_dir={two}"]
+    process = psutil.Popen(command, env=command_env, cwd=REPO, stderr=subprocess.DEVNULL)
+    while not list(two.rglob("iteration-0000*[1-9]")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    killed = [process, *process.children(recursive=True)]
+    for each in killed:
+        each.kill()
+    psutil.wait_procs(killed)
+    assert "going on from iteration" in launch(command_env, *shared, f"output_dir={two}", by=by)
+    left, right = (load_file(folder / "ppo" / "policy" / "model.safetensors") for folder in (tmp_path / "one", two))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
 
 
 @pytest.mark.slow

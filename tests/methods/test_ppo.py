@@ -537,11 +537,11 @@ def test_one_baseline_without_a_score_counts_as_average(tmp_path: Path) -> None:
 
 def test_the_best_policy_that_a_checkpoint_knows_of_outlives_a_newer_one(tmp_path: Path) -> None:
     """A run that is killed after the newer one goes on from the checkpoint, and may not find that one again."""
-    checkpoints, cpu = Checkpoints(tmp_path), torch.device("cpu")
+    checkpoints = Checkpoints(tmp_path)
     checkpoints.save_best(1, {"x": torch.tensor(1.0)})
     checkpoints.save(Progress(iteration=2, best_iteration=1), {})
     checkpoints.save_best(3, {"x": torch.tensor(3.0)})
-    assert [float(checkpoints.best(iteration, cpu)["x"]) for iteration in (1, 3)] == [1.0, 3.0]
+    assert [float(checkpoints.best(iteration)["x"]) for iteration in (1, 3)] == [1.0, 3.0]
     checkpoints.save(Progress(iteration=4, best_iteration=3), {})
     assert [file.name for file in (tmp_path / "checkpoints").glob("best*")] == ["best-000003.pt"]
 
@@ -552,7 +552,7 @@ def test_samples_are_logged_and_hostile_text_stays_inside_its_line(tmp_path: Pat
     ppo = trainer(tmp_path, log_samples=3)
     rollouts = ppo.rollout(0)
     rollouts.texts[0], rollouts.prompts[0] = hostile, asked[0]
-    lines = [json.dumps(sample) for sample in ppo.samples(0, rollouts)]
+    lines = [json.dumps(sample) for sample in rollouts.samples(3)]
     assert len(lines) == 3
     assert all(line.isascii() and line.isprintable() for line in lines)
     assert json.loads(lines[0])["completion"] == hostile

@@ -1,0 +1,136 @@
+"""FSDP: weights spread over processes, for training loops of the project's own, and made whole again.
+
+TRL's trainers leave the spreading to accelerate. PPO's phases differ: its updates pass over equal shares in step, so
+each layer's weights can be gathered when their turn comes, while in sampling and scoring the processes run as many
+passes as their share of completions takes. For those the weights are gathered once and spread again afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from rlaif.models import inner
+from rlaif.processes import asked, is_main, spreads_weights
+from rlaif.trunk import decoder_layers
+
+log = logging.getLogger("rlaif")
+
+
+def spread_weights(model: Any) -> None:
+    """With FSDP, spread a model over the processes, in place: each decoder layer, and what is outside the layers.
+
+    Adapters stay whole in every process, and so do their gradients. Those of the model's own weights are spread like
+    these, as the sum of what the processes contribute.
+    """
+    if not spreads_weights():
+        return
+    core = inner(model)
+    adapters = {value for name, value in model.named_parameters() if "lora_" in name}
+    for layer in decoder_layers(model) or ():
+        fully_shard(layer, reshard_after_forward=_frees_layers(), ignored_params=adapters)
+    fully_shard(core, ignored_params=adapters)
+    for unit in _units(core):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    if core.base_model is not core:
+        # Where the backbone is called, and its states go to the head, no forward pass of the whole gathers what both
+        # have outside the layers. The backward pass spreads it again.
+        core.base_model.register_forward_pre_hook(lambda *_: core.unshard())
+    with torch.no_grad():
+        # The first pass settles which unit is the outermost, and leaves that gathered.
+        core(input_ids=torch.arange(2, device=core.device).unsqueeze(0), use_cache=False)
+    core.reshard()
+    parameters = [value for value in core.parameters() if isinstance(value, DTensor)]
+    held, total = (sum(each) for each in zip(*((p.to_local().numel(), p.numel()) for p in parameters), strict=True))
+    log.info("FSDP: this process holds %d of %d weights of %s", held, total, type(core).__name__)
+
+
+@contextlib.contextmanager
+def gathered(*models: Any) -> Iterator[None]:
+    """Within the block, which is for passes without gradients, every process has all weights of these models."""
+    units = [(unit, unit is core) for core in map(inner, models) for unit in _units(core)]
+    for unit, _ in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit, outermost in units:
+            # What is outside the layers is used at both ends of a pass.
+            unit.set_reshard_after_forward(not outermost and _frees_layers(), recurse=False)
+            unit.reshard()
+
+
+def _units(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _frees_layers() -> bool:
+    """Whether layers give up what they gathered after a forward pass, or after the backward pass alone."""
+    return "FSDP_RESHARD_AFTER_FORWARD" not in os.environ or asked("FSDP_RESHARD_AFTER_FORWARD")
+
+
+def is_spread(value: Tensor) -> bool:
+    """Whether each process has a part of a tensor."""
+    return isinstance(value, DTensor)
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor as it is; of one that is spread, all of it, which only the main process keeps (on the CPU)."""
+    if not isinstance(value, DTensor):
+        return value
+    full = value.full_tensor()
+    return full.cpu() if is_main() else full.new_empty(0)
+
+
+def spread_like(value: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor that every process has, spread as another of its shape is."""
+    if not isinstance(other, DTensor) or value.shape != other.shape:
+        return value
+    return distribute_tensor(value.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+
+
+def clip_gradients(parameters: Sequence[Tensor], limit: float) -> float:
+    """Scale gradients such that their norm, that of all of them, is at most ``limit``; returns what it was."""
+    norm = nn.utils.clip_grad_norm_(parameters, limit)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimiser's ``state_dict`` of whole tensors; of those that are spread, in the main process alone."""
+    found = optimizer.state_dict()
+    state = {place: {name: whole(value) for name, value in of.items()} for place, of in found["state"].items()}
+    return found | {"state": state}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, found: dict[str, Any]) -> None:
+    """Put such a state back, which every process must have whole."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        place: {name: spread_like(value, parameters[place]) for name, value in of.items()}
+        for place, of in found["state"].items()
+    }
+    optimizer.load_state_dict(found | {"state": state})
+
+
+def gather_weights(model: Any) -> None:
+    """Replace weights that are spread over processes by whole ones, which only the main process keeps (on the CPU)."""
+    found: dict[Any, nn.Parameter] = {}
+    for module in model.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            if isinstance(value.data, DTensor):
+                if value not in found:  # Modules may share a weight.
+                    found[value] = nn.Parameter(whole(value.data), value.requires_grad)
+                setattr(module, name, found[value])
+    if found:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.cpu()
