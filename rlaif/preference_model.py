@@ -298,7 +298,7 @@ def training_scores(
         prefix: token ids before every row.
     """
     caught: list[torch.Tensor] = []
-    head = inner(getattr(model, "module", model)).score
+    head = _head(getattr(model, "module", model))
 
     def widen(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         # The head is float32 also over bfloat16 weights.
@@ -316,6 +316,12 @@ def training_scores(
 
 def head_scores(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Scores of last hidden states: (B, H) -> (B,), float32."""
-    head = inner(model).score
+    head = _head(model)
     weight = next(head.parameters())
     return head(hidden.to(weight.dtype)).squeeze(-1).float()
+
+
+def _head(model: Any) -> Any:
+    """The head in use; PEFT keeps the one that it replaces beside it, which may have another precision."""
+    head = inner(model).score
+    return head.modules_to_save[head.active_adapters[0]] if hasattr(head, "modules_to_save") else head

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
-from rlaif.config import ModelConfig, PMConfig, Tuning
+from rlaif.config import Dtype, ModelConfig, PMConfig, Tuning
 from rlaif.evaluation.preference_model import calibration, preference_metrics
 from rlaif.losses import soft_bradley_terry
 from rlaif.methods.supervised import (
@@ -168,10 +168,10 @@ def _train_member(
     ]
     kept = drop_long(rows, lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])), config.max_length, "pm")
     groups = group_comparisons(kept)
-    model = load_sequence_scorer(start, key, new_head=True, quantized=config.tuning is Tuning.qlora)
+    # Weights that train are float32, whatever the arithmetic: in a shorter float small updates would vanish.
+    loaded = replace(start, dtype=Dtype.float32) if config.tuning is Tuning.full else start
+    model = load_sequence_scorer(loaded, key, new_head=True, quantized=config.tuning is Tuning.qlora)
     model.config.pad_token_id = tokenizer.pad_token_id
-    if config.tuning is Tuning.full:
-        model = model.float()
     share = shares_prefix(model, config, [group["sequences"] for group in groups])
     # In several processes all rows are as long as the longest.
     join = world_size() == 1 and joinable(model)

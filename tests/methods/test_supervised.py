@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from rlaif.config import DPOConfig, LoraSettings, ModelConfig, PMConfig, SFTConfig
+from rlaif.config import DPOConfig, Dtype, LoraSettings, ModelConfig, PMConfig, SFTConfig, Tuning
+from rlaif.demonstrations import Demonstration
 from rlaif.methods import supervised
 from rlaif.methods.dpo import train_dpo
 from rlaif.methods.pm import train_pm
+from rlaif.methods.sft import train_sft
 from rlaif.methods.supervised import (
     collate_comparisons,
     group_comparisons,
@@ -166,6 +170,33 @@ def test_several_processes_pass_equally_often(monkeypatch: pytest.MonkeyPatch) -
     assert not shares_prefix(model, SFTConfig(), [*alike, single])
     assert [part.tolist() for part in parts_by_length(lengths)] == [[0, 1, 2]]
     assert not shares_prefix(model, SFTConfig(gradient_checkpointing=True), alike)
+
+
+@pytest.mark.parametrize("tuning", [Tuning.lora, Tuning.full])
+@pytest.mark.parametrize("method", ["sft", "pm", "dpo"])
+def test_bfloat16_trains_like_float32(method: str, tuning: Tuning, tmp_path: Path) -> None:
+    """On GPUs it is the default. Adapters and heads are float32 all the same."""
+    system = {"role": "system", "content": "Answer in one short sentence."}
+    data = [
+        Preference(f"p{i}", (system, {"role": "user", "content": "ab" * i}), "a" * (1 + 9 * i), "z" * 5, "0", "1", 0.9,
+                   "people", "human")
+        for i in range(8)
+    ]  # fmt: skip
+    shared = {"batch_size": 4, "max_steps": 3, "tuning": tuning, "lora": LoraSettings(r=4, top_layers=0.5)}
+    losses = []
+    for dtype in (Dtype.float32, Dtype.bfloat16):
+        folder, start = tmp_path / dtype, dataclasses.replace(TINY, dtype=dtype)
+        if method == "pm":
+            target = train_pm(PMConfig(**shared), start, data, data, folder, seed=0)
+        elif method == "dpo":
+            target = train_dpo(DPOConfig(**shared), start, data, folder, seed=0)
+        else:
+            shown = [Demonstration(row.prompt, row.chosen) for row in data]
+            target = train_sft(SFTConfig(**shared), start, shown, folder, seed=0)
+        losses.append([json.loads(line)["loss"] for line in (folder / "training.jsonl").read_text().splitlines()])
+        (file,) = target.glob("*.safetensors")
+        assert all(value.isfinite().all() for value in load_file(file).values())
+    assert losses[1] == pytest.approx(losses[0], abs=0.1)
 
 
 @pytest.mark.parametrize("method", ["pm", "dpo"])
