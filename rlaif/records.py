@@ -201,7 +201,8 @@ def existing_file(path: str | os.PathLike[str] | None, key: str) -> Path:
         raise UserError(f"{key} is not set: give {key}=FILE")
     file = Path(path)
     if file.is_dir():
-        raise UserError(f"{key}={file}: is a folder, expected a file")
+        inside = file / f"{key}.jsonl"
+        raise UserError(f"{key}={file}: is a folder, expected a file{f'; give {inside}' if inside.is_file() else ''}")
     if not file.is_file():
         raise UserError(f"{key}={file}: no such file")
     return file

@@ -285,6 +285,9 @@ def test_existing_paths(tmp_path):
             check(file, "candidates")
     with pytest.raises(UserError, match="is a folder, expected a file"):
         existing_file(tmp_path, "candidates")
+    (tmp_path / "candidates.jsonl").touch()
+    with pytest.raises(UserError, match=r"expected a file; give .*/candidates\.jsonl$"):
+        existing_file(tmp_path, "candidates")
     file.touch()
     with pytest.raises(UserError, match="no such folder"):
         existing_dir(file, "preferences")
