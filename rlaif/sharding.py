@@ -12,32 +12,46 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rlaif.models import inner
-from rlaif.processes import asked, is_main, spreads_weights
+from rlaif.processes import asked, is_main, spreads_weights, world_size
 from rlaif.trunk import decoder_layers
 
 log = logging.getLogger("rlaif")
 
 
-def spread_weights(model: Any) -> None:
+_GATHERED: WeakSet[nn.Module] = WeakSet()
+
+
+def spread_weights(model: Any, short: bool = False) -> None:
     """With FSDP, spread a model over the processes, in place: each decoder layer, and what is outside the layers.
 
     Adapters stay whole in every process, and so do their gradients. Those of the model's own weights are spread like
     these, as the sum of what the processes contribute.
+
+    Args:
+        model: with or without adapters.
+        short: gather the weights in bfloat16. Copies that autocast makes would outlive the layer that they are of.
     """
     if not spreads_weights():
         return
     core = inner(model)
     adapters = {value for name, value in model.named_parameters() if "lora_" in name}
+    settings: dict[str, Any] = {
+        "mesh": init_device_mesh(core.device.type, (world_size(),)),
+        "ignored_params": adapters,
+        "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32) if short else MixedPrecisionPolicy(),
+    }
     for layer in decoder_layers(model) or ():
-        fully_shard(layer, reshard_after_forward=_frees_layers(), ignored_params=adapters)
-    fully_shard(core, ignored_params=adapters)
+        fully_shard(layer, reshard_after_forward=_frees_layers(), **settings)
+    fully_shard(core, **settings)
     for unit in _units(core):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
@@ -46,9 +60,9 @@ def spread_weights(model: Any) -> None:
         # have outside the layers. The backward pass spreads it again.
         core.base_model.register_forward_pre_hook(lambda *_: core.unshard())
     with torch.no_grad():
-        # The first pass settles which unit is the outermost, and leaves that gathered.
+        # The first pass settles which unit is the outermost, and may leave units gathered.
         core(input_ids=torch.arange(2, device=core.device).unsqueeze(0), use_cache=False)
-    core.reshard()
+    _spread_again(core)
     parameters = [value for value in core.parameters() if isinstance(value, DTensor)]
     held, total = (sum(each) for each in zip(*((p.to_local().numel(), p.numel()) for p in parameters), strict=True))
     log.info("FSDP: this process holds %d of %d weights of %s", held, total, type(core).__name__)
@@ -56,22 +70,33 @@ def spread_weights(model: Any) -> None:
 
 @contextlib.contextmanager
 def gathered(*models: Any) -> Iterator[None]:
-    """Within the block, which is for passes without gradients, every process has all weights of these models."""
-    units = [(unit, unit is core) for core in map(inner, models) for unit in _units(core)]
-    for unit, _ in units:
+    """Within the block, which is for passes without gradients, every process has all weights of these models.
+
+    A block inside another of the same model does nothing.
+    """
+    cores = [core for core in map(inner, models) if core not in _GATHERED]
+    _GATHERED.update(cores)
+    for unit in (unit for core in cores for unit in _units(core)):
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
         yield
     finally:
-        for unit, outermost in units:
-            # What is outside the layers is used at both ends of a pass.
-            unit.set_reshard_after_forward(not outermost and _frees_layers(), recurse=False)
-            unit.reshard()
+        _GATHERED.difference_update(cores)
+        for core in cores:
+            for unit in _units(core):
+                # What is outside the layers is used at both ends of a pass.
+                unit.set_reshard_after_forward(unit is not core and _frees_layers(), recurse=False)
+            _spread_again(core)
 
 
 def _units(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _spread_again(model: nn.Module) -> None:
+    for unit in _units(model):
+        unit.reshard()
 
 
 def _frees_layers() -> bool:
@@ -124,6 +149,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, found: dict[str, Any]
 
 def gather_weights(model: Any) -> None:
     """Replace weights that are spread over processes by whole ones, which only the main process keeps (on the CPU)."""
+    _spread_again(model)
     found: dict[Any, nn.Parameter] = {}
     for module in model.modules():
         for name, value in list(module.named_parameters(recurse=False)):

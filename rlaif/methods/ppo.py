@@ -137,10 +137,11 @@ class PPOTrainer:
         self.value_parameters = list(self.value_head.parameters())
         if self.value_adapter is not None:
             self.value_parameters += self.value_adapter.named.values()
-        trained = [value for _, value in policy.trainable()]
-        copy_from_main(value.data for value in (*trained, *self.value_parameters))
-        for model in filter(None, (policy.model, policy.frozen)):
-            sharding.spread_weights(model)
+        copy_from_main(value.data for _, value in policy.trainable())
+        copy_from_main(value.data for value in self.value_parameters)
+        sharding.spread_weights(policy.model, short=self.actor.autocast)
+        if policy.frozen is not None:
+            sharding.spread_weights(policy.frozen)
         self.parameters = [parameter for _, parameter in policy.trainable()]
         self.optimizer = torch.optim.AdamW(
             [

@@ -154,10 +154,10 @@ SPREAD = {
 }
 
 
-def spread(what: str, folder: Path) -> list[str]:
-    """What starts two processes between which the training is spread."""
+def spread(what: str, folder: Path, more: str = "") -> list[str]:
+    """What starts two processes between which the training is spread, with more settings of that kind."""
     file = folder / "accelerate.yaml"
-    file.write_text(f"compute_environment: LOCAL_MACHINE\nnum_processes: 2\n{SPREAD[what]}\n")
+    file.write_text(f"compute_environment: LOCAL_MACHINE\nnum_processes: 2\n{SPREAD[what][:-1]}{more}}}\n")
     return [*ACCELERATE, f"--config_file={file}", str(Path(__file__).with_name("spread_on_cpu.py"))]
 
 
@@ -190,18 +190,28 @@ def test_training_that_is_spread_over_processes_is_that_of_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "more"),
     [
-        "ppo.lora.top_layers=0.5 ppo.value_adapter=true",
-        "ppo.tuning=full ppo.learning_rate=1e-4 ppo.value_backprop=true ppo.micro_batch_size=1",
-        "ppo.tuning=full ppo.learning_rate=1e-4 ppo.relative_reward=true ppo.gradient_checkpointing=true",
-        # The PM as an adapter on the policy's base, and as a model of its own.
-        "reward=pm preference_model={pm} ppo.value_init=pm",
-        "reward=pm preference_model={pm} ppo.tuning=full ppo.learning_rate=1e-4",
+        ("ppo.lora.top_layers=0.5 ppo.value_adapter=true", ""),
+        (
+            "ppo.tuning=full ppo.learning_rate=1e-4 ppo.value_backprop=true ppo.micro_batch_size=1",
+            ", fsdp_reshard_after_forward: false",
+        ),
+        ("ppo.tuning=full ppo.learning_rate=1e-4 ppo.relative_reward=true ppo.gradient_checkpointing=true", ""),
+        # No update passes through the policy.
+        ("ppo.tuning=full ppo.warmup_iterations=4", ""),
+        # The PM as an adapter on the policy's base, and as a model of its own. One of two processes has no prompt.
+        (
+            "reward=pm preference_model={pm} ppo.value_init=pm ppo.eval_every=1 ppo.eval_prompts=1 "
+            "data.validation_fraction=0.3",
+            "",
+        ),
+        ("reward=pm preference_model={pm} ppo.tuning=full ppo.learning_rate=1e-4", ""),
     ],
 )
 def test_ppo_that_is_spread_over_processes_is_that_of_one(
     settings: str,
+    more: str,
     inputs: Path,
     command_env: dict[str, str],
     run_command: Callable[..., Any],
@@ -212,8 +222,9 @@ def test_ppo_that_is_spread_over_processes_is_that_of_one(
     own = settings.format(pm=alone("pm") / result_of("pm") if "{pm}" in settings else None).split()
     shared = [*COMMON, *PPO, f"prompts={inputs}/prompts.jsonl", "method=ppo", *own]
     run_command("train", *shared, f"output_dir={one}")
-    said = launch(command_env, *shared, f"output_dir={two}", by=spread("fsdp", tmp_path))
-    held, total = map(int, re.search(r"holds (\d+) of (\d+) weights", said).groups())
+    said = launch(command_env, *shared, f"output_dir={two}", by=spread("fsdp", tmp_path, more))
+    held, total = map(int, re.search(r"holds (\d+) of (\d+) weights of \w*CausalLM", said).groups())
+    assert total == 66576
     assert held == pytest.approx(total / 2, rel=0.1)
     close(one / "ppo" / "policy", two / "ppo" / "policy")
     left, right = (
