@@ -2,6 +2,9 @@
 
 PEFT computes W x + (B A x) s as three tensors of the layer's width. Scaled where it is thin, and added by the product
 itself, there is one: the same numbers up to rounding, in less time and memory, forward and backward.
+
+Beside weights of 16 bits PEFT keeps A and B in float32, and computes with them in float32. Here they are rounded for
+the product alone, as autocast does: what trains, its gradients and the optimiser stay float32.
 """
 
 from __future__ import annotations
@@ -30,9 +33,10 @@ def _forward(layer: Any, usual: Callable[..., Tensor], x: Tensor, *arguments: An
     if arguments or settings or not _is_plain(layer, x):
         return usual(x, *arguments, **settings)
     (name,) = layer.active_adapters
-    thin = F.linear(x, layer.lora_A[name].weight) * layer.scaling[name]
+    first, second = (part[name].weight.to(x.dtype) for part in (layer.lora_A, layer.lora_B))
+    thin = F.linear(x, first) * layer.scaling[name]
     result: Tensor = layer.base_layer(x)
-    rows = torch.addmm(result.flatten(0, -2), thin.flatten(0, -2), layer.lora_B[name].weight.t())
+    rows = torch.addmm(result.flatten(0, -2), thin.flatten(0, -2), second.t())
     return rows.view_as(result)
 
 
@@ -45,5 +49,5 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
     first, second, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     if type(first) is not nn.Linear or type(second) is not nn.Linear:
         return False  # FSDP may have spread them by themselves.
-    same = x.dtype == first.weight.dtype == layer.base_layer.weight.dtype
+    same = x.dtype == layer.base_layer.weight.dtype and first.weight.dtype in (x.dtype, torch.float32)
     return same and second.bias is None and (isinstance(dropout, nn.Identity) or not dropout.training)

@@ -17,6 +17,7 @@ import torch
 
 from rlaif.chat import DEFAULT_TEMPLATE, turn_end
 from rlaif.config import Dtype, LoraSettings, ModelConfig, Tuning
+from rlaif.lora import lean
 from rlaif.records import UserError
 
 log = logging.getLogger("rlaif")
@@ -163,10 +164,25 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 on a GPU that supports it and float32 elsewhere."""
+    """``auto`` is what ``$RLAIF_AUTO_DTYPE`` says, else bfloat16 where the hardware multiplies that faster.
+
+    Those are GPUs that support it and CPUs with AMX, which multiply it several times as fast as float32; CPUs without
+    are slower at it.
+
+    Raises:
+        UserError: if the environment variable names no dtype.
+    """
     if dtype is Dtype.auto:
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if bf16 else torch.float32
+        named = os.environ.get("RLAIF_AUTO_DTYPE")
+        if named and named not in list(Dtype):
+            raise UserError(f"RLAIF_AUTO_DTYPE={named}: unknown dtype; there are {', '.join(Dtype)}")
+        dtype = Dtype(named or Dtype.auto)
+    if dtype is Dtype.auto:
+        if device.type == "cpu":
+            faster = bool(torch.cpu.get_capabilities().get("amx_bf16"))
+        else:
+            faster = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if faster else torch.float32
     return {
         Dtype.float32: torch.float32,
         Dtype.bfloat16: torch.bfloat16,
@@ -271,7 +287,7 @@ def load_causal_lm(
         arguments["dtype"] = torch.float32
     _check_hub(path, config.revision, config.name, name_key(key))
     with _loading(config.name, name_key(key)):
-        model = AutoModelForCausalLM.from_pretrained(path, **arguments)
+        model = _with_whole_rows(AutoModelForCausalLM.from_pretrained(path, **arguments))
         if adapters or beside:
             from peft import PeftModel
 
@@ -280,11 +296,29 @@ def load_causal_lm(
             if adapters:
                 _cast(model, dtype)
             if beside:
-                model = PeftModel.from_pretrained(model, beside)
+                model = lean(PeftModel.from_pretrained(model, beside))
     if trainable:
         # PEFT freezes what it adapts, and merging leaves it so.
         model.requires_grad_(True)
     return _frozen(model) if quantized else model.to(device).eval()
+
+
+def _with_whole_rows(model: Any) -> Any:
+    """Let the output head read states that lie side by side; returns the model.
+
+    Of the last positions of several rows torch would make a batch of products, and in bfloat16 copy the head's weights
+    for each of them: on a CPU most of the time that labeling or a prompt takes.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_side_by_side)
+    return model
+
+
+def _side_by_side(head: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    states, *rest = arguments
+    # A single row is contiguous in torch's eyes whatever its strides say, and its products are not.
+    return (states.flatten(0, -2).contiguous().view(states.shape), *rest)
 
 
 def merge(model: Any) -> Any:
@@ -370,7 +404,7 @@ def load_sequence_scorer(
         if is_adapter(path) and not new_head:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, path)
+            model = lean(PeftModel.from_pretrained(model, path))
     if new_head and (is_adapter(path) or config.adapter):
         # The adapters of a policy fit a language model only; what they make of its body is taken over.
         model.base_model.load_state_dict(load_causal_lm(config, key, merged=True).base_model.state_dict())

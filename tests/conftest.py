@@ -4,6 +4,9 @@ import os
 
 import pytest
 
+# The same arithmetic on every CPU: with AMX, models would be loaded in bfloat16 unless told otherwise.
+os.environ.setdefault("RLAIF_AUTO_DTYPE", "float32")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def few_threads():

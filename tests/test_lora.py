@@ -60,6 +60,26 @@ def test_logits_and_gradients_are_those_of_peft(settings: dict[str, Any], traini
         torch.testing.assert_close(gradients[name], wanted[name], rtol=1e-4, atol=1e-6)
 
 
+def test_beside_weights_of_16_bits_only_products_are_rounded() -> None:
+    """Adapters and gradients stay float32; both are as near to float32's as PEFT's are."""
+    exact = peft_model()
+    plain = copy.deepcopy(exact)
+    for name, parameter in plain.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    ours = lean(copy.deepcopy(plain))
+    (truth, best), (expected, wanted), (found, gradients) = run(exact), run(plain), run(ours)
+    assert found.dtype is torch.bfloat16
+    assert all(gradient.dtype is torch.float32 for gradient in gradients.values())
+
+    def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float((one.float() - other.float()).norm() / other.float().norm())
+
+    assert distance(found, truth) < 1.5 * distance(expected, truth) < 0.05
+    for name in best:
+        assert distance(gradients[name], best[name]) < max(1.5 * distance(wanted[name], best[name]), 0.03)
+
+
 def test_another_adapter_none_and_merged_ones() -> None:
     plain = peft_model()
     plain.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))

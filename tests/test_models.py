@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from rlaif.config import Dtype, LoraSettings, ModelConfig, SFTConfig, Tuning
 from rlaif.methods.supervised import trainer_arguments
-from rlaif.models import adapter_base, arithmetic, autocasts, load_causal_lm, pick_device, resolve_model
+from rlaif.models import adapter_base, arithmetic, autocasts, load_causal_lm, pick_device, pick_dtype, resolve_model
 from rlaif.policy import Policy, load_policy
+from rlaif.records import UserError
 
 TINY = ModelConfig(name="tiny", device="cpu")
 SHORT = dataclasses.replace(TINY, dtype=Dtype.bfloat16)
@@ -109,6 +110,7 @@ def test_cuda_is_this_processs_gpu(monkeypatch):
     ],
 )
 def test_all_weights_train_in_bfloat16_where_that_is_asked_for_or_can_be(tmp_path, monkeypatch, dtype, able, expected):
+    monkeypatch.delenv("RLAIF_AUTO_DTYPE")
     monkeypatch.setattr("rlaif.models.pick_device", lambda name: torch.device("cuda", 0))
     monkeypatch.setattr("rlaif.methods.supervised.pick_device", lambda name: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: able)
@@ -118,6 +120,38 @@ def test_all_weights_train_in_bfloat16_where_that_is_asked_for_or_can_be(tmp_pat
     assert arithmetic(start) is (torch.bfloat16 if expected else torch.float32)
     for tuning, value in {Tuning.full: expected, Tuning.lora: False}.items():
         assert trainer_arguments(SFTConfig(tuning=tuning), start, tmp_path, 0, 32)["bf16"] == value
+
+
+def test_auto_is_bfloat16_on_a_cpu_that_multiplies_it_in_tiles(monkeypatch):
+    monkeypatch.delenv("RLAIF_AUTO_DTYPE")
+    for tiles, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda tiles=tiles: {"amx_bf16": tiles})
+        assert pick_dtype(Dtype.auto, torch.device("cpu")) is expected
+        assert pick_dtype(Dtype.float32, torch.device("cpu")) is torch.float32
+
+
+def test_the_environment_says_what_auto_is(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    monkeypatch.setenv("RLAIF_AUTO_DTYPE", "float32")
+    assert pick_dtype(Dtype.auto, torch.device("cpu")) is torch.float32
+    monkeypatch.setenv("RLAIF_AUTO_DTYPE", "double")
+    with pytest.raises(UserError, match="RLAIF_AUTO_DTYPE=double: unknown dtype; there are auto, float32"):
+        pick_dtype(Dtype.auto, torch.device("cpu"))
+    assert pick_dtype(Dtype.bfloat16, torch.device("cpu")) is torch.bfloat16
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_output_head_reads_rows_that_lie_side_by_side(monkeypatch, rows):
+    """Else torch copies its weights for each row."""
+    model, read = load_causal_lm(TINY), []
+    head = model.get_output_embeddings()
+    plain = head.forward
+    monkeypatch.setattr(head, "forward", lambda states: read.append(states.stride()) or plain(states))
+    ids = torch.arange(rows * 4).view(rows, 4)
+    logits = model(input_ids=ids, logits_to_keep=1).logits
+    size = model.config.hidden_size
+    assert read == [(size, size, 1)]
+    torch.testing.assert_close(logits[:, 0], model(input_ids=ids).logits[:, -1])
 
 
 def test_any_of_several_processes_makes_the_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

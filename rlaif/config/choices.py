@@ -160,7 +160,7 @@ class Sampler(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Weight precision. ``auto`` is bfloat16 on a GPU that supports it and float32 elsewhere."""
+    """Weight precision. ``auto`` is bfloat16 where the hardware multiplies that faster, else float32."""
 
     auto = "auto"
     float32 = "float32"
