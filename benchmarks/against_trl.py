@@ -11,9 +11,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import parser, say, spread
+
+if TYPE_CHECKING:
+    from rlaif.config import ModelConfig
 
 RATE = 1e-4
 """Learning rate of both."""
@@ -121,25 +124,30 @@ def command_line(description: str | None) -> argparse.Namespace:
     result = parser(description)
     result.add_argument("--steps", type=int, default=8, help="optimiser steps of each run")
     result.add_argument("--repeats", type=int, default=3, help="runs of each, taking turns")
+    result.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights, in both")
     return result.parse_args()
 
 
 def compare(
-    ours: Callable[[list[Any], int, int, Path], list[float]],
-    theirs: Callable[[list[Any], int, Path], list[float]],
+    ours: Callable[[ModelConfig, list[Any], int, int, Path], list[float]],
+    theirs: Callable[[ModelConfig, list[Any], int, Path], list[float]],
     options: argparse.Namespace,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Ratios and details: alternating runs on single pairs, and on all pairs of four completions.
 
     Args:
-        ours: trains on pairs of so many prompts, so many steps, in a folder; returns the loss of each step. A step is
-            all pairs, so that losses are comparable.
+        ours: trains a model on pairs of so many prompts, so many steps, in a folder; returns the loss of each step. A
+            step is all pairs, so that losses are comparable.
         theirs: the same with TRL's stock trainer.
         options: what :func:`command_line` found.
     """
+    from rlaif.config import Dtype, ModelConfig
+
+    start = ModelConfig(name="embedded", dtype=Dtype(options.dtype))
     prompts, steps, repeats = (2, 2, 1) if options.quick else (8, options.steps, options.repeats)
     ratios: dict[str, Any] = {}
     details: dict[str, Any] = {"steps": steps, "prompts_per_step": prompts, "repeats": repeats}
+    details["dtype"] = options.dtype
     for name, completions in (("pairs", 2), ("groups_of_4", 4)):
         pairs = preferences(completions, prompts)
         rates: dict[str, list[float]] = {"rlaif": [], "trl": []}
@@ -149,7 +157,9 @@ def compare(
                 with tempfile.TemporaryDirectory() as place, timed_training() as seconds:
                     folder = Path(place)
                     losses[who] = (
-                        ours(pairs, prompts, steps, folder) if who == "rlaif" else theirs(pairs, steps, folder)
+                        ours(start, pairs, prompts, steps, folder)
+                        if who == "rlaif"
+                        else theirs(start, pairs, steps, folder)
                     )
                 rates[who].append(len(pairs) * steps / seconds[0])
                 say(f"{name}: {rates[who][-1]:.2f} pairs/s by {who}")

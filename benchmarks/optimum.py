@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.harness import finish, parser
 from rlaif.chat import encode_chat
-from rlaif.config import DPOConfig, KLEstimator, ModelConfig, PPOConfig, Tuning
+from rlaif.config import DPOConfig, Dtype, KLEstimator, ModelConfig, PPOConfig, Tuning
 from rlaif.methods.dpo import train_dpo
 from rlaif.methods.ppo import train_ppo
 from rlaif.models import load_causal_lm, load_tokenizer
@@ -76,7 +76,9 @@ def make_problem(folder: Path, seed: int = 0) -> Problem:
     rewards = torch.randn(len(texts), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     ended = [len(text) < TOKENS for text in texts]
     none = torch.empty(0)
-    problem = Problem(ModelConfig(name=str(folder), device="cpu"), texts, ended, rewards, none, none)
+    problem = Problem(
+        ModelConfig(name=str(folder), device="cpu", dtype=Dtype.float32), texts, ended, rewards, none, none
+    )
     problem.reference = problem.distribution(problem.model)
     weights = problem.reference * (rewards / BETA).exp()
     problem.optimum = weights / weights.sum()
@@ -139,7 +141,7 @@ def by_ppo(problem: Problem, folder: Path, seed: int = 0, **changes: Any) -> Ten
     folder.mkdir(parents=True)
     config = PPOConfig(**(settings | changes))
     policy = train_ppo(config, problem.model, [PROMPT], problem.score, folder, seed)
-    return problem.distribution(ModelConfig(name=str(policy), device="cpu"))
+    return problem.distribution(ModelConfig(name=str(policy), device="cpu", dtype=Dtype.float32))
 
 
 def by_dpo(problem: Problem, folder: Path, seed: int = 0, **changes: Any) -> Tensor:
@@ -167,7 +169,7 @@ def by_dpo(problem: Problem, folder: Path, seed: int = 0, **changes: Any) -> Ten
     settings = {"tuning": Tuning.full, "epochs": 15.0, "learning_rate": 5e-3, "batch_size": 16, "beta": BETA}
     folder.mkdir(parents=True)
     policy = train_dpo(DPOConfig(**(settings | changes)), problem.model, shuffled, folder, seed)
-    return problem.distribution(ModelConfig(name=str(policy), device="cpu"))
+    return problem.distribution(ModelConfig(name=str(policy), device="cpu", dtype=Dtype.float32))
 
 
 def run(folder: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
