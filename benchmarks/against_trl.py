@@ -83,6 +83,17 @@ def stock_arguments(folder: Path, steps: int, batch: int) -> dict[str, Any]:
     }
 
 
+def stock_lm(start: ModelConfig) -> Any:
+    """The language model as transformers loads it, without what this project changes about it."""
+    from transformers import AutoModelForCausalLM
+
+    from rlaif.models import pick_device, pick_dtype, resolve_model
+
+    device = pick_device(start.device)
+    model = AutoModelForCausalLM.from_pretrained(resolve_model(start.name), dtype=pick_dtype(start.dtype, device))
+    return model.to(device).eval()
+
+
 def stock_losses(trainer: Any) -> list[float]:
     """Train with a trainer of TRL's; the loss of each step."""
     quiet(trainer).train()

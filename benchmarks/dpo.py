@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.against_trl import RATE, command_line, compare, losses_of, rows, stock_arguments, stock_losses
+from benchmarks.against_trl import RATE, command_line, compare, losses_of, rows, stock_arguments, stock_lm, stock_losses
 from benchmarks.harness import finish
 
 if TYPE_CHECKING:
@@ -34,10 +34,10 @@ def theirs(start: ModelConfig, pairs: list[Any], steps: int, folder: Path) -> li
     from trl import DPOConfig, DPOTrainer
 
     from rlaif.config import LoraSettings
-    from rlaif.models import load_causal_lm, load_tokenizer, lora_config, seed_everything
+    from rlaif.models import load_tokenizer, lora_config, seed_everything
 
     seed_everything(0)
-    model = load_causal_lm(start)
+    model = stock_lm(start)
     arguments = DPOConfig(**stock_arguments(folder, steps, len(pairs)), beta=0.1)
     trainer = DPOTrainer(
         model=model,
@@ -53,7 +53,7 @@ def main() -> None:
     """Compare and write the result."""
     options = command_line(__doc__)
     ratios, details = compare(ours, theirs, options)
-    finish("dpo", ratios, details, ["trl", "torch", "transformers", "peft"], options.quick)
+    finish("dpo", ratios, details, ["trl", "torch", "transformers", "peft"], options.quick, options.dtype)
 
 
 if __name__ == "__main__":

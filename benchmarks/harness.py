@@ -56,6 +56,8 @@ def machine() -> dict[str, Any]:
     if cpuinfo.is_file():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         facts["processor"] = names[0] if names else facts["processor"]
+        if "amx_bf16" in cpuinfo.read_text():
+            facts["processor"] += " with AMX"
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         facts["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
     if hasattr(os, "getloadavg"):
@@ -95,9 +97,18 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def finish(
-    name: str, ratios: Mapping[str, Any], details: Mapping[str, Any], packages: Sequence[str], quick: bool
+    name: str,
+    ratios: Mapping[str, Any],
+    details: Mapping[str, Any],
+    packages: Sequence[str],
+    quick: bool,
+    dtype: str = "float32",
 ) -> None:
-    """Write ``results/NAME.json`` (not after ``--quick``, which measures too little) and print the ratios as JSON."""
+    """Write ``results/NAME.json`` (not after ``--quick``, which measures too little) and print the ratios as JSON.
+
+    A run in another precision than float32 has a file of its own, ``results/NAME_DTYPE.json``.
+    """
+    file = RESULTS / f"{name}{'' if dtype == 'float32' else f'_{dtype}'}.json"
     result = {
         "benchmark": name,
         "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
@@ -108,8 +119,8 @@ def finish(
         "machine": machine(),
     }
     if quick:
-        say(f"--quick: benchmarks/results/{name}.json is left as it is")
+        say(f"--quick: benchmarks/results/{file.name} is left as it is")
     else:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     say(json.dumps(dict(ratios)))

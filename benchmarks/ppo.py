@@ -106,7 +106,7 @@ def main() -> None:
         speed, details = compare(settings, 1 if options.quick else options.repeats)
     packages = ("torch", "transformers", "peft", "accelerate")
     details |= {"settings": {name: value for name, value in settings.items() if name != "folder"}, "trl": TRL}
-    finish("ppo", speed | ratios, details, packages, options.quick)
+    finish("ppo", speed | ratios, details, packages, options.quick, options.dtype)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.against_trl import stock_lm
 from rlaif import losses
 from rlaif.chat import encode_chat
 from rlaif.config import Dtype, LoraSettings, ModelConfig
@@ -87,7 +88,7 @@ def trl(settings: dict[str, Any], lean: bool = False) -> dict[str, Any]:
         def on_step_end(self, *arguments: Any, **values: Any) -> None:
             rounds.append(time.perf_counter())
 
-    model, value, reward = load_causal_lm(MODEL), load_sequence_scorer(MODEL), pm_of(settings)
+    model, value, reward = stock_lm(MODEL), load_sequence_scorer(MODEL), pm_of(settings)
     if lean:
         value.model.requires_grad_(False)
     trainer = trl_trainer(MODEL, model, value, reward, settings, [Clock()])

@@ -59,7 +59,7 @@ def main() -> None:
     """Compare and write the result."""
     options = command_line(__doc__)
     ratios, details = compare(ours, theirs, options)
-    finish("preference_model", ratios, details, ["trl", "torch", "transformers", "peft"], options.quick)
+    finish("preference_model", ratios, details, ["trl", "torch", "transformers", "peft"], options.quick, options.dtype)
 
 
 if __name__ == "__main__":

@@ -141,8 +141,8 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def section(name: str, result: dict[str, Any]) -> str:
-    """One benchmark."""
+def section(name: str, title: str, result: dict[str, Any]) -> str:
+    """One benchmark, in one precision."""
     about, meaning = MEANING[name]
     machine = result["machine"]
     processor = f"{machine['cores']} cores of {machine['processor']}"
@@ -151,7 +151,7 @@ def section(name: str, result: dict[str, Any]) -> str:
         f"{package} {version}" for package, version in result["versions"].items() if package != "rlaif"
     )
     lines = [
-        f"## {name}",
+        f"## {title}",
         "",
         about,
         "",
@@ -166,8 +166,8 @@ def section(name: str, result: dict[str, Any]) -> str:
 
 def page() -> str:
     """The whole page."""
-    found = {name: RESULTS / f"{name}.json" for name in MEANING}
-    sections = [section(name, read_json(file)) for name, file in found.items() if file.is_file()]
+    found = [(name, RESULTS / f"{name}{suffix}.json") for name in MEANING for suffix in ("", "_bfloat16")]
+    sections = [section(name, file.stem, read_json(file)) for name, file in found if file.is_file()]
     return "\n\n".join([HEAD.rstrip("\n"), *sections]) + "\n"
 
 
