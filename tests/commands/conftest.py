@@ -29,6 +29,7 @@ def command_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(tmp_path_factory.mktemp("hf")),
         "RLAIF_CACHE": str(tmp_path_factory.mktemp("models")),
+        "RLAIF_AUTO_DTYPE": "float32",  # on every CPU
         "CUDA_VISIBLE_DEVICES": "",
         "MPLBACKEND": "agg",
         # Tiny models gain nothing from a second thread, and its busy waiting starves the test that watches them.

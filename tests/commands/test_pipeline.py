@@ -192,6 +192,21 @@ def test_metrics_have_n_and_interval(smoke):
             assert any(key.startswith(name) and key.endswith("_low") for key in metrics), (arm, name)
 
 
+def test_every_stage_runs_in_bfloat16(run_command, tmp_path):
+    """As it does by itself on a GPU, and on a CPU with AMX."""
+    import torch
+    from safetensors.torch import load_file
+
+    run_command("run", "experiment=smoke", f"output_dir={tmp_path}", env={"RLAIF_AUTO_DTYPE": "bfloat16"})
+    for arm, method in ARMS.items():
+        metrics = json.loads((tmp_path / "arms" / arm / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
+        assert metrics["kl_low"] <= metrics["kl"] <= metrics["kl_high"]
+        weights = load_file(tmp_path / "arms" / arm / method / "policy/adapter_model.safetensors")
+        # What trains is kept in float32, and did train.
+        assert {value.dtype for value in weights.values()} == {torch.float32}
+        assert any(value.abs().max() > 0 for name, value in weights.items() if "lora_B" in name)
+
+
 def test_second_run_skips_and_a_change_redoes_only_what_depends_on_it(smoke, run_command, tmp_path):
     folder = copied(smoke, tmp_path / "again")
     before = snapshot(folder)
