@@ -263,7 +263,7 @@ def distilabel_part(url: str, requests: list[Any], folder: Path, repeats: int) -
 
 
 def _distilabel_environment() -> Path | None:
-    from rlaif.models import cache_dir
+    from rlaif.bundled import cache_dir
 
     folder = cache_dir() / "benchmarks" / f"distilabel-{DISTILABEL}"
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"

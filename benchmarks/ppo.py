@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import finish, parser, say
-from rlaif.models import cache_dir
+from rlaif.bundled import cache_dir
 
 TRL = "1.12.0"
 WORKER = "benchmarks.ppo_worker"

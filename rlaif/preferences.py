@@ -320,7 +320,7 @@ def hub_preferences(name: str) -> Path | None:
         return None
     from datasets import load_dataset
 
-    from rlaif.models import cache_dir
+    from rlaif.bundled import cache_dir
 
     try:
         splits = load_dataset(name)
