@@ -184,8 +184,9 @@ def test_merged_without_an_adapter_is_the_model(base):
 
 def test_head_inputs_are_what_the_head_reads(base):
     batch = pack(PROMPTS, COMPLETIONS, PAD, CPU)
+    before = dict(base.get_output_embeddings()._forward_pre_hooks)
     with torch.inference_mode(), head_inputs(base) as caught:
         logits = completion_logits(base, batch)
         again = base.get_output_embeddings()(caught())[:, :-1]
     torch.testing.assert_close(again, logits, atol=1e-5, rtol=0)
-    assert not base.get_output_embeddings()._forward_pre_hooks
+    assert dict(base.get_output_embeddings()._forward_pre_hooks) == before

@@ -690,6 +690,9 @@ class TestStream:
         engine = build(server, concurrency=8, timeout_s=60)
         stream = engine.score_options(ask(number) for number in range(100))
         next(stream)
+        deadline = time.monotonic() + 10
+        while len(server.bodies) < 9 and time.monotonic() < deadline:
+            time.sleep(0.01)  # until all that may be in flight are
         start = time.monotonic()
         stream.close()  # type: ignore[attr-defined]
         while server.cancelled < len(server.bodies) - 1 and time.monotonic() - start < 2:
