@@ -14,8 +14,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rlaif.attention import attending_by
 from rlaif.models import inner
 
 _ROOM = 128
@@ -78,18 +78,9 @@ def with_room(cache: Any, tokens: int) -> Any:
 
 @contextlib.contextmanager
 def grouped_heads(model: Any) -> Iterator[None]:
-    """Within the block, steps of one token on a CPU read keys and values that several heads share where they are.
-
-    The models' settings stay as they are: some build their masks by the name of their attention.
-    """
-    if inner(model).device.type != "cpu":
+    """Within the block, steps of one token on a CPU read keys and values that several heads share where they are."""
+    with attending_by(_attend) if inner(model).device.type == "cpu" else contextlib.nullcontext():
         yield
-        return
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attend
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def _attend(

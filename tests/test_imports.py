@@ -15,6 +15,7 @@ LAYERS = [
     {"", "config", "records", "processes", "progress", "text"},
     {"gold", "constitution", "losses", "chat", "splits", "evaluation.statistics"},
     {
+        "attention",
         "bundled",
         "models",
         "decoding",

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from rlaif import losses, sharding
 from rlaif.artifacts import plain
+from rlaif.attention import plain_attention
 from rlaif.chat import encode_chat
 from rlaif.config import Keep, KLControl, KLEstimator, ModelConfig, PPOConfig, ValueInit
 from rlaif.generation import STREAM_BASELINE, STREAM_EVALUATION, STREAM_MINIBATCHES, STREAM_ROLLOUT
@@ -94,7 +95,7 @@ def train_ppo(
             with sharding.gathered(pm.model):
                 return spread(pm.score, [(prompt.messages, text) for prompt, text in zip(asked, texts, strict=True)])
 
-    with open_sampler(policy, config, folder) as sampler:
+    with open_sampler(policy, config, folder) as sampler, plain_attention(policy.model):
         trainer = PPOTrainer(config, policy, prompts, score, folder, seed, validation, head, sampler, preference_model)
         trainer.train()
     sharding.gather_weights(policy.model)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from rlaif.attention import plain_attention
 from rlaif.config import LoraSettings, ModelConfig, TrainerSettings, Tuning
 from rlaif.lora import lean
 from rlaif.methods.trackers import TensorBoardBeside, chosen
@@ -274,7 +275,8 @@ def run_trainer(trainer: Any, folder: Path, method: str) -> None:
     if newest is not None:
         log.info("%s: going on from %s", method, newest.name)
     lean(trainer.model)
-    trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    with plain_attention(trainer.model):
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
 
 
 def save_result(trainer: Any, folder: Path, save: Callable[[], None]) -> None:

@@ -1,0 +1,103 @@
+"""Attention over short rows in training on a CPU: by plain products, several times as fast as torch's own.
+
+torch's fused kernel never holds all scores, which pays where rows are long. Its backward pass on CPUs is slow on short
+ones, most of all in bfloat16, and transformers repeats keys and values for every query head that shares them. Up to
+some hundred tokens the scores are small: products over them, once for all heads that share keys, give the same
+attention, and closer gradients in bfloat16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rlaif.models import inner
+
+_LONGEST = 192
+"""Keys up to which plain products were faster in both precisions; the fused kernel wins from about 250 on."""
+
+
+@contextlib.contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """Within the block, passes over several tokens of short rows on a CPU are products that hold all scores."""
+    with attending_by(_attend) if inner(model).device.type == "cpu" else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def attending_by(function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+    """Within the block, a function in place of transformers' ``sdpa``.
+
+    The models' settings stay as they are: some build their masks by the name of their attention.
+    """
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = function
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = before
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """As transformers' own: queries (B, H, T, D), keys and values (B, K, S, D) -> (B, T, H, D)."""
+    width, length = query.shape[2], key.shape[2]
+    unusual = any(settings.get(name) is not None for name in ("position_bias", "cache")) or settings.get("dropout")
+    if attention_mask is None:
+        causal = settings.get("is_causal")
+        if width == length and (getattr(module, "is_causal", True) if causal is None else causal):
+            attention_mask = torch.ones(1, 1, width, length, dtype=torch.bool, device=query.device).tril()
+    elif attention_mask.requires_grad or attention_mask.shape[-2:] != (width, length):
+        unusual = True
+    if unusual or width == 1 or length > _LONGEST or attention_mask is None or query.device.type != "cpu":
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (each.to(torch.get_autocast_dtype("cpu")) for each in (query, key, value))
+    scale = settings.get("scaling") or query.shape[-1] ** -0.5
+    output: Tensor = _Attention.apply(query, key, value, attention_mask, scale)
+    return output.transpose(1, 2).contiguous(), None
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(Q K' scale + mask) V. Products whose results are scores are float32, whatever the inputs are."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            # Heads that share keys stand as queries below each other: (B K, G T, D).
+            queries = query.reshape(-1, query.shape[1] // key.shape[1] * query.shape[2], query.shape[3])
+            keys, values = (each.reshape(-1, *each.shape[2:]) for each in (key, value))
+            scores = torch.bmm(queries.float(), keys.float().transpose(1, 2)).mul_(scale)
+            by_head = scores.view(*query.shape[:3], -1)
+            if mask.dtype == torch.bool:
+                # Not -inf: rows of padding see nothing, and must not become NaN.
+                by_head.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+            else:
+                by_head.add_(mask)
+            weights = torch.softmax(scores, -1, out=scores).to(query.dtype)
+            ctx.save_for_backward(queries, keys, values, weights)
+            ctx.scale, ctx.shapes = scale, (query.shape, key.shape, value.shape)
+            return torch.bmm(weights, values).view(*query.shape[:3], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        queries, keys, values, weights = ctx.saved_tensors
+        query_shape, key_shape, value_shape = ctx.shapes
+        with torch.autocast("cpu", enabled=False):
+            (gradient,) = gradients
+            gradient = gradient.reshape(*queries.shape[:2], -1)
+            of_values = torch.bmm(weights.transpose(1, 2), gradient)
+            of_weights = torch.bmm(gradient.float(), values.float().transpose(1, 2))
+            of_scores = torch._softmax_backward_data(of_weights, weights.float(), -1, torch.float32)
+            of_scores = of_scores.mul_(ctx.scale).to(weights.dtype)
+            of_queries, of_keys = torch.bmm(of_scores, keys), torch.bmm(of_scores.transpose(1, 2), queries)
+        return of_queries.view(query_shape), of_keys.view(key_shape), of_values.view(value_shape), None, None
