@@ -95,7 +95,7 @@ def train_ppo(
             with sharding.gathered(pm.model):
                 return spread(pm.score, [(prompt.messages, text) for prompt, text in zip(asked, texts, strict=True)])
 
-    with open_sampler(policy, config, folder) as sampler, plain_attention(policy.model):
+    with open_sampler(policy, config, folder) as sampler:
         trainer = PPOTrainer(config, policy, prompts, score, folder, seed, validation, head, sampler, preference_model)
         trainer.train()
     sharding.gather_weights(policy.model)
@@ -205,7 +205,7 @@ class PPOTrainer:
         config = self.config
         started = time.perf_counter()
         self.seconds = {}
-        with sharding.gathered(self.policy.model):
+        with sharding.gathered(self.policy.model), plain_attention(self.policy.model):
             rollouts = self.rollout(iteration)
             sampled = time.perf_counter()
             if iteration == 0:
@@ -220,7 +220,7 @@ class PPOTrainer:
         advantages, returns = losses.gae(rewards, rollouts.values, mask, config.gamma, config.gae_lambda)
         if config.whiten_advantages:
             advantages = losses.whiten(advantages, mask)
-        with self.timed("update"):
+        with self.timed("update"), plain_attention(self.policy.model):
             statistics = self.update(iteration, rollouts, advantages, returns)
         sequence_kl = float((losses.kl_k1(rollouts.logps, rollouts.ref_logps) * mask).sum(dim=1).mean())
         line = {
@@ -422,7 +422,7 @@ class PPOTrainer:
         ``validation_objective`` is what training maximises: the mean score as it enters the reward (standardised,
         clipped, minus penalties) minus ``kl_coef``, as configured, times the KL.
         """
-        with sharding.gathered(self.policy.model):
+        with sharding.gathered(self.policy.model), plain_attention(self.policy.model):
             found = self.validate()
         objective, best = found["validation_objective"], self.progress.best_objective
         if best is None or objective > best:
