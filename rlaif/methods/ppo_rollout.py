@@ -27,6 +27,9 @@ from rlaif.trunk import with_trunk
 
 log = logging.getLogger("rlaif")
 
+_WITHOUT_GRADIENTS = 4
+"""Times as many completions fit into a pass that is not followed by a backward pass."""
+
 ScoreFunction = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
 
 
@@ -280,7 +283,11 @@ class Actor:
         return logps, entropies, states
 
     def micro_batches(self, batch: Packed, rows: Tensor | None = None) -> list[Tensor]:
-        """This process's share of the rows (default: of all) in micro-batches of similar length."""
+        """This process's share of some rows in micro-batches of similar length.
+
+        By default of all rows, for passes that keep nothing for gradients: those take more at a time.
+        """
         lengths = batch.mask.sum(dim=1)
+        size = self.config.micro_batch_size * (_WITHOUT_GRADIENTS if rows is None else 1)
         rows = lengths.argsort(stable=True) if rows is None else rows[lengths[rows].argsort(stable=True)]
-        return [part for part in share_of(rows).split(self.config.micro_batch_size) if len(part)]
+        return [part for part in share_of(rows).split(size) if len(part)]
