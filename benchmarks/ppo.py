@@ -1,18 +1,21 @@
 """PPO against TRL 1.12.0's (the last release that has one), side by side on the embedded model at equal settings.
 
-    python -m benchmarks.ppo [--quick] [--maths] [--dtype bfloat16] [--repeats 3] [--rounds 3]
+    python -m benchmarks.ppo [--quick] [--maths] [--dtype bfloat16] [--device cuda] [--repeats 3] [--rounds 3]
 
 Both run in a process of their own on the same torch and transformers, with the same weights' precision, LoRA r=16, 2
 epochs in minibatches of 16, the same prompts and the same preference model. TRL is installed into a folder of its own
 in the cache. Its value model is a whole second model, as it needs one; ``trl_lean`` freezes that model's layers and
 trains its head alone, as ours does. The processes take turns, and the first round of each is not counted.
-``--maths`` only compares our losses, advantages and rewards with what TRL's own training loop computed.
+On a GPU, memory is what torch had allocated on it at most. ``fraction_of_peak`` is of the operations a second that a
+large product reaches on the device. ``--maths`` only compares our losses, advantages and rewards with what TRL's own
+training loop computed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -68,7 +71,8 @@ def compare(settings: dict[str, Any], repeats: int) -> tuple[dict[str, Any], dic
         for name, found in runs.items()
     }
     memory = {name: statistics.median(one["peak_mb"] for one in found) for name, found in runs.items()}
-    parts = runs["ours"][0]["parts"]
+    one = runs["ours"][0]
+    parts = one["parts"]
     ratios = {
         "episodes_per_s": round(rate["ours"], 3),
         "episodes_per_s_vs_trl": round(rate["ours"] / rate["trl"], 2),
@@ -76,9 +80,38 @@ def compare(settings: dict[str, Any], repeats: int) -> tuple[dict[str, Any], dic
         "peak_memory_mb": memory["ours"],
         "peak_memory_vs_trl": round(memory["ours"] / memory["trl"], 3),
         "peak_memory_vs_trl_lean": round(memory["ours"] / memory["trl_lean"], 3),
-        **{f"time_{name}": round(statistics.median(one["parts"][name] for one in runs["ours"]), 3) for name in parts},
+        "fraction_of_peak": round(
+            runs["ours"][0]["operations"]
+            / settings["rollouts"]
+            * rate["ours"]
+            / runs["ours"][0]["peak_operations_per_s"],
+            3,
+        ),
+        **{f"time_{name}": round(statistics.median(run["parts"][name] for run in runs["ours"]), 3) for name in parts},
     }
-    return ratios, runs
+    return ratios, {"runs": runs}
+
+
+def start_up(folder: Path, count: int, settings: dict[str, Any]) -> float:
+    """Seconds that ``rlaif.train method=ppo`` takes for all but its one small round; the second time counts."""
+    prompts = folder / f"prompts-{count}.jsonl"
+    rng = random.Random(0)
+    words = [f"{first}{second}" for first in ("ba", "de", "fi", "go", "lu") for second in "bcdfghjklmnpqrstvwxyz"]
+    with prompts.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            text = f"Tell me about {' '.join(rng.choices(words, k=8))} {number}."
+            file.write(json.dumps({"prompt": text}) + "\n")
+    command = [sys.executable, "-m", "rlaif.train", "method=ppo", "model@policy=embedded", "ppo.iterations=1"]
+    command += [f"policy.dtype={settings['dtype']}", f"policy.device={settings['device']}", "eval.enabled=false"]
+    command += [f"preference_model={folder / 'pm'}", f"prompts={prompts}", "ppo.rollouts=4", "ppo.minibatch_size=4"]
+    command += ["ppo.max_new_tokens=4", "ppo.report_to=[]"]
+    for turn in range(2):
+        output = folder / f"start-{count}-{turn}"
+        started = time.perf_counter()
+        subprocess.run([*command, f"output_dir={output}"], check=True, capture_output=True)
+        seconds = time.perf_counter() - started
+    line = json.loads((output / "ppo" / "training.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    return round(seconds - float(line["seconds"]), 2)
 
 
 def main() -> None:
@@ -88,6 +121,7 @@ def main() -> None:
     arguments.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights, in both"
     )
+    arguments.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="for both")
     arguments.add_argument("--repeats", type=int, default=3, help="processes of each, taking turns")
     arguments.add_argument("--rounds", type=int, default=3, help="of 64 episodes that count, in each process")
     options = arguments.parse_args()
@@ -101,11 +135,13 @@ def main() -> None:
     if options.quick:
         settings = {"rollouts": 8, "max_new_tokens": 8, "iterations": 2, "minibatch_size": 4}
     with tempfile.TemporaryDirectory() as folder:
-        settings |= {"folder": folder, "dtype": options.dtype}
+        settings |= {"folder": folder, "dtype": options.dtype, "device": options.device}
         work("make_pm", settings)
         speed, details = compare(settings, 1 if options.quick else options.repeats)
+        for name, count in ({"": 1_000} | ({} if options.quick else {"_100k": 100_000})).items():
+            speed[f"start_up_s{name}"] = start_up(Path(folder), count, settings)
     packages = ("torch", "transformers", "peft", "accelerate")
-    details |= {"settings": {name: value for name, value in settings.items() if name != "folder"}, "trl": TRL}
+    details |= {"settings": {name: value for name, value in settings.items() if name != "folder"}, "trl_version": TRL}
     finish("ppo", speed | ratios, details, packages, options.quick, options.dtype)
 
 

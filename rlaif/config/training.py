@@ -250,7 +250,7 @@ class PPOConfig:
     minibatch_size: int = 16
     """Episodes per optimiser step."""
     micro_batch_size: int = 16
-    """Episodes per forward-backward pass, whose gradients add up to a minibatch; four times as many per forward pass."""
+    """Episodes per pass with gradients, which add up to a minibatch; four times as many per pass without."""
     rollout_batch_size: int = 64
     """Sequences decoded at once."""
     max_new_tokens: int = 128
