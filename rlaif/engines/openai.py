@@ -22,7 +22,15 @@ from rlaif.config import Endpoint, LabelerConfig
 from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
 from rlaif.engines.client import Client, check_url
 from rlaif.engines.limits import Limits, Spend, Usage
-from rlaif.engines.options import LOG_NEGLIGIBLE, accepted_tokens, continued, option_masses, parse_reply, token_text
+from rlaif.engines.options import (
+    LOG_NEGLIGIBLE,
+    accepted_tokens,
+    continued,
+    observed_mass,
+    option_masses,
+    parse_reply,
+    token_text,
+)
 from rlaif.engines.wire import (
     WITHHELD,
     AttemptError,
@@ -262,9 +270,7 @@ class OpenAIEngine(Engine):
                 scored = await self._score_by_replies(request)
         except AttemptError as problem:
             return [Failure(problem.reason, problem.detail, time.perf_counter() - started)]
-        masses, method, reply, prompt_tokens, completion_tokens = scored
-        latency = time.perf_counter() - started
-        return [OptionMass(masses, method, reply, prompt_tokens, completion_tokens, latency)]
+        return [OptionMass(*scored[:-1], time.perf_counter() - started, scored.observed)]
 
     async def _score_by_logprobs(self, request: OptionRequest) -> _Scored | None:
         """``None`` if the server gives no log-probabilities for this request."""
@@ -295,10 +301,13 @@ class OpenAIEngine(Engine):
                 self._top_logprobs = top
             self._logprobs = True
             self._note_whole(token.listed, request.options)
-            masses = option_masses(token.listed, token.sampled, request.options, self._whole[request.options])
-            if None in masses and any(mass is not None for mass in masses) and self._config.prefill:
-                masses = await self._follow(request, token)
-            return _Scored(masses, "logprob", token.reply, token.prompt_tokens, token.completion_tokens)
+            whole = self._whole[request.options]
+            masses = option_masses(token.listed, token.sampled, request.options, whole)
+            split = [pair for pair in continued(request.options) if pair[1] not in whole]
+            if None in masses and split and self._config.prefill:
+                masses = await self._follow(request, token, split)
+            seen = observed_mass(token.listed, request.options)
+            return _Scored(masses, "logprob", token.reply, token.prompt_tokens, token.completion_tokens, seen)
         # Was it the log-probabilities or the request that the server refused? The plain request will tell.
         assert refusal is not None
         scored = await self._score_by_replies(request)
@@ -314,13 +323,15 @@ class OpenAIEngine(Engine):
             texts = {token_text(token) for token, _ in listed}
             whole |= {option for option in missing if texts & accepted[option]}
 
-    async def _follow(self, request: OptionRequest, token: FirstToken) -> tuple[float | None, ...]:
+    async def _follow(
+        self, request: OptionRequest, token: FirstToken, split: Sequence[tuple[int, int]]
+    ) -> tuple[float | None, ...]:
         """Masses where "1" may go on to "10": what follows "1" is asked with "1" as the beginning of the reply."""
         listed, accepted = token.listed or [], accepted_tokens(request.options)
-        masses = list(option_masses(listed, token.sampled, request.options, range(len(accepted))))
-        split = [pair for pair in continued(request.options) if pair[1] not in self._whole[request.options]]
-        for _, long in split:
-            masses[long] = 0.0
+        absent = {long for _, long in split}
+        masses = list(option_masses(listed, token.sampled, request.options, range(len(accepted)), absent))
+        if None in masses:
+            return tuple(masses)
         for short in {short for short, _ in split}:
             for text, logprob in ((token_text(text), logprob) for text, logprob in listed):
                 if text not in accepted[short] or logprob < LOG_NEGLIGIBLE:
@@ -442,6 +453,7 @@ class _Scored(NamedTuple):
     reply: str
     prompt_tokens: int | None
     completion_tokens: int | None
+    observed: float | None = None
 
 
 def _find_key(variable: str, loopback: bool) -> str:

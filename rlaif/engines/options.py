@@ -139,35 +139,55 @@ def option_masses(
     sampled: str,
     options: Sequence[Sequence[str]],
     whole: Container[int] = (),
+    absent: Container[int] = (),
 ) -> tuple[float | None, ...]:
     """Probability mass of each option among the listed (token, log-probability) pairs of one position.
 
     All listed tokens that spell an option (:func:`accepted_tokens`) are summed. An option that is not listed
     is unknown, not zero: each of its tokens has at most the smallest listed probability, and all of them
-    together at most what the list leaves over. It gets that upper bound, so the label is never more extreme
-    than the truth. If no option is listed, every mass is ``None``. A verdict word of several tokens is seen
-    only if it is listed whole.
+    together at most what the list leaves over. If the unlisted options may have as much as the likeliest listed
+    one, nobody can say which is ahead: every mass is ``None``, as where no option is listed. Else each gets its
+    upper bound, so of two options the label is never more extreme than the truth; of more, an unlisted one is
+    never put ahead of a listed one. A verdict word of several tokens is seen only if it is listed whole.
 
     Where "1" is listed and "10" is not, "10" may be two tokens, and the mass of "1" that of either: above
-    ``UNDECIDED`` both are ``None``. ``whole`` has the options that are known to be single tokens.
+    ``UNDECIDED`` both are ``None``. ``whole`` has the options that are known to be single tokens, ``absent`` those
+    that are known to be none.
     """
     accepted = accepted_tokens(options)
-    tokens = [(token_text(token), math.exp(min(logprob, 0.0))) for token, logprob in listed]
-    found = [[p for token, p in tokens if token in group] for group in accepted]
+    tokens, found = _found(listed, accepted)
     if not any(found):
         return (None,) * len(accepted)
     # vLLM lists the sampled token whatever its rank; as the least likely of the list it bounds nothing.
     ranked = sorted((p, token) for (token, _), (_, p) in zip(listed, tokens, strict=True))
     smallest = ranked[1 if len(ranked) > 1 and ranked[0][1] == sampled else 0][0]
     left = max(0.0, 1.0 - sum(p for _, p in tokens))
+    seen = [sum(group) for group in found if group]
+    bounds = [
+        0.0 if group or option in absent else smallest * len(accepted[option]) for option, group in enumerate(found)
+    ]
+    if any(bounds) and min(sum(bounds), left) >= max(seen):
+        return (None,) * len(accepted)
     masses: list[float | None] = [
-        sum(group) if group else min(smallest * len(spellings), left)
-        for group, spellings in zip(found, accepted, strict=True)
+        sum(group) if group else min(bound, left, *seen) for group, bound in zip(found, bounds, strict=True)
     ]
     for short, long in continued(tuple(map(tuple, options))):
-        if not found[long] and long not in whole and sum(found[short]) > UNDECIDED:
+        if not found[long] and long not in whole and long not in absent and sum(found[short]) > UNDECIDED:
             masses[short] = masses[long] = None
     return tuple(masses)
+
+
+def observed_mass(listed: Sequence[tuple[str, float]], options: Sequence[Sequence[str]]) -> float:
+    """Probability of the listed tokens that spell an option: what the options have for certain."""
+    return sum(map(sum, _found(listed, accepted_tokens(options))[1]))
+
+
+def _found(
+    listed: Sequence[tuple[str, float]], accepted: Sequence[frozenset[str]]
+) -> tuple[list[tuple[str, float]], list[list[float]]]:
+    """The listed tokens as texts with their probabilities, and the probabilities of those that spell each option."""
+    tokens = [(token_text(token), math.exp(min(logprob, 0.0))) for token, logprob in listed]
+    return tokens, [[p for token, p in tokens if token in group] for group in accepted]
 
 
 _OPENERS = r"[\s*_`#>\"'“”’(\[{]*"

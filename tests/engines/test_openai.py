@@ -1,6 +1,8 @@
 """The openai engine against a real HTTP server that can misbehave."""
 
+import itertools
 import logging
+import math
 import socket
 import time
 from collections.abc import Iterator
@@ -9,12 +11,14 @@ from typing import Any
 
 import pytest
 from fake_server import FakeServer, Reply, error, logprobs, text
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlaif.config import LabelerConfig, LabelerType
 from rlaif.engines import build_labeler, client, wire
 from rlaif.engines.base import Failure, OptionMass, OptionRequest, Sampled, SampleRequest
 from rlaif.engines.openai import OpenAIEngine
-from rlaif.engines.options import accepted_tokens, option_masses, parse_reply
+from rlaif.engines.options import accepted_tokens, observed_mass, option_masses, parse_reply
 from rlaif.records import UserError
 
 KEY = "sk-secret-0123456789"
@@ -55,8 +59,6 @@ class TestOptionMasses:
     """The arithmetic, without a server."""
 
     def mass(self, listed: list[tuple[str, float]], options: Any = AB, sampled: str = "", whole: Any = ()) -> Any:
-        import math
-
         return option_masses([(token, math.log(p)) for token, p in listed], sampled, options, whole)
 
     def test_all_spellings_are_summed(self) -> None:
@@ -81,6 +83,42 @@ class TestOptionMasses:
     def test_unlisted_option_gets_at_most_what_the_list_leaves(self) -> None:
         assert self.mass([("A", 0.9), ("The", 0.07)]) == pytest.approx((0.9, 0.03))
         assert self.mass([("A", 0.95), ("The", 0.06)]) == pytest.approx((0.95, 0.0))
+
+    def test_an_unlisted_option_that_may_have_as_much_as_the_listed_one_leaves_both_unknown(self) -> None:
+        """Its bound is no estimate then: it would turn the verdict round."""
+        filler = [(f"x{number}", 0.8 / 19) for number in range(19)]
+        assert self.mass([(" polite", 0.05), *filler], (("polite",), ("rude",))) == (None, None)
+        assert self.mass([("A", 0.2), *[(word, 0.1) for word in ("The", "I", "It", "So")]]) == (None, None)
+        assert self.mass([("A", 0.2), ("The", 0.05), ("I", 0.7)]) == pytest.approx((0.2, 0.05))
+        assert self.mass([("A", 0.5), ("The", 0.125)]) == pytest.approx((0.5, 0.375))
+        assert self.mass([("A", 0.5), ("The", 0.1)], (("A",), ("B",), ("C",))) == pytest.approx((0.5, 0.4, 0.4))
+
+    def test_of_many_options_an_unlisted_one_is_never_put_ahead_of_a_listed_one(self) -> None:
+        options = (("A",), ("B",), ("C",))
+        assert self.mass([("A", 0.8), ("B", 0.02), ("The", 0.01)], options) == pytest.approx((0.8, 0.02, 0.02))
+        assert self.mass([("A", 0.3), ("B", 0.1), ("The", 0.1)], options) == (None, None, None)
+
+    @given(st.data())
+    @settings(deadline=None)
+    def test_whatever_a_server_leaves_out_the_verdict_is_not_turned_round(self, data: st.DataObject) -> None:
+        """Of a true distribution over tokens the server lists the likeliest ones."""
+        options = data.draw(st.sampled_from([AB, TONE, (("A",), ("B",), ("C",), ("D",))]))
+        words = [*sorted(set().union(*accepted_tokens(options))), *(f"filler {n}" for n in range(6))]
+        weights = data.draw(st.lists(st.floats(1e-6, 1), min_size=len(words), max_size=len(words)))
+        truth = sorted(((w, x / sum(weights)) for w, x in zip(words, weights, strict=True)), key=lambda one: -one[1])
+        listed = truth[: data.draw(st.integers(1, len(words)))]
+        true = [sum(p for word, p in truth if word in group) for group in accepted_tokens(options)]
+        seen = [sum(p for word, p in listed if word in group) for group in accepted_tokens(options)]
+        found = self.mass(listed, options)
+        assert observed_mass([(w, math.log(p)) for w, p in listed], options) == pytest.approx(sum(seen))
+        if None in found:
+            assert found == (None,) * len(options)
+            return
+        for one, other in itertools.permutations(range(len(options)), 2):
+            if seen[one] and not seen[other]:
+                assert found[one] >= found[other] - 1e-9
+                if len(options) == 2:
+                    assert true[one] / true[other] >= seen[one] / found[other] - 1e-6
 
     def test_sampled_token_at_the_end_of_the_list_bounds_nothing(self) -> None:
         listed = [("Zebra", 1e-6), ("A", 0.8), ("The", 0.01)]
@@ -160,6 +198,7 @@ def test_logprob_request_and_result(server: FakeServer) -> None:
     assert result.masses == pytest.approx((0.7, 0.2))
     assert (result.method, result.reply) == ("logprob", "A")
     assert (result.prompt_tokens, result.completion_tokens) == (11, 2)
+    assert result.observed == pytest.approx(0.9)
     assert result.latency_s is not None
     assert result.latency_s > 0
     assert server.bodies == [
@@ -208,6 +247,17 @@ def test_what_goes_on_from_an_option_is_asked_for_with_prefill(server: FakeServe
     assert isinstance(result, OptionMass)
     assert result.masses == pytest.approx((0.1, 0.25, 0.4))
     assert len(server.bodies) == 2
+
+
+def test_an_option_that_never_is_one_token_bounds_nothing_with_prefill(server: FakeServer) -> None:
+    """ "10" as one token could have more than "1" has, but what follows "1" says what it has."""
+    server.default = lambda body: (
+        rated(body) if body["messages"][-1]["content"] == "1" else logprobs([("1", 0.25), ("2", 0.125), ("x", 0.125)])
+    )
+    with build(server, prefill=True) as engine:
+        result = score(engine, ask(options=NUMBERS))
+    assert isinstance(result, OptionMass)
+    assert result.masses == pytest.approx((0.05, 0.125, 0.2))
 
 
 def test_what_goes_on_from_an_option_is_unknown_without_prefill(server: FakeServer) -> None:

@@ -137,6 +137,7 @@ def test_a_server_that_lists_the_likeliest_tokens_only(server: FakeServer, token
         [(_, result)] = engine.score_options([ask("x", tuple((word,) for word in words))])
     assert isinstance(result, OptionMass)
     assert result.masses == pytest.approx((0.5, 0.25))
+    assert result.observed == pytest.approx(0.75)
     assert "gives only the 5 most likely tokens" in caplog.text
     assert "logprob_token_ids" not in server.bodies[-1]
 
