@@ -201,12 +201,15 @@ def parse_reply(reply: str, options: Sequence[Sequence[str]], stem: str = "") ->
     """Index of the option that a reply gives as its verdict, or ``None``.
 
     A verdict begins the reply, follows "Answer:" (or "The verdict is"), or stands on a line of its own; the
-    last one counts. A single letter must be all there is or be followed by punctuation: "A good reply ..." is
-    prose. A reply that names two options side by side ("A or B") has no verdict. Where the options are numbers,
+    last one counts. A single letter, or "Reply" and a letter, must be all there is or be followed by punctuation,
+    "because" or "is better": "A good reply ..." is prose. A reply that names two options side by side ("A or B"), or
+    takes them up one by one ("A: ... B: ..."), has no verdict by that. Where the options are numbers,
     "Score:" announces one too, and the end of the scale after it is left out ("8/10").
 
     >>> [parse_reply(text, [("A",), ("B",)]) for text in ("(A)", "Answer: b", "A fine day", "A or B")]
     [0, 1, None, None]
+    >>> [parse_reply(text, [("A",), ("B",)]) for text in ("Reply B is better.", "B) because ...", "Reply A is long.")]
+    [1, 1, None]
     >>> [parse_reply(text, [("7",), ("10",)]) for text in ("Score: 7", "7/10", "7 out of 10.", "7.5", "7 or 10")]
     [0, 0, 0, None, None]
     """
@@ -221,8 +224,11 @@ def parse_reply(reply: str, options: Sequence[Sequence[str]], stem: str = "") ->
     if stem and reply.strip().casefold().startswith(stem.strip().casefold()):
         reply = reply.strip()[len(stem.strip()) :].lstrip(" :")
     verdicts: dict[int, int | None] = {}
+    listing = _goes_through(reply.strip(), options)
     for line in re.finditer(r"[^\n]+", reply):
         first = not reply[: line.start()].strip()
+        if first and listing:
+            continue
         verdict = _verdict_at(line.group(), options, whole_line=not first)
         if verdict is not None:
             verdicts[line.start()] = verdict
@@ -232,19 +238,44 @@ def parse_reply(reply: str, options: Sequence[Sequence[str]], stem: str = "") ->
     return verdicts[max(verdicts)] if verdicts else None
 
 
+@functools.lru_cache(maxsize=1024)
+def _words(options: tuple[tuple[str, ...], ...]) -> tuple[list[tuple[str, int]], str]:
+    """The words of each option, longest first; and a pattern of what may stand before one that is a letter."""
+    bare = [(word.strip(" (["), index) for index, group in enumerate(accepted_tokens(options)) for word in group]
+    words = sorted(dict.fromkeys(bare), key=lambda owner: -len(owner[0]))
+    letters = all(len(word) == 1 and word.isalpha() for word, _ in words)
+    # Prompts that ask for letters call the candidates so.
+    return words, rf"(?:(?i:reply)\s+{_OPENERS})?" if letters else ""
+
+
 def _verdict_at(text: str, options: Sequence[Sequence[str]], whole_line: bool = False) -> int | None:
     """The option that a text begins with."""
-    owners = [(word[1:], i) for i, group in enumerate(accepted_tokens(options)) for word in group if word[0] == " "]
-    owners.sort(key=lambda owner: -len(owner[0]))
-    any_word = "|".join(re.escape(word) for word, _ in owners)
-    for word, index in owners:
-        match = re.match(rf"{_OPENERS}{re.escape(word)}(?![\w])(?!-\w)(?![.,]\d){_CLOSERS}", text)
+    words, name = _words(tuple(map(tuple, options)))
+    any_word = "|".join(re.escape(word) for word, _ in words)
+    for word, index in words:
+        match = re.match(rf"{_OPENERS}({name}){re.escape(word)}(?![\w])(?!-\w)(?![.,]\d){_CLOSERS}", text)
         if match is None:
             continue
         rest = text[match.end() :]
-        if re.match(rf"{_MORE}{_OPENERS}(?:{any_word})(?!\w)(?:{_CLOSERS}\s*)(?:$|[\W\n]|is\b|are\b)", rest):
+        if re.match(rf"{_MORE}{_OPENERS}{name}(?:{any_word})(?!\w)(?:{_CLOSERS}\s*)(?:$|[\W\n]|is\b|are\b)", rest):
             return None
-        prose = len(word) == 1 and not re.match(r"\s*(?:$|\n|[.,:;!–—-])", rest)
-        longer = whole_line and re.fullmatch(r"[\s.!]*", rest) is None
-        return None if prose or longer else index
+        if whole_line:
+            return index if re.fullmatch(r"[\s.!]*", rest) else None
+        if len(word) > 1:
+            return index
+        ends = r"$|\n|[.!]" if match[1] else r"$|\n|[.,:;!–—-]"
+        if name:
+            better = rf"is\s+(?:the\s+)?(?:better|best)(?:\s+(?:one|reply|than\s+{name}(?:{any_word})))?"
+            ends += rf"|(?:because|since)\b|{better}\s*(?:$|\n|[.!]|because\b|since\b)"
+        return index if re.match(rf"\s*(?:{ends})", rest) else None
     return None
+
+
+def _goes_through(reply: str, options: Sequence[Sequence[str]]) -> bool:
+    """Whether a reply begins by taking up the options one by one ("A: ... B: ...")."""
+    words, name = _words(tuple(map(tuple, options)))
+    owners = dict(words)
+    any_word = "|".join(map(re.escape, owners))
+    item = rf"(?:^|[\n.;,])\s*{_OPENERS}{name}({any_word}){_CLOSERS}\s*[:.)][ \t]*(?=\w)"
+    found = list(re.finditer(item, reply))
+    return bool(name and found) and found[0].start() == 0 and len({owners[one[1]] for one in found}) > 1

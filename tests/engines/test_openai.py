@@ -19,10 +19,13 @@ from rlaif.engines import build_labeler, client, wire
 from rlaif.engines.base import Failure, OptionMass, OptionRequest, Sampled, SampleRequest
 from rlaif.engines.openai import OpenAIEngine
 from rlaif.engines.options import accepted_tokens, observed_mass, option_masses, parse_reply
+from rlaif.labeling.prompts import letter_spellings
 from rlaif.records import UserError
 
 KEY = "sk-secret-0123456789"
 AB = ((" A", "A"), (" B", "B"))
+LETTERED = tuple(letter_spellings(letter) for letter in "AB")
+"""As prompts that ask for a letter have them."""
 TONE = (("positive", "warm"), ("negative", "cold"))
 
 
@@ -161,6 +164,38 @@ class TestOptionMasses:
         ("A, B", None),
         ("Answer: A or B", None),
         ("Answer: A\nFinal answer: neither", None),
+        ("Reply B", 1),
+        ("reply a.", 0),
+        ("**Reply B**", 1),
+        ("[Reply B]", 1),
+        ("Reply (A)", 0),
+        ("Reply B is better.", 1),
+        ("Reply B is better than Reply A.", 1),
+        ("Reply A is the better reply because it is short", 0),
+        ("B is better", 1),
+        ("Answer: Reply B", 1),
+        ("The answer is Reply A.", 0),
+        ("**Verdict:** [Reply B]", 1),
+        ("B) because it is kinder", 1),
+        ("(A) since it is short", 0),
+        ("Both are polite.\nReply B", 1),
+        ("Reply A\nNo, on reflection:\nReply B.", 1),
+        ("B\n\nA: rambling.\nB: concise.", 1),
+        ("Answer: B. A: rambling. B: concise.", 1),
+        ("Reply A or Reply B", None),
+        ("Reply A and Reply B are equal", None),
+        ("Answer: Reply A or B", None),
+        ("Reply A is longer", None),
+        ("Reply A is better at being short, but Reply B is kinder", None),
+        ("Reply A: It is polite.\nReply B: It is rude.", None),
+        ("Reply A, in contrast to Reply B, is rude", None),
+        ("A: polite. B: rude.", None),
+        ("A. It is polite.\nB. It is rude.", None),
+        ("A) is polite, B) is rude", None),
+        ("By kindness:\nReply A is better.\nBy length:\nReply B is better.\nThey are equal.", None),
+        ("The answer is not Reply A", None),
+        ("Reply C is better", None),
+        ("A reply is better", None),
         ("Both are fine. I like option B because A", None),
         ("The answer is not A", None),
         ("Apple", None),
@@ -170,6 +205,26 @@ class TestOptionMasses:
 )
 def test_parse_letter(reply: str, expected: int | None) -> None:
     assert parse_reply(reply, AB) == expected
+    assert parse_reply(reply, LETTERED) == expected
+
+
+REASONS = (
+    "Reply {} is polite but long", "Reply {} says more than Reply {}.", "I like option {} because {} is rude.",
+    "({}) is worse than ({}).", "A good reply would be short.", "Reply {}: it is kind.", "{}: kind. {}: short.",
+    "[Reply {}] has a point, and so has [Reply {}].", "In tone {}, in length {}.", "What {} says, {} says better.",
+)  # fmt: skip
+VERDICTS = ("{}", "{}.", "({})", "**{}**", "Reply {}", "[Reply {}]", "Reply {}.", "Answer: Reply {}", "Answer: ({})")
+
+
+@given(
+    reasons=st.lists(st.tuples(st.sampled_from(REASONS), st.permutations("AB")), min_size=1, max_size=4),
+    verdicts=st.lists(st.tuples(st.sampled_from(VERDICTS), st.sampled_from("AB")), max_size=3),
+)
+def test_a_letter_in_reasoning_is_no_verdict_and_the_last_verdict_wins(reasons: Any, verdicts: Any) -> None:
+    lines = [reason.format(*letters) for reason, letters in reasons]
+    lines += [verdict.format(letter) for verdict, letter in verdicts]
+    expected = "AB".index(verdicts[-1][1]) if verdicts else None
+    assert parse_reply("\n".join(lines), LETTERED) == expected
 
 
 @pytest.mark.parametrize(
