@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,7 +113,7 @@ class LabelerConfig:
     base_url: str | None = None
     """Server address, for example http://127.0.0.1:8000/v1 (openai)."""
     api_key_env: str = "OPENAI_API_KEY"
-    """Name of the environment variable with the API key (openai). The key itself never enters a config."""
+    """Name of the environment variable with the API key, in capitals (openai). The key itself never enters a config."""
     endpoint: Endpoint = Endpoint.chat
     """``chat``, or ``completions``: prompts tokenised here, many in a request, as vLLM's server takes them (openai)."""
     tokenizer: str | None = None
@@ -152,6 +153,11 @@ class LabelerConfig:
         positive(self, "labeler", "batch_tokens", "batch_size", "concurrency", "timeout_s", "votes")
         for name in ("requests_per_minute", "tokens_per_minute"):
             positive_or_null(self, "labeler", name)
+        require(
+            re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env) is not None,
+            # Without the value: it may be the key, set here by mistake.
+            "labeler.api_key_env: must be the name of an environment variable, in capitals (OPENAI_API_KEY), no key",
+        )
         require(
             self.budget.usd is None or None not in (self.price.input_per_million, self.price.output_per_million),
             f"labeler.budget.usd={self.budget.usd} needs labeler.price.input_per_million and "

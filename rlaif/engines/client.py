@@ -78,6 +78,10 @@ class Client:
         self._base_url, self._key, self._where, self._key_env = base_url, key, where, key_env
         self._concurrency, self._timeout_s, self._max_retries = concurrency, timeout_s, max_retries
         self._headers = headers
+        # Each character may be escaped, where a server quotes JSON or cuts it.
+        self._spelt = re.compile(
+            "".join(rf"(?:\\{{0,4}}{re.escape(one)}|\\{{1,4}}u(?i:{ord(one):04x}))" for one in key) or "(?!)"
+        )
         self._proxy = _proxy(base_url) if proxied else None
         self._urls: dict[str, URL] = {}
         self._answered = False  # has the server accepted a request yet?
@@ -278,19 +282,32 @@ class Client:
             raise AttemptError("connection", self.shorten(str(error) or type(error).__name__)) from None
 
     def _parsed(self, content: bytes) -> dict[str, Any]:
-        if len(self._key) >= SHORTEST_SECRET:
-            # A server may say the key back; replies are stored.
+        # A server may say the key back; replies are stored.
+        secret = len(self._key) >= SHORTEST_SECRET
+        if secret:
             content = content.replace(self._key.encode(), b"***")
         try:
             payload = json.loads(content)
         except ValueError:
             raise AttemptError("malformed", "the response is not JSON") from None
+        if secret and b"\\" in content:
+            payload = self._redacted(payload)
         if not isinstance(payload, dict) or not isinstance(payload.get("choices"), list):
             raise AttemptError("malformed", self.shorten(f"the response has no choices: {payload}"))
         if not payload["choices"]:
             raise AttemptError("empty", "the response has an empty list of choices")
         self._answered = True
         return payload
+
+    def _redacted(self, value: Any) -> Any:
+        """Parsed JSON without the key, however JSON had spelt it."""
+        if isinstance(value, str):
+            return self._spelt.sub("***", value)
+        if isinstance(value, list):
+            return [self._redacted(entry) for entry in value]
+        if isinstance(value, dict):
+            return {self._redacted(name): self._redacted(entry) for name, entry in value.items()}
+        return value
 
     def _status_problem(self, status: int, headers: Any, content: bytes) -> Exception:
         detail, code = self.server_message(content)
@@ -325,7 +342,7 @@ class Client:
     def shorten(self, text: str) -> str:
         """One line of at most 200 characters without control characters and the key (a cut key is not found)."""
         if self._key:
-            text = text.replace(self._key, "***")
+            text = self._spelt.sub("***", text)
         text = visible(" ".join(re.sub(r"\bsk-[\w*-]+", "***", text).split()))
         return text if len(text) <= 200 else text[:197] + "..."
 

@@ -620,6 +620,40 @@ def test_the_key_is_sent_and_appears_nowhere(server: FakeServer, monkeypatch: py
     assert key[:12] not in seen
 
 
+ESCAPED = {
+    "slash": lambda key: key.replace("/", "\\/"),
+    "codes": lambda key: "".join(f"\\u{ord(one):04X}" for one in key),
+    "one code": lambda key: key.replace("/", "\\u002f"),
+    "quoted twice": lambda key: key.replace("/", "\\\\/"),
+}
+
+
+@pytest.mark.parametrize("escape", ESCAPED)
+def test_the_key_is_found_however_json_spells_it(
+    escape: str, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "my/private/token+abcdef"
+    spelt = ESCAPED[escape](key)
+    monkeypatch.setenv("JUDGE_KEY", key)
+    reply = f'{{"choices": [{{"message": {{"content": "B. {spelt}"}}, "finish_reason": "stop"}}]}}'
+    for name in ("answer", "error", "cut error"):
+        server.default = {
+            "answer": Reply(reply),
+            "error": Reply(f'{{"error": {{"message": "bad {spelt}"}}}}', 418),
+            "cut error": Reply(f'{{"error": {{"message": "bad {spelt}', 418),
+        }[name]
+        with build(server, api_key_env="JUDGE_KEY", votes=1) as engine:
+            result = score(engine)
+        assert "private" not in repr(result)
+        assert "006b" not in repr(result).lower()
+        if name == "answer":
+            assert isinstance(result, OptionMass)
+            assert (result.masses, result.reply) == ((0.0, 1.0), "B. ***")
+        else:
+            assert isinstance(result, Failure)
+            assert "bad ***" in result.detail
+
+
 def test_identity(server: FakeServer) -> None:
     with build(server, votes=1) as engine:
         assert engine.name == "judge"
@@ -666,6 +700,12 @@ class TestBeforeAnyWork:
         with pytest.raises(UserError, match=message) as raised:
             OpenAIEngine(LabelerConfig(model="judge", base_url=base_url), seed=0)
         assert "hunter2" not in str(raised.value)
+
+    @pytest.mark.parametrize("pasted", [KEY, "hf_abcdefghijkl", "$OPENAI_API_KEY", ""])
+    def test_a_key_in_the_place_of_its_name_is_not_told(self, server: FakeServer, pasted: str) -> None:
+        with pytest.raises(ValueError, match=r"labeler.api_key_env: must be the name of an env") as raised:
+            build(server, api_key_env=pasted)
+        assert not pasted or pasted not in str(raised.value)
 
     def test_key_that_no_header_can_hold(self, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("OPENAI_API_KEY", "clé\x01")
