@@ -11,6 +11,7 @@ import ipaddress
 import json
 import logging
 import math
+import os
 import queue
 import random
 import re
@@ -26,7 +27,7 @@ import aiohttp
 from yarl import URL
 
 from rlaif.engines.limits import BudgetSpentError, Limits, NeverAllowedError, Ticket, Usage
-from rlaif.engines.wire import AttemptError, rate_limit_wait, retry_after, usage
+from rlaif.engines.wire import AttemptError, forbids_logprobs, rate_limit_wait, retry_after, usage
 from rlaif.records import UserError
 from rlaif.text import visible
 
@@ -313,7 +314,8 @@ class Client:
         detail, code = self.server_message(content)
         known = 402 if status == 429 and code == "insufficient_quota" else status
         # Where others went through, a 403 or 404 is about this request (a moderated text), not about key or model.
-        if known in (401, 402) or (known in _HINTS and not self._answered):
+        about_request = self._answered or (known == 403 and forbids_logprobs(detail))
+        if known in (401, 402) or (known in _HINTS and not about_request):
             return UserError(f"{self._where}: HTTP {status}: {detail}; {self.hint(known)}")
         reason = "rate_limited" if status == 429 else f"http_{status}"
         retry = status in _RETRIED or status >= 500
@@ -345,6 +347,23 @@ class Client:
             text = self._spelt.sub("***", text)
         text = visible(" ".join(re.sub(r"\bsk-[\w*-]+", "***", text).split()))
         return text if len(text) <= 200 else text[:197] + "..."
+
+
+def find_key(variable: str, loopback: bool) -> str:
+    """The API key; empty where a server on this machine needs none.
+
+    Raises:
+        UserError: if there is none, or none that a request could carry.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not key and not loopback:
+        raise UserError(
+            f"no API key: set the environment variable {variable} (labeler.api_key_env names another; "
+            "only a server on this machine needs none)"
+        )
+    if not key.isascii() or not key.isprintable():
+        raise UserError(f"the API key in the environment variable {variable} has characters that no key has")
+    return key
 
 
 def check_url(url: str, key: str, reason: str) -> tuple[str, bool]:

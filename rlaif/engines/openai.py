@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from rlaif.config import Endpoint, LabelerConfig
 from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
-from rlaif.engines.client import Client, check_url
+from rlaif.engines.client import Client, check_url, find_key
 from rlaif.engines.limits import Limits, Spend, Usage
 from rlaif.engines.options import (
     LOG_NEGLIGIBLE,
@@ -34,6 +34,7 @@ from rlaif.engines.options import (
 from rlaif.engines.wire import (
     WITHHELD,
     AttemptError,
+    Dialect,
     FirstToken,
     Replies,
     chat_body,
@@ -90,7 +91,7 @@ class OpenAIEngine(Engine):
             "labeler.base_url",
             "it is recorded with the labels; give the key in the environment variable that labeler.api_key_env names",
         )
-        self._key = _find_key(config.api_key_env, loopback)
+        self._key = find_key(config.api_key_env, loopback)
         self.identity: dict[str, Any] = {
             "engine": "openai",
             "base_url": self._base_url,
@@ -102,6 +103,11 @@ class OpenAIEngine(Engine):
         if config.votes > 1:
             self.identity["seed"] = seed  # only sampled votes depend on it
 
+        # Only if set: what is stored without them stays known.
+        added = {"extra_body": config.extra_body, "chat_template_kwargs": config.chat_template_kwargs}
+        self.identity |= {name: dict(value) for name, value in added.items() if value}
+
+        self._dialect = Dialect(config.extra_body)
         self._logprobs: bool | None = None  # does the server give them? None: not known yet
         self._top_logprobs = config.top_logprobs
         self._settling = asyncio.Lock()
@@ -441,10 +447,22 @@ class OpenAIEngine(Engine):
         """One chat completion, parsed."""
         # A token has at least one byte of text, so the bytes of the messages are a bound that needs no tokenizer.
         size = sum(len(text.encode()) for message in body["messages"] for text in message.values())
-        worst = Usage(size + self._template_tokens, body["max_tokens"] * body.get("n", 1))
-        answer = await self._client.post("/chat/completions", {"model": self._config.model, **body}, worst, parse)
-        self._template_tokens = max(self._template_tokens, (answer.prompt_tokens or 0) - size)
-        return answer
+        if self._config.chat_template_kwargs:
+            body["chat_template_kwargs"] = self._config.chat_template_kwargs
+        while True:
+            sent = self._dialect.body({"model": self._config.model, **body})
+            most = max(sent.get("max_tokens", 0), sent.get("max_completion_tokens", 0))
+            worst = Usage(size + self._template_tokens, most * sent.get("n", 1))
+            try:
+                answer = await self._client.post("/chat/completions", sent, worst, parse)
+            except AttemptError as problem:
+                if (learned := self._dialect.learn(sent, problem)) is None:
+                    raise
+                if learned:
+                    log.warning("%s %s (%s)", self._base_url, learned, problem.detail)
+                continue
+            self._template_tokens = max(self._template_tokens, (answer.prompt_tokens or 0) - size)
+            return answer
 
 
 class _Scored(NamedTuple):
@@ -454,19 +472,6 @@ class _Scored(NamedTuple):
     prompt_tokens: int | None
     completion_tokens: int | None
     observed: float | None = None
-
-
-def _find_key(variable: str, loopback: bool) -> str:
-    """The API key; empty where a server on this machine needs none."""
-    key = os.environ.get(variable, "").strip()
-    if not key and not loopback:
-        raise UserError(
-            f"no API key: set the environment variable {variable} (labeler.api_key_env names another; "
-            "only a server on this machine needs none)"
-        )
-    if not key.isascii() or not key.isprintable():
-        raise UserError(f"the API key in the environment variable {variable} has characters that no key has")
-    return key
 
 
 def _account_headers() -> dict[str, str]:

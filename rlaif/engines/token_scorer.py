@@ -46,7 +46,12 @@ class TokenScorer:
 
     def __init__(self, config: LabelerConfig, client: Client) -> None:
         name = config.tokenizer or config.model
-        model = ModelConfig(name=name, revision=config.revision, trust_remote_code=config.trust_remote_code)
+        model = ModelConfig(
+            name=name,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            chat_template_kwargs=config.chat_template_kwargs,
+        )
         try:
             self.tokenizer = load_tokenizer(model, "labeler")
         except UserError as error:
@@ -133,8 +138,7 @@ class TokenScorer:
         try:
             answer, usage = await self._client.post(
                 "/completions",
-                body,
-                Usage(len(ids), request.max_new_tokens),
+                *self._sent(body),
                 lambda payload: (parse_continuations(payload, 1)[0], payload.get("usage")),
             )
         except AttemptError as problem:
@@ -260,7 +264,12 @@ class TokenScorer:
             "return_tokens_as_token_ids": True,
             **body,
         }
-        return await self._client.post("/completions", body, Usage(sum(map(len, prompts)), len(prompts)), parse)
+        return await self._client.post("/completions", *self._sent(body), parse)
+
+    def _sent(self, body: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
+        """The body with what the user adds to every request, and the most that it can cost."""
+        body = body | self._config.extra_body
+        return body, Usage(sum(map(len, body["prompt"])), body["max_tokens"] * len(body["prompt"]))
 
 
 def _vocabulary(tokenizer: Any) -> str:

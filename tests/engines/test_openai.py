@@ -14,7 +14,7 @@ from fake_server import FakeServer, Reply, error, logprobs, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlaif.config import LabelerConfig, LabelerType
+from rlaif.config import BudgetConfig, LabelerConfig, LabelerType
 from rlaif.engines import build_labeler, client, wire
 from rlaif.engines.base import Failure, OptionMass, OptionRequest, Sampled, SampleRequest
 from rlaif.engines.openai import OpenAIEngine
@@ -464,6 +464,111 @@ class TestVotes:
         assert good.method == "logprob"
         assert isinstance(after, Failure)
         assert len(server.bodies) == 3 + 1 + 1
+
+
+def reasoning(body: dict[str, Any]) -> Reply:
+    """A model as OpenAI's newer ones: one complaint at a time."""
+    if "max_tokens" in body:
+        return error(
+            400,
+            "Unsupported parameter: 'max_tokens' is not supported with this model. "
+            "Use 'max_completion_tokens' instead.",
+        )
+    if body.get("temperature", 1) != 1:
+        return error(
+            400,
+            f"Unsupported value: 'temperature' does not support {body['temperature']} with this model. "
+            "Only the default (1) value is supported.",
+        )
+    if "top_p" in body:
+        return error(400, "Unsupported parameter: 'top_p' is not supported with this model.")
+    if "logprobs" in body:
+        return error(403, "You are not allowed to request logprobs from this model")
+    return text("Reply B", finish_reason="stop")
+
+
+class TestDialect:
+    """Servers that do not take the parameters that others do."""
+
+    def test_a_reasoning_model_labels_by_replies(self, server: FakeServer, caplog: Any) -> None:
+        server.default = reasoning
+        with build(server) as engine, caplog.at_level(logging.WARNING):
+            results = dict(engine.score_options(ask(number) for number in range(12)))
+            [(_, sampled)] = engine.sample([SampleRequest(({"role": "user", "content": "Hi"},), 30, 0.7)])
+            start = len(server.bodies)
+            again = score(engine, ask(99))
+        for result in [*results.values(), again]:
+            assert isinstance(result, OptionMass)
+            assert (result.masses, result.method, result.reply) == ((0.0, 1.0), "text", "Reply B")
+        assert isinstance(sampled, Sampled)
+        # Once known, nothing is tried again.
+        [body] = server.bodies[start:]
+        assert body == {"model": "judge", "messages": body["messages"], "max_completion_tokens": 16}
+        said = [record.getMessage() for record in caplog.records if record.name == "rlaif.engines.openai"]
+        for what in ("takes max_completion_tokens, not max_tokens", "takes no temperature", "takes no top_p"):
+            assert sum(what in line for line in said) == 1
+        assert len(said) == 4  # and that there are no log-probabilities
+
+    def test_log_probabilities_stay_where_only_the_name_is_another(self, server: FakeServer) -> None:
+        good = logprobs([("A", 0.6), ("B", 0.2)])
+        server.default = lambda body: reasoning(body) if "max_tokens" in body else good
+        with build(server) as engine:
+            assert isinstance(score(engine), OptionMass)
+            assert isinstance(score(engine), OptionMass)
+        assert [("max_tokens" in body, body.get("max_completion_tokens")) for body in server.bodies] == [
+            (True, None),
+            (False, 1),
+            (False, 1),
+        ]
+        assert server.bodies[-1]["temperature"] == 1.0
+
+    def test_a_request_that_is_too_long_teaches_nothing(self, server: FakeServer) -> None:
+        """vLLM names both parameters then."""
+        good = logprobs([("A", 0.6), ("B", 0.2)])
+        server.plan = [good, error(400, "'max_tokens' or 'max_completion_tokens' is too large: 1."), good]
+        with build(server) as engine:
+            results = [score(engine) for _ in range(3)]
+        assert isinstance(results[1], Failure)
+        assert all("max_tokens" in body for body in server.bodies)
+
+    def test_another_403_still_ends_the_run(self, server: FakeServer) -> None:
+        server.default = error(403, "no access to model")
+        with build(server) as engine, pytest.raises(UserError, match="may not use this model"):
+            score(engine)
+
+    def test_what_the_user_adds_is_in_every_body_and_in_the_identity(self, server: FakeServer) -> None:
+        server.default = reasoning
+        extra = {"reasoning_effort": "low", "max_completion_tokens": 500, "nested": {"a": [1, None]}}
+        with build(server, extra_body=extra, budget=BudgetConfig(tokens=100_000)) as engine:
+            assert isinstance(score(engine), OptionMass)
+            assert engine.identity["extra_body"] == extra
+            # Of a request whose cost nobody knows the most counts, and that is what the user has asked for.
+            server.default = Reply(text("A").body | {"usage": None})
+            before = engine.spent.completion_tokens
+            assert isinstance(score(engine), OptionMass)
+            assert engine.spent.completion_tokens == before + 500
+        assert all(body | extra == body for body in server.bodies)
+        assert not any("max_tokens" in body for body in server.bodies)
+
+    def test_what_the_user_has_set_is_not_left_out(self, server: FakeServer) -> None:
+        server.default = reasoning
+        with build(server, extra_body={"temperature": 0.5}) as engine:
+            result = score(engine)
+        assert isinstance(result, Failure)
+        assert "'temperature' does not support 0.5" in result.detail
+
+    @pytest.mark.parametrize("name", ["model", "messages", "prompt", "n", "stream", "logprobs"])
+    def test_the_question_cannot_be_replaced(self, name: str) -> None:
+        with pytest.raises(ValueError, match=rf"labeler\.extra_body: {name} can't be set"):
+            LabelerConfig(extra_body={name: 1})
+
+    def test_variables_of_the_template_travel_with_the_messages(self, server: FakeServer) -> None:
+        server.default = logprobs([("A", 0.6), ("B", 0.2)])
+        with build(server, chat_template_kwargs={"enable_thinking": False}) as engine:
+            score(engine)
+            list(engine.sample([SampleRequest(({"role": "user", "content": "Hi"},), 30)]))
+            assert engine.identity["chat_template_kwargs"] == {"enable_thinking": False}
+        assert [body["chat_template_kwargs"] for body in server.bodies] == [{"enable_thinking": False}] * 2
 
 
 @pytest.mark.parametrize(
