@@ -232,6 +232,7 @@ def model_inputs(role: str, model: ModelConfig | None) -> dict[str, Path | str |
         role: folder if model.name and folder.is_dir() else f"{model.name}@{model.revision}",
         f"{role}_adapter": Path(model.adapter) if model.adapter else None,
         f"{role}_loading": f"{model.dtype.value} {model.attn_implementation}",
+        f"{role}_template": json.dumps(model.chat_template_kwargs, sort_keys=True),
     }
 
 

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlaif.records import Message, UserError
@@ -20,6 +20,22 @@ DEFAULT_TEMPLATE = (
     "{{ message['content'] }}{{ '\\n\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
 )
+
+
+def with_variables(template: str, variables: Mapping[str, Any]) -> str:
+    """A template that always has these variables, as if they were given whenever it is rendered.
+
+    Whoever uses it, and whatever is saved with it, then makes the same prompts.
+
+    >>> with_variables("{{ messages }}", {"enable_thinking": False})
+    '{% set enable_thinking = false %}\\n{{ messages }}'
+    """
+    # Templates take what JSON writes for plain values, and the line break after a block is theirs.
+    begin = "".join(
+        f"{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}\n" for name, value in sorted(variables.items())
+    )
+    return template if template.startswith(begin) else begin + template
+
 
 _TEMPLATE_TOKEN = re.compile(
     r"<(?=\|[^<>|\n]{1,60}\|>)"  # ChatML, Llama 3 and 4, Phi, Cohere, Granite

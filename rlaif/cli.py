@@ -73,10 +73,10 @@ _TAKES_VALUE = {"-c", "--cfg", "-p", "--package", "-cd", "--config-dir", "-cn", 
 def _add_by_name(argument: str) -> str:
     """``+arms.x={...}`` as ``+arms={x: {...}}``: OmegaConf takes a new entry of a typed mapping only like that.
 
-    Likewise ``columns={...}``, of which every entry is new.
+    Likewise mappings with names of the user's, of which every entry is new, unless an experiment has it.
     """
-    if argument.startswith("columns={"):
-        return f"+{argument}"
+    if re.match(r"columns=\{|[\w.@]*\b(?:engine_args|extra_body|chat_template_kwargs)[.=]", argument):
+        return f"++{argument}"
     added = re.fullmatch(r"\+(arms|sampling\.styles)\.([\w-]+)=(\{.*\})", argument, re.DOTALL)
     return f"+{added[1]}={{{added[2]}: {added[3]}}}" if added else argument
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rlaif.bundled import embedded_model, tiny_model
-from rlaif.chat import DEFAULT_TEMPLATE, turn_end
+from rlaif.chat import DEFAULT_TEMPLATE, turn_end, with_variables
 from rlaif.config import Dtype, LoraSettings, ModelConfig, Tuning
 from rlaif.lora import lean
 from rlaif.records import UserError
@@ -123,7 +123,7 @@ def check_tuning(tuning: Tuning, config: ModelConfig, method: str) -> None:
 
 
 def load_tokenizer(config: ModelConfig, key: str = "policy") -> Any:
-    """The tokenizer of a model, padding on the left, with a pad token and a chat template.
+    """The tokenizer of a model, padding on the left, with a pad token and a chat template with its variables set.
 
     Raises:
         UserError: if there is none under that name.
@@ -144,6 +144,8 @@ def load_tokenizer(config: ModelConfig, key: str = "policy") -> Any:
     if not tokenizer.chat_template:
         log.warning("%s has no chat template: using the default one (User: / Assistant:)", config.name)
         tokenizer.chat_template = DEFAULT_TEMPLATE
+    if config.chat_template_kwargs:
+        tokenizer.chat_template = with_variables(tokenizer.get_chat_template(), config.chat_template_kwargs)
     return tokenizer
 
 

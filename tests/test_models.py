@@ -7,9 +7,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlaif.config import Dtype, LoraSettings, ModelConfig, SFTConfig, Tuning
+from rlaif.config import Dtype, LabelerConfig, LoraSettings, ModelConfig, SFTConfig, Tuning
 from rlaif.methods.supervised import trainer_arguments
-from rlaif.models import adapter_base, arithmetic, autocasts, load_causal_lm, pick_device, pick_dtype, resolve_model
+from rlaif.models import (
+    adapter_base,
+    arithmetic,
+    autocasts,
+    load_causal_lm,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    resolve_model,
+)
 from rlaif.policy import Policy, load_policy
 from rlaif.records import UserError
 
@@ -89,6 +98,40 @@ def test_an_adapter_remembers_the_revision_of_its_base(tmp_path, monkeypatch):
     load_causal_lm(dataclasses.replace(TINY, name=str(folder)))
     load_causal_lm(dataclasses.replace(TINY, name=str(adapter(tmp_path / "other")), revision="v1"))
     assert asked == ["v2", None, "v1"]
+
+
+@pytest.mark.parametrize("value", [False, True, 3, 0.5, 'a "quoted" ü🙂\\n{{ x }} {% y %}', ""])
+def test_variables_of_the_template_are_those_of_a_call(tmp_path, value):
+    """And they go with the tokenizer wherever it is saved, once."""
+    template = "\n  {% for m in messages %}<{{ m.content }}>\n{% endfor %}{% macro f() %}{{ switch }}{% endmacro %}"
+    template += "{{ f() }}{{ switch is string }}"
+    plain = load_tokenizer(ModelConfig(name="tiny"))
+    plain.chat_template = template
+    plain.save_pretrained(tmp_path / "plain")
+    given = load_tokenizer(ModelConfig(name=str(tmp_path / "plain"), chat_template_kwargs={"switch": value}))
+    given.save_pretrained(tmp_path / "given")
+    saved = load_tokenizer(ModelConfig(name=str(tmp_path / "given")))
+    again = load_tokenizer(ModelConfig(name=str(tmp_path / "given"), chat_template_kwargs={"switch": value}))
+    messages = [{"role": "user", "content": "Hi"}]
+    expected = plain.apply_chat_template(messages, tokenize=False, switch=value)
+    for tokenizer in (given, saved, again):
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == expected
+    assert saved.chat_template == again.chat_template
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"messages": "x"}, "'messages': is made here"),
+        ({"a b": 1}, "'a b': is no name"),
+        ({"a": [1]}, "must be true, false, a number or text"),
+        ({"a": None}, "must be true, false, a number or text"),
+    ],
+)
+def test_variables_that_no_template_could_take(variables, message):
+    for config, where in ((ModelConfig, "policy"), (LabelerConfig, "labeler")):
+        with pytest.raises(ValueError, match=rf"^{where}\.chat_template_kwargs: .*{message}"):
+            config(chat_template_kwargs=variables)
 
 
 def test_cuda_is_this_processs_gpu(monkeypatch):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlaif.config.checks import fraction, positive, positive_or_null, require
+from rlaif.config.checks import fraction, positive, positive_or_null, require, template_variables
 from rlaif.config.choices import Dtype, Endpoint, LabelerType, LabelMode, Pairs, Principles, Selection
 
 
@@ -91,6 +92,13 @@ class PriceConfig:
             )
 
 
+_REQUESTS_OWN = {
+    *("model", "messages", "prompt", "n", "stream", "logprobs", "top_logprobs", "logprob_token_ids"),
+    *("return_tokens_as_token_ids", "continue_final_message", "add_generation_prompt", "chat_template_kwargs"),
+}
+"""What of a request makes the question, or is read in the answer."""
+
+
 @dataclass
 class LabelerConfig:
     """The model that judges completions against principles."""
@@ -112,7 +120,7 @@ class LabelerConfig:
     base_url: str | None = None
     """Server address, for example http://127.0.0.1:8000/v1 (openai)."""
     api_key_env: str = "OPENAI_API_KEY"
-    """Name of the environment variable with the API key (openai). The key itself never enters a config."""
+    """Name of the environment variable with the API key, in capitals (openai). The key itself never enters a config."""
     endpoint: Endpoint = Endpoint.chat
     """``chat``, or ``completions``: prompts tokenised here, many in a request, as vLLM's server takes them (openai)."""
     tokenizer: str | None = None
@@ -139,6 +147,10 @@ class LabelerConfig:
     """Pairs that people have labelled (see ``rlaif.audit``): the labeler is measured on them before it labels."""
     min_agreement: float | None = None
     """Refuse to label if the agreement in ``labeler.audit`` is below this."""
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    """What else every request holds, for example {reasoning_effort: low}; it is recorded with the labels (openai)."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables that the chat template is given, for example {enable_thinking: false} for Qwen3."""
     prefill: bool = False
     """The server can continue an assistant message (vLLM, SGLang: yes; OpenAI: no)."""
     votes: int = 1
@@ -153,6 +165,11 @@ class LabelerConfig:
         for name in ("requests_per_minute", "tokens_per_minute"):
             positive_or_null(self, "labeler", name)
         require(
+            re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env) is not None,
+            # Without the value: it may be the key, set here by mistake.
+            "labeler.api_key_env: must be the name of an environment variable, in capitals (OPENAI_API_KEY), no key",
+        )
+        require(
             self.budget.usd is None or None not in (self.price.input_per_million, self.price.output_per_million),
             f"labeler.budget.usd={self.budget.usd} needs labeler.price.input_per_million and "
             "labeler.price.output_per_million",
@@ -162,6 +179,16 @@ class LabelerConfig:
             require(
                 self.audit is not None,
                 f"labeler.min_agreement={self.min_agreement} needs labelled pairs to measure it on: labeler.audit=FILE",
+            )
+        template_variables(self, "labeler", "chat_template_kwargs")
+        if taken := sorted(_REQUESTS_OWN & self.extra_body.keys()):
+            raise ValueError(
+                f"labeler.extra_body: {', '.join(taken)} can't be set: the labeler sets it in each request"
+            )
+        for name in {"max_tokens", "max_completion_tokens"} & self.extra_body.keys():
+            value = self.extra_body[name]
+            require(
+                type(value) is int and value > 0, f"labeler.extra_body: {name}={value!r}: must be an integer above 0"
             )
         require(self.max_retries >= 0, f"labeler.max_retries={self.max_retries}: must be 0 or more")
         require(

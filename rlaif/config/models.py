@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from rlaif.config.checks import fraction, positive, positive_or_null, require
+from rlaif.config.checks import fraction, positive, positive_or_null, require, template_variables
 from rlaif.config.choices import Dtype, Split
 
 
@@ -26,6 +27,11 @@ class ModelConfig:
     """transformers' attention implementation; null leaves its default."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Only for models whose code you have read."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables that the chat template is given, for example {enable_thinking: false} for Qwen3."""
+
+    def __post_init__(self) -> None:
+        template_variables(self, "policy", "chat_template_kwargs")
 
 
 @dataclass

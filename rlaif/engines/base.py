@@ -80,6 +80,13 @@ class OptionMass:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     latency_s: float | None = None
+    observed: float | None = None
+    """What the options have for certain, where some of ``masses`` are upper bounds; ``None``: their sum."""
+
+    @property
+    def mass(self) -> float:
+        """Mass on the options that was seen: what coverage counts."""
+        return sum(mass for mass in self.masses if mass is not None) if self.observed is None else self.observed
 
 
 @dataclass(frozen=True)

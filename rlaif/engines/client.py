@@ -11,6 +11,7 @@ import ipaddress
 import json
 import logging
 import math
+import os
 import queue
 import random
 import re
@@ -26,7 +27,7 @@ import aiohttp
 from yarl import URL
 
 from rlaif.engines.limits import BudgetSpentError, Limits, NeverAllowedError, Ticket, Usage
-from rlaif.engines.wire import AttemptError, rate_limit_wait, retry_after, usage
+from rlaif.engines.wire import AttemptError, forbids_logprobs, rate_limit_wait, retry_after, usage
 from rlaif.records import UserError
 from rlaif.text import visible
 
@@ -78,6 +79,10 @@ class Client:
         self._base_url, self._key, self._where, self._key_env = base_url, key, where, key_env
         self._concurrency, self._timeout_s, self._max_retries = concurrency, timeout_s, max_retries
         self._headers = headers
+        # Each character may be escaped, where a server quotes JSON or cuts it.
+        self._spelt = re.compile(
+            "".join(rf"(?:\\{{0,4}}{re.escape(one)}|\\{{1,4}}u(?i:{ord(one):04x}))" for one in key) or "(?!)"
+        )
         self._proxy = _proxy(base_url) if proxied else None
         self._urls: dict[str, URL] = {}
         self._answered = False  # has the server accepted a request yet?
@@ -278,13 +283,16 @@ class Client:
             raise AttemptError("connection", self.shorten(str(error) or type(error).__name__)) from None
 
     def _parsed(self, content: bytes) -> dict[str, Any]:
-        if len(self._key) >= SHORTEST_SECRET:
-            # A server may say the key back; replies are stored.
+        # A server may say the key back; replies are stored.
+        secret = len(self._key) >= SHORTEST_SECRET
+        if secret:
             content = content.replace(self._key.encode(), b"***")
         try:
             payload = json.loads(content)
         except ValueError:
             raise AttemptError("malformed", "the response is not JSON") from None
+        if secret and b"\\" in content:
+            payload = self._redacted(payload)
         if not isinstance(payload, dict) or not isinstance(payload.get("choices"), list):
             raise AttemptError("malformed", self.shorten(f"the response has no choices: {payload}"))
         if not payload["choices"]:
@@ -292,11 +300,22 @@ class Client:
         self._answered = True
         return payload
 
+    def _redacted(self, value: Any) -> Any:
+        """Parsed JSON without the key, however JSON had spelt it."""
+        if isinstance(value, str):
+            return self._spelt.sub("***", value)
+        if isinstance(value, list):
+            return [self._redacted(entry) for entry in value]
+        if isinstance(value, dict):
+            return {self._redacted(name): self._redacted(entry) for name, entry in value.items()}
+        return value
+
     def _status_problem(self, status: int, headers: Any, content: bytes) -> Exception:
         detail, code = self.server_message(content)
         known = 402 if status == 429 and code == "insufficient_quota" else status
         # Where others went through, a 403 or 404 is about this request (a moderated text), not about key or model.
-        if known in (401, 402) or (known in _HINTS and not self._answered):
+        about_request = self._answered or (known == 403 and forbids_logprobs(detail))
+        if known in (401, 402) or (known in _HINTS and not about_request):
             return UserError(f"{self._where}: HTTP {status}: {detail}; {self.hint(known)}")
         reason = "rate_limited" if status == 429 else f"http_{status}"
         retry = status in _RETRIED or status >= 500
@@ -325,9 +344,26 @@ class Client:
     def shorten(self, text: str) -> str:
         """One line of at most 200 characters without control characters and the key (a cut key is not found)."""
         if self._key:
-            text = text.replace(self._key, "***")
+            text = self._spelt.sub("***", text)
         text = visible(" ".join(re.sub(r"\bsk-[\w*-]+", "***", text).split()))
         return text if len(text) <= 200 else text[:197] + "..."
+
+
+def find_key(variable: str, loopback: bool) -> str:
+    """The API key; empty where a server on this machine needs none.
+
+    Raises:
+        UserError: if there is none, or none that a request could carry.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not key and not loopback:
+        raise UserError(
+            f"no API key: set the environment variable {variable} (labeler.api_key_env names another; "
+            "only a server on this machine needs none)"
+        )
+    if not key.isascii() or not key.isprintable():
+        raise UserError(f"the API key in the environment variable {variable} has characters that no key has")
+    return key
 
 
 def check_url(url: str, key: str, reason: str) -> tuple[str, bool]:

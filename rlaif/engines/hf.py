@@ -46,6 +46,7 @@ class HFEngine(Engine):
                 dtype=config.dtype,
                 device=config.device,
                 trust_remote_code=config.trust_remote_code,
+                chat_template_kwargs=config.chat_template_kwargs,
             )
             key = "labeler"
         else:

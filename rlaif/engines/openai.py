@@ -20,12 +20,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from rlaif.config import Endpoint, LabelerConfig
 from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
-from rlaif.engines.client import Client, check_url
+from rlaif.engines.client import Client, check_url, find_key
 from rlaif.engines.limits import Limits, Spend, Usage
-from rlaif.engines.options import LOG_NEGLIGIBLE, accepted_tokens, continued, option_masses, parse_reply, token_text
+from rlaif.engines.options import (
+    LOG_NEGLIGIBLE,
+    accepted_tokens,
+    continued,
+    observed_mass,
+    option_masses,
+    parse_reply,
+    token_text,
+)
 from rlaif.engines.wire import (
     WITHHELD,
     AttemptError,
+    Dialect,
     FirstToken,
     Replies,
     chat_body,
@@ -82,7 +91,7 @@ class OpenAIEngine(Engine):
             "labeler.base_url",
             "it is recorded with the labels; give the key in the environment variable that labeler.api_key_env names",
         )
-        self._key = _find_key(config.api_key_env, loopback)
+        self._key = find_key(config.api_key_env, loopback)
         self.identity: dict[str, Any] = {
             "engine": "openai",
             "base_url": self._base_url,
@@ -94,6 +103,11 @@ class OpenAIEngine(Engine):
         if config.votes > 1:
             self.identity["seed"] = seed  # only sampled votes depend on it
 
+        # Only if set: what is stored without them stays known.
+        added = {"extra_body": config.extra_body, "chat_template_kwargs": config.chat_template_kwargs}
+        self.identity |= {name: dict(value) for name, value in added.items() if value}
+
+        self._dialect = Dialect(config.extra_body)
         self._logprobs: bool | None = None  # does the server give them? None: not known yet
         self._top_logprobs = config.top_logprobs
         self._settling = asyncio.Lock()
@@ -262,9 +276,7 @@ class OpenAIEngine(Engine):
                 scored = await self._score_by_replies(request)
         except AttemptError as problem:
             return [Failure(problem.reason, problem.detail, time.perf_counter() - started)]
-        masses, method, reply, prompt_tokens, completion_tokens = scored
-        latency = time.perf_counter() - started
-        return [OptionMass(masses, method, reply, prompt_tokens, completion_tokens, latency)]
+        return [OptionMass(*scored[:-1], time.perf_counter() - started, scored.observed)]
 
     async def _score_by_logprobs(self, request: OptionRequest) -> _Scored | None:
         """``None`` if the server gives no log-probabilities for this request."""
@@ -295,10 +307,13 @@ class OpenAIEngine(Engine):
                 self._top_logprobs = top
             self._logprobs = True
             self._note_whole(token.listed, request.options)
-            masses = option_masses(token.listed, token.sampled, request.options, self._whole[request.options])
-            if None in masses and any(mass is not None for mass in masses) and self._config.prefill:
-                masses = await self._follow(request, token)
-            return _Scored(masses, "logprob", token.reply, token.prompt_tokens, token.completion_tokens)
+            whole = self._whole[request.options]
+            masses = option_masses(token.listed, token.sampled, request.options, whole)
+            split = [pair for pair in continued(request.options) if pair[1] not in whole]
+            if None in masses and split and self._config.prefill:
+                masses = await self._follow(request, token, split)
+            seen = observed_mass(token.listed, request.options)
+            return _Scored(masses, "logprob", token.reply, token.prompt_tokens, token.completion_tokens, seen)
         # Was it the log-probabilities or the request that the server refused? The plain request will tell.
         assert refusal is not None
         scored = await self._score_by_replies(request)
@@ -314,13 +329,15 @@ class OpenAIEngine(Engine):
             texts = {token_text(token) for token, _ in listed}
             whole |= {option for option in missing if texts & accepted[option]}
 
-    async def _follow(self, request: OptionRequest, token: FirstToken) -> tuple[float | None, ...]:
+    async def _follow(
+        self, request: OptionRequest, token: FirstToken, split: Sequence[tuple[int, int]]
+    ) -> tuple[float | None, ...]:
         """Masses where "1" may go on to "10": what follows "1" is asked with "1" as the beginning of the reply."""
         listed, accepted = token.listed or [], accepted_tokens(request.options)
-        masses = list(option_masses(listed, token.sampled, request.options, range(len(accepted))))
-        split = [pair for pair in continued(request.options) if pair[1] not in self._whole[request.options]]
-        for _, long in split:
-            masses[long] = 0.0
+        absent = {long for _, long in split}
+        masses = list(option_masses(listed, token.sampled, request.options, range(len(accepted)), absent))
+        if None in masses:
+            return tuple(masses)
         for short in {short for short, _ in split}:
             for text, logprob in ((token_text(text), logprob) for text, logprob in listed):
                 if text not in accepted[short] or logprob < LOG_NEGLIGIBLE:
@@ -430,10 +447,22 @@ class OpenAIEngine(Engine):
         """One chat completion, parsed."""
         # A token has at least one byte of text, so the bytes of the messages are a bound that needs no tokenizer.
         size = sum(len(text.encode()) for message in body["messages"] for text in message.values())
-        worst = Usage(size + self._template_tokens, body["max_tokens"] * body.get("n", 1))
-        answer = await self._client.post("/chat/completions", {"model": self._config.model, **body}, worst, parse)
-        self._template_tokens = max(self._template_tokens, (answer.prompt_tokens or 0) - size)
-        return answer
+        if self._config.chat_template_kwargs:
+            body["chat_template_kwargs"] = self._config.chat_template_kwargs
+        while True:
+            sent = self._dialect.body({"model": self._config.model, **body})
+            most = max(sent.get("max_tokens", 0), sent.get("max_completion_tokens", 0))
+            worst = Usage(size + self._template_tokens, most * sent.get("n", 1))
+            try:
+                answer = await self._client.post("/chat/completions", sent, worst, parse)
+            except AttemptError as problem:
+                if (learned := self._dialect.learn(sent, problem)) is None:
+                    raise
+                if learned:
+                    log.warning("%s %s (%s)", self._base_url, learned, problem.detail)
+                continue
+            self._template_tokens = max(self._template_tokens, (answer.prompt_tokens or 0) - size)
+            return answer
 
 
 class _Scored(NamedTuple):
@@ -442,19 +471,7 @@ class _Scored(NamedTuple):
     reply: str
     prompt_tokens: int | None
     completion_tokens: int | None
-
-
-def _find_key(variable: str, loopback: bool) -> str:
-    """The API key; empty where a server on this machine needs none."""
-    key = os.environ.get(variable, "").strip()
-    if not key and not loopback:
-        raise UserError(
-            f"no API key: set the environment variable {variable} (labeler.api_key_env names another; "
-            "only a server on this machine needs none)"
-        )
-    if not key.isascii() or not key.isprintable():
-        raise UserError(f"the API key in the environment variable {variable} has characters that no key has")
-    return key
+    observed: float | None = None
 
 
 def _account_headers() -> dict[str, str]:

@@ -139,35 +139,55 @@ def option_masses(
     sampled: str,
     options: Sequence[Sequence[str]],
     whole: Container[int] = (),
+    absent: Container[int] = (),
 ) -> tuple[float | None, ...]:
     """Probability mass of each option among the listed (token, log-probability) pairs of one position.
 
     All listed tokens that spell an option (:func:`accepted_tokens`) are summed. An option that is not listed
     is unknown, not zero: each of its tokens has at most the smallest listed probability, and all of them
-    together at most what the list leaves over. It gets that upper bound, so the label is never more extreme
-    than the truth. If no option is listed, every mass is ``None``. A verdict word of several tokens is seen
-    only if it is listed whole.
+    together at most what the list leaves over. If the unlisted options may have as much as the likeliest listed
+    one, nobody can say which is ahead: every mass is ``None``, as where no option is listed. Else each gets its
+    upper bound, so of two options the label is never more extreme than the truth; of more, an unlisted one is
+    never put ahead of a listed one. A verdict word of several tokens is seen only if it is listed whole.
 
     Where "1" is listed and "10" is not, "10" may be two tokens, and the mass of "1" that of either: above
-    ``UNDECIDED`` both are ``None``. ``whole`` has the options that are known to be single tokens.
+    ``UNDECIDED`` both are ``None``. ``whole`` has the options that are known to be single tokens, ``absent`` those
+    that are known to be none.
     """
     accepted = accepted_tokens(options)
-    tokens = [(token_text(token), math.exp(min(logprob, 0.0))) for token, logprob in listed]
-    found = [[p for token, p in tokens if token in group] for group in accepted]
+    tokens, found = _found(listed, accepted)
     if not any(found):
         return (None,) * len(accepted)
     # vLLM lists the sampled token whatever its rank; as the least likely of the list it bounds nothing.
     ranked = sorted((p, token) for (token, _), (_, p) in zip(listed, tokens, strict=True))
     smallest = ranked[1 if len(ranked) > 1 and ranked[0][1] == sampled else 0][0]
     left = max(0.0, 1.0 - sum(p for _, p in tokens))
+    seen = [sum(group) for group in found if group]
+    bounds = [
+        0.0 if group or option in absent else smallest * len(accepted[option]) for option, group in enumerate(found)
+    ]
+    if any(bounds) and min(sum(bounds), left) >= max(seen):
+        return (None,) * len(accepted)
     masses: list[float | None] = [
-        sum(group) if group else min(smallest * len(spellings), left)
-        for group, spellings in zip(found, accepted, strict=True)
+        sum(group) if group else min(bound, left, *seen) for group, bound in zip(found, bounds, strict=True)
     ]
     for short, long in continued(tuple(map(tuple, options))):
-        if not found[long] and long not in whole and sum(found[short]) > UNDECIDED:
+        if not found[long] and long not in whole and long not in absent and sum(found[short]) > UNDECIDED:
             masses[short] = masses[long] = None
     return tuple(masses)
+
+
+def observed_mass(listed: Sequence[tuple[str, float]], options: Sequence[Sequence[str]]) -> float:
+    """Probability of the listed tokens that spell an option: what the options have for certain."""
+    return sum(map(sum, _found(listed, accepted_tokens(options))[1]))
+
+
+def _found(
+    listed: Sequence[tuple[str, float]], accepted: Sequence[frozenset[str]]
+) -> tuple[list[tuple[str, float]], list[list[float]]]:
+    """The listed tokens as texts with their probabilities, and the probabilities of those that spell each option."""
+    tokens = [(token_text(token), math.exp(min(logprob, 0.0))) for token, logprob in listed]
+    return tokens, [[p for token, p in tokens if token in group] for group in accepted]
 
 
 _OPENERS = r"[\s*_`#>\"'“”’(\[{]*"
@@ -181,12 +201,15 @@ def parse_reply(reply: str, options: Sequence[Sequence[str]], stem: str = "") ->
     """Index of the option that a reply gives as its verdict, or ``None``.
 
     A verdict begins the reply, follows "Answer:" (or "The verdict is"), or stands on a line of its own; the
-    last one counts. A single letter must be all there is or be followed by punctuation: "A good reply ..." is
-    prose. A reply that names two options side by side ("A or B") has no verdict. Where the options are numbers,
+    last one counts. A single letter, or "Reply" and a letter, must be all there is or be followed by punctuation,
+    "because" or "is better": "A good reply ..." is prose. A reply that names two options side by side ("A or B"), or
+    takes them up one by one ("A: ... B: ..."), has no verdict by that. Where the options are numbers,
     "Score:" announces one too, and the end of the scale after it is left out ("8/10").
 
     >>> [parse_reply(text, [("A",), ("B",)]) for text in ("(A)", "Answer: b", "A fine day", "A or B")]
     [0, 1, None, None]
+    >>> [parse_reply(text, [("A",), ("B",)]) for text in ("Reply B is better.", "B) because ...", "Reply A is long.")]
+    [1, 1, None]
     >>> [parse_reply(text, [("7",), ("10",)]) for text in ("Score: 7", "7/10", "7 out of 10.", "7.5", "7 or 10")]
     [0, 0, 0, None, None]
     """
@@ -201,8 +224,11 @@ def parse_reply(reply: str, options: Sequence[Sequence[str]], stem: str = "") ->
     if stem and reply.strip().casefold().startswith(stem.strip().casefold()):
         reply = reply.strip()[len(stem.strip()) :].lstrip(" :")
     verdicts: dict[int, int | None] = {}
+    listing = _goes_through(reply.strip(), options)
     for line in re.finditer(r"[^\n]+", reply):
         first = not reply[: line.start()].strip()
+        if first and listing:
+            continue
         verdict = _verdict_at(line.group(), options, whole_line=not first)
         if verdict is not None:
             verdicts[line.start()] = verdict
@@ -212,19 +238,44 @@ def parse_reply(reply: str, options: Sequence[Sequence[str]], stem: str = "") ->
     return verdicts[max(verdicts)] if verdicts else None
 
 
+@functools.lru_cache(maxsize=1024)
+def _words(options: tuple[tuple[str, ...], ...]) -> tuple[list[tuple[str, int]], str]:
+    """The words of each option, longest first; and a pattern of what may stand before one that is a letter."""
+    bare = [(word.strip(" (["), index) for index, group in enumerate(accepted_tokens(options)) for word in group]
+    words = sorted(dict.fromkeys(bare), key=lambda owner: -len(owner[0]))
+    letters = all(len(word) == 1 and word.isalpha() for word, _ in words)
+    # Prompts that ask for letters call the candidates so.
+    return words, rf"(?:(?i:reply)\s+{_OPENERS})?" if letters else ""
+
+
 def _verdict_at(text: str, options: Sequence[Sequence[str]], whole_line: bool = False) -> int | None:
     """The option that a text begins with."""
-    owners = [(word[1:], i) for i, group in enumerate(accepted_tokens(options)) for word in group if word[0] == " "]
-    owners.sort(key=lambda owner: -len(owner[0]))
-    any_word = "|".join(re.escape(word) for word, _ in owners)
-    for word, index in owners:
-        match = re.match(rf"{_OPENERS}{re.escape(word)}(?![\w])(?!-\w)(?![.,]\d){_CLOSERS}", text)
+    words, name = _words(tuple(map(tuple, options)))
+    any_word = "|".join(re.escape(word) for word, _ in words)
+    for word, index in words:
+        match = re.match(rf"{_OPENERS}({name}){re.escape(word)}(?![\w])(?!-\w)(?![.,]\d){_CLOSERS}", text)
         if match is None:
             continue
         rest = text[match.end() :]
-        if re.match(rf"{_MORE}{_OPENERS}(?:{any_word})(?!\w)(?:{_CLOSERS}\s*)(?:$|[\W\n]|is\b|are\b)", rest):
+        if re.match(rf"{_MORE}{_OPENERS}{name}(?:{any_word})(?!\w)(?:{_CLOSERS}\s*)(?:$|[\W\n]|is\b|are\b)", rest):
             return None
-        prose = len(word) == 1 and not re.match(r"\s*(?:$|\n|[.,:;!–—-])", rest)
-        longer = whole_line and re.fullmatch(r"[\s.!]*", rest) is None
-        return None if prose or longer else index
+        if whole_line:
+            return index if re.fullmatch(r"[\s.!]*", rest) else None
+        if len(word) > 1:
+            return index
+        ends = r"$|\n|[.!]" if match[1] else r"$|\n|[.,:;!–—-]"
+        if name:
+            better = rf"is\s+(?:the\s+)?(?:better|best)(?:\s+(?:one|reply|than\s+{name}(?:{any_word})))?"
+            ends += rf"|(?:because|since)\b|{better}\s*(?:$|\n|[.!]|because\b|since\b)"
+        return index if re.match(rf"\s*(?:{ends})", rest) else None
     return None
+
+
+def _goes_through(reply: str, options: Sequence[Sequence[str]]) -> bool:
+    """Whether a reply begins by taking up the options one by one ("A: ... B: ...")."""
+    words, name = _words(tuple(map(tuple, options)))
+    owners = dict(words)
+    any_word = "|".join(map(re.escape, owners))
+    item = rf"(?:^|[\n.;,])\s*{_OPENERS}{name}({any_word}){_CLOSERS}\s*[:.)][ \t]*(?=\w)"
+    found = list(re.finditer(item, reply))
+    return bool(name and found) and found[0].start() == 0 and len({owners[one[1]] for one in found}) > 1

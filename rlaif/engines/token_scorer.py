@@ -19,7 +19,7 @@ from rlaif.config import LabelerConfig, ModelConfig
 from rlaif.engines.base import Failure, OptionMass, OptionRequest, Sampled, SampleRequest
 from rlaif.engines.client import Client
 from rlaif.engines.limits import Usage
-from rlaif.engines.options import Spelling, beginnings, option_masses, sequence_masses, spellings
+from rlaif.engines.options import Spelling, beginnings, observed_mass, option_masses, sequence_masses, spellings
 from rlaif.engines.wire import TOKEN_ID, AttemptError, Continuation, parse_continuations
 from rlaif.models import load_tokenizer
 from rlaif.records import UserError, content_hash
@@ -33,6 +33,8 @@ FALLBACK_TOP_LOGPROBS = 5
 
 Ids = Sequence[int]
 Logps = dict[tuple[int, ...], float]
+_Masses = tuple[tuple[float | None, ...], float | None]
+"""Masses of the options, and what of them was seen (see :class:`OptionMass`)."""
 
 
 class TokenScorer:
@@ -44,7 +46,12 @@ class TokenScorer:
 
     def __init__(self, config: LabelerConfig, client: Client) -> None:
         name = config.tokenizer or config.model
-        model = ModelConfig(name=name, revision=config.revision, trust_remote_code=config.trust_remote_code)
+        model = ModelConfig(
+            name=name,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            chat_template_kwargs=config.chat_template_kwargs,
+        )
         try:
             self.tokenizer = load_tokenizer(model, "labeler")
         except UserError as error:
@@ -111,7 +118,7 @@ class TokenScorer:
         return [
             Failure(one.reason, one.detail, seconds)
             if isinstance(one, AttemptError)
-            else OptionMass(one, "logprob", prompt_tokens=len(ids), latency_s=seconds)
+            else OptionMass(one[0], "logprob", prompt_tokens=len(ids), latency_s=seconds, observed=one[1])
             for one, ids in zip(found, prompts, strict=True)
         ]
 
@@ -131,8 +138,7 @@ class TokenScorer:
         try:
             answer, usage = await self._client.post(
                 "/completions",
-                body,
-                Usage(len(ids), request.max_new_tokens),
+                *self._sent(body),
                 lambda payload: (parse_continuations(payload, 1)[0], payload.get("usage")),
             )
         except AttemptError as problem:
@@ -141,9 +147,7 @@ class TokenScorer:
         finish = "length" if answer.finish_reason == "length" else "stop"
         return [Sampled(answer.text.strip(), finish, tokens if isinstance(tokens, int) else 0, len(ids))]
 
-    async def _exactly(
-        self, batch: Sequence[OptionRequest], prompts: Sequence[Ids]
-    ) -> list[tuple[float, ...] | AttemptError]:
+    async def _exactly(self, batch: Sequence[OptionRequest], prompts: Sequence[Ids]) -> list[_Masses | AttemptError]:
         """Sums over every spelling; those of several tokens cost a prompt more for each later token."""
         spelled = [self._spellings(request) for request in batch]
         firsts = {spelling.tokens[0] for one in spelled for spelling in one}
@@ -171,10 +175,10 @@ class TokenScorer:
         ]
         for part, answers in zip(parts, await asyncio.gather(*jobs), strict=True):
             after.update(zip(part, answers, strict=True))
-        results: list[tuple[float, ...] | AttemptError] = []
+        results: list[_Masses | AttemptError] = []
         for index, (one, known) in enumerate(zip(spelled, logps, strict=True)):
             problem = known if isinstance(known, AttemptError) else self._extend(index, one, known, after)
-            results.append(problem or sequence_masses(one, known, len(batch[index].options)))  # type: ignore[arg-type]
+            results.append(problem or (sequence_masses(one, known, len(batch[index].options)), None))  # type: ignore[arg-type]
         return results
 
     @staticmethod
@@ -212,17 +216,16 @@ class TokenScorer:
                         found[index] = asked or AttemptError("malformed", "tokens that were asked for are missing")
         return found
 
-    async def _listed(
-        self, batch: Sequence[OptionRequest], prompts: Sequence[Ids]
-    ) -> list[tuple[float | None, ...] | AttemptError]:
+    async def _listed(self, batch: Sequence[OptionRequest], prompts: Sequence[Ids]) -> list[_Masses | AttemptError]:
         """Masses from the most likely tokens (see :func:`option_masses`)."""
-        results: list[tuple[float | None, ...] | AttemptError] = []
+        results: list[_Masses | AttemptError] = []
         for request, answer in zip(batch, await self._ask(prompts, logprobs=self._top), strict=True):
             if isinstance(answer, AttemptError):
                 results.append(answer)
                 continue
             listed = [(self._text(token), logp) for token, logp in (answer.listed or {}).items()]
-            results.append(option_masses(listed, self._text(answer.sampled), request.options))
+            masses = option_masses(listed, self._text(answer.sampled), request.options)
+            results.append((masses, observed_mass(listed, request.options)))
         return results
 
     def _text(self, token: str) -> str:
@@ -261,7 +264,12 @@ class TokenScorer:
             "return_tokens_as_token_ids": True,
             **body,
         }
-        return await self._client.post("/completions", body, Usage(sum(map(len, prompts)), len(prompts)), parse)
+        return await self._client.post("/completions", *self._sent(body), parse)
+
+    def _sent(self, body: dict[str, Any]) -> tuple[dict[str, Any], Usage]:
+        """The body with what the user adds to every request, and the most that it can cost."""
+        body = body | self._config.extra_body
+        return body, Usage(sum(map(len, body["prompt"])), body["max_tokens"] * len(body["prompt"]))
 
 
 def _vocabulary(tokenizer: Any) -> str:

@@ -59,7 +59,11 @@ class VLLMEngine(Engine):
         settings = config.vllm
         check_installed(settings.python, "labeler=vllm", "labeler.vllm.python")
         model = ModelConfig(
-            name=config.model, revision=config.revision, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+            name=config.model,
+            revision=config.revision,
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
+            chat_template_kwargs=config.chat_template_kwargs,
         )
         self.tokenizer = load_tokenizer(model, "labeler")
         self._encode = ChatEncoder(self.tokenizer)

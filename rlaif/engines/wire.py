@@ -45,7 +45,55 @@ class AttemptError(Exception):
     @property
     def rejected(self) -> bool:
         """The server understood the request and refuses what it asks for."""
-        return self.status in (400, 422)
+        return self.status in (400, 422) or (self.status == 403 and forbids_logprobs(self.detail))
+
+
+def forbids_logprobs(detail: str) -> bool:
+    """Whether a 403 is about log-probabilities, not about key or model: OpenAI's reasoning models answer so."""
+    return "logprobs" in detail
+
+
+_UNSUPPORTED = re.compile(r"\bunsupported\b|n[o']t support|\bunrecognized\b", re.IGNORECASE)
+
+
+class Dialect:
+    """Which parameters a server's chat takes: what it has once refused by name is renamed or left out from then on.
+
+    Args:
+        extra: what the user adds to every request; it is never changed.
+    """
+
+    def __init__(self, extra: Mapping[str, Any]) -> None:
+        self._extra = dict(extra)
+        self._names: dict[str, str | None] = {}
+        """What a parameter is called instead; ``None``: left out."""
+        if "max_completion_tokens" in extra:
+            self._names["max_tokens"] = None
+
+    def body(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """A request's parameters as they are sent."""
+        called = {self._names.get(name, name): value for name, value in parameters.items()}
+        called.pop(None, None)
+        return called | self._extra  # type: ignore[return-value]
+
+    def learn(self, sent: Mapping[str, Any], problem: AttemptError) -> str | None:
+        """What a refusal teaches, to be said ("": nothing new, so try again); ``None`` if it is about other things."""
+        if not problem.rejected or not _UNSUPPORTED.search(problem.detail):
+            return None
+        refused = [name for name in ("temperature", "top_p") if re.search(rf"\b{name}\b", problem.detail)]
+        if "max_completion_tokens" in problem.detail:
+            refused.append("max_tokens")
+        refused = [name for name in refused if name in sent and name not in self._extra]
+        if not refused:
+            return None
+        new = [name for name in refused if name not in self._names]
+        self._names |= {name: "max_completion_tokens" if name == "max_tokens" else None for name in new}
+        return "; ".join(
+            "takes max_completion_tokens, not max_tokens"
+            if name == "max_tokens"
+            else f"takes no {name}: it is left out"
+            for name in new
+        )
 
 
 class FirstToken(NamedTuple):

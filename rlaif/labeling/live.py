@@ -63,7 +63,7 @@ class LiveView:
             self._unusable += 1
         elif isinstance(answer, OptionMass):
             known = [mass for mass in answer.masses if mass is not None]
-            if len(known) < len(answer.masses) or sum(known) < self._minimum:
+            if len(known) < len(answer.masses) or answer.mass < self._minimum:
                 self._unusable += 1
             elif self._answers <= 1000 or self._answers % _JUDGED_EVERY == 0:
                 self._judge(request, known)

@@ -42,9 +42,11 @@ def probability(blank: Blank, answers: Sequence[Answer], minimum: float, clamp: 
     if failed:
         return blank(method="none", reason=failed[0].reason, **read)
     found = [answer for answer in answers if isinstance(answer, OptionMass)]
-    known = [(yes, no) for yes, no in (answer.masses for answer in found) if yes is not None and no is not None]
-    finite = all(math.isfinite(sum(masses)) for masses in known)
-    covered = [masses for masses in known if sum(masses) > 0 and sum(masses) >= minimum] if finite else []
+    known = [
+        (yes, no, answer.mass) for answer in found for yes, no in [answer.masses] if yes is not None and no is not None
+    ]
+    finite = all(math.isfinite(yes + no) for yes, no, _ in known)
+    covered = [(yes, no) for yes, no, mass in known if yes + no > 0 and mass >= minimum] if finite else []
     verdicts = [yes / (yes + no) for yes, no in covered]
     if clamp:
         verdicts = [min(max(p, clamp), 1 - clamp) for p in verdicts]
@@ -52,7 +54,7 @@ def probability(blank: Blank, answers: Sequence[Answer], minimum: float, clamp: 
         method=found[0].method,
         p=sum(verdicts) / len(verdicts) if verdicts else None,
         reason=None if verdicts else _missing(bool(known), finite),
-        option_mass=round(sum(sum(masses) for masses in known) / len(known), 6) if known and finite else None,
+        option_mass=round(sum(mass for _, _, mass in known) / len(known), 6) if known and finite else None,
         **read,
     )
 
@@ -65,12 +67,12 @@ def distribution(blank: Blank, answer: Answer, minimum: float) -> Label:
     known = [mass for mass in answer.masses if mass is not None]
     seen, total = len(known) == len(answer.masses), sum(known)
     finite = math.isfinite(total)
-    covered = seen and finite and total > 0 and total >= minimum
+    covered = seen and finite and total > 0 and answer.mass >= minimum
     return blank(
         method=answer.method,
         probs=tuple(mass / total for mass in known) if covered else None,
         reason=None if covered else _missing(seen, finite),
-        option_mass=round(total, 6) if seen and finite else None,
+        option_mass=round(answer.mass, 6) if seen and finite else None,
         reply=answer.reply,
         prompt_tokens=answer.prompt_tokens,
         completion_tokens=answer.completion_tokens,

@@ -14,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from rlaif import config as schema
+from rlaif.cli import _normalise
 from rlaif.config import COMMANDS, register
 from rlaif.records import find_prompts
 
@@ -79,6 +80,29 @@ def test_every_choice_composes(command, file):
     if key is None:
         return
     assert converted(command, f"{key}={choice}", "output_dir=out")
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "key", "expected"),
+    [
+        ("label", ["labeler.extra_body={a: 1, b: {c: [x]}}"], "labeler.extra_body", {"a": 1, "b": {"c": ["x"]}}),
+        ("label", ["labeler.vllm.engine_args={max_num_seqs: 7}"], "labeler.vllm.engine_args", {"max_num_seqs": 7}),
+        ("train", ["policy.chat_template_kwargs.thinking=false"], "policy.chat_template_kwargs", {"thinking": False}),
+        (
+            "run",
+            ["labeler.chat_template_kwargs={a: 1}", "labeler.chat_template_kwargs.a=2"],
+            "labeler.chat_template_kwargs",
+            {"a": 2},
+        ),
+    ],
+)
+def test_mappings_take_names_of_the_users(command, overrides, key, expected):
+    """As they are written in the documentation, without Hydra's own signs for what is new."""
+    arguments, _ = _normalise(overrides)
+    found = converted(command, *arguments)
+    for name in key.split("."):
+        found = getattr(found, name)
+    assert found == expected
 
 
 def test_every_group_is_used():

@@ -1,6 +1,8 @@
 """The openai engine against a real HTTP server that can misbehave."""
 
+import itertools
 import logging
+import math
 import socket
 import time
 from collections.abc import Iterator
@@ -9,16 +11,21 @@ from typing import Any
 
 import pytest
 from fake_server import FakeServer, Reply, error, logprobs, text
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rlaif.config import LabelerConfig, LabelerType
+from rlaif.config import BudgetConfig, LabelerConfig, LabelerType
 from rlaif.engines import build_labeler, client, wire
 from rlaif.engines.base import Failure, OptionMass, OptionRequest, Sampled, SampleRequest
 from rlaif.engines.openai import OpenAIEngine
-from rlaif.engines.options import accepted_tokens, option_masses, parse_reply
+from rlaif.engines.options import accepted_tokens, observed_mass, option_masses, parse_reply
+from rlaif.labeling.prompts import letter_spellings
 from rlaif.records import UserError
 
 KEY = "sk-secret-0123456789"
 AB = ((" A", "A"), (" B", "B"))
+LETTERED = tuple(letter_spellings(letter) for letter in "AB")
+"""As prompts that ask for a letter have them."""
 TONE = (("positive", "warm"), ("negative", "cold"))
 
 
@@ -55,8 +62,6 @@ class TestOptionMasses:
     """The arithmetic, without a server."""
 
     def mass(self, listed: list[tuple[str, float]], options: Any = AB, sampled: str = "", whole: Any = ()) -> Any:
-        import math
-
         return option_masses([(token, math.log(p)) for token, p in listed], sampled, options, whole)
 
     def test_all_spellings_are_summed(self) -> None:
@@ -81,6 +86,42 @@ class TestOptionMasses:
     def test_unlisted_option_gets_at_most_what_the_list_leaves(self) -> None:
         assert self.mass([("A", 0.9), ("The", 0.07)]) == pytest.approx((0.9, 0.03))
         assert self.mass([("A", 0.95), ("The", 0.06)]) == pytest.approx((0.95, 0.0))
+
+    def test_an_unlisted_option_that_may_have_as_much_as_the_listed_one_leaves_both_unknown(self) -> None:
+        """Its bound is no estimate then: it would turn the verdict round."""
+        filler = [(f"x{number}", 0.8 / 19) for number in range(19)]
+        assert self.mass([(" polite", 0.05), *filler], (("polite",), ("rude",))) == (None, None)
+        assert self.mass([("A", 0.2), *[(word, 0.1) for word in ("The", "I", "It", "So")]]) == (None, None)
+        assert self.mass([("A", 0.2), ("The", 0.05), ("I", 0.7)]) == pytest.approx((0.2, 0.05))
+        assert self.mass([("A", 0.5), ("The", 0.125)]) == pytest.approx((0.5, 0.375))
+        assert self.mass([("A", 0.5), ("The", 0.1)], (("A",), ("B",), ("C",))) == pytest.approx((0.5, 0.4, 0.4))
+
+    def test_of_many_options_an_unlisted_one_is_never_put_ahead_of_a_listed_one(self) -> None:
+        options = (("A",), ("B",), ("C",))
+        assert self.mass([("A", 0.8), ("B", 0.02), ("The", 0.01)], options) == pytest.approx((0.8, 0.02, 0.02))
+        assert self.mass([("A", 0.3), ("B", 0.1), ("The", 0.1)], options) == (None, None, None)
+
+    @given(st.data())
+    @settings(deadline=None)
+    def test_whatever_a_server_leaves_out_the_verdict_is_not_turned_round(self, data: st.DataObject) -> None:
+        """Of a true distribution over tokens the server lists the likeliest ones."""
+        options = data.draw(st.sampled_from([AB, TONE, (("A",), ("B",), ("C",), ("D",))]))
+        words = [*sorted(set().union(*accepted_tokens(options))), *(f"filler {n}" for n in range(6))]
+        weights = data.draw(st.lists(st.floats(1e-6, 1), min_size=len(words), max_size=len(words)))
+        truth = sorted(((w, x / sum(weights)) for w, x in zip(words, weights, strict=True)), key=lambda one: -one[1])
+        listed = truth[: data.draw(st.integers(1, len(words)))]
+        true = [sum(p for word, p in truth if word in group) for group in accepted_tokens(options)]
+        seen = [sum(p for word, p in listed if word in group) for group in accepted_tokens(options)]
+        found = self.mass(listed, options)
+        assert observed_mass([(w, math.log(p)) for w, p in listed], options) == pytest.approx(sum(seen))
+        if None in found:
+            assert found == (None,) * len(options)
+            return
+        for one, other in itertools.permutations(range(len(options)), 2):
+            if seen[one] and not seen[other]:
+                assert found[one] >= found[other] - 1e-9
+                if len(options) == 2:
+                    assert true[one] / true[other] >= seen[one] / found[other] - 1e-6
 
     def test_sampled_token_at_the_end_of_the_list_bounds_nothing(self) -> None:
         listed = [("Zebra", 1e-6), ("A", 0.8), ("The", 0.01)]
@@ -123,6 +164,38 @@ class TestOptionMasses:
         ("A, B", None),
         ("Answer: A or B", None),
         ("Answer: A\nFinal answer: neither", None),
+        ("Reply B", 1),
+        ("reply a.", 0),
+        ("**Reply B**", 1),
+        ("[Reply B]", 1),
+        ("Reply (A)", 0),
+        ("Reply B is better.", 1),
+        ("Reply B is better than Reply A.", 1),
+        ("Reply A is the better reply because it is short", 0),
+        ("B is better", 1),
+        ("Answer: Reply B", 1),
+        ("The answer is Reply A.", 0),
+        ("**Verdict:** [Reply B]", 1),
+        ("B) because it is kinder", 1),
+        ("(A) since it is short", 0),
+        ("Both are polite.\nReply B", 1),
+        ("Reply A\nNo, on reflection:\nReply B.", 1),
+        ("B\n\nA: rambling.\nB: concise.", 1),
+        ("Answer: B. A: rambling. B: concise.", 1),
+        ("Reply A or Reply B", None),
+        ("Reply A and Reply B are equal", None),
+        ("Answer: Reply A or B", None),
+        ("Reply A is longer", None),
+        ("Reply A is better at being short, but Reply B is kinder", None),
+        ("Reply A: It is polite.\nReply B: It is rude.", None),
+        ("Reply A, in contrast to Reply B, is rude", None),
+        ("A: polite. B: rude.", None),
+        ("A. It is polite.\nB. It is rude.", None),
+        ("A) is polite, B) is rude", None),
+        ("By kindness:\nReply A is better.\nBy length:\nReply B is better.\nThey are equal.", None),
+        ("The answer is not Reply A", None),
+        ("Reply C is better", None),
+        ("A reply is better", None),
         ("Both are fine. I like option B because A", None),
         ("The answer is not A", None),
         ("Apple", None),
@@ -132,6 +205,26 @@ class TestOptionMasses:
 )
 def test_parse_letter(reply: str, expected: int | None) -> None:
     assert parse_reply(reply, AB) == expected
+    assert parse_reply(reply, LETTERED) == expected
+
+
+REASONS = (
+    "Reply {} is polite but long", "Reply {} says more than Reply {}.", "I like option {} because {} is rude.",
+    "({}) is worse than ({}).", "A good reply would be short.", "Reply {}: it is kind.", "{}: kind. {}: short.",
+    "[Reply {}] has a point, and so has [Reply {}].", "In tone {}, in length {}.", "What {} says, {} says better.",
+)  # fmt: skip
+VERDICTS = ("{}", "{}.", "({})", "**{}**", "Reply {}", "[Reply {}]", "Reply {}.", "Answer: Reply {}", "Answer: ({})")
+
+
+@given(
+    reasons=st.lists(st.tuples(st.sampled_from(REASONS), st.permutations("AB")), min_size=1, max_size=4),
+    verdicts=st.lists(st.tuples(st.sampled_from(VERDICTS), st.sampled_from("AB")), max_size=3),
+)
+def test_a_letter_in_reasoning_is_no_verdict_and_the_last_verdict_wins(reasons: Any, verdicts: Any) -> None:
+    lines = [reason.format(*letters) for reason, letters in reasons]
+    lines += [verdict.format(letter) for verdict, letter in verdicts]
+    expected = "AB".index(verdicts[-1][1]) if verdicts else None
+    assert parse_reply("\n".join(lines), LETTERED) == expected
 
 
 @pytest.mark.parametrize(
@@ -160,6 +253,7 @@ def test_logprob_request_and_result(server: FakeServer) -> None:
     assert result.masses == pytest.approx((0.7, 0.2))
     assert (result.method, result.reply) == ("logprob", "A")
     assert (result.prompt_tokens, result.completion_tokens) == (11, 2)
+    assert result.observed == pytest.approx(0.9)
     assert result.latency_s is not None
     assert result.latency_s > 0
     assert server.bodies == [
@@ -208,6 +302,17 @@ def test_what_goes_on_from_an_option_is_asked_for_with_prefill(server: FakeServe
     assert isinstance(result, OptionMass)
     assert result.masses == pytest.approx((0.1, 0.25, 0.4))
     assert len(server.bodies) == 2
+
+
+def test_an_option_that_never_is_one_token_bounds_nothing_with_prefill(server: FakeServer) -> None:
+    """ "10" as one token could have more than "1" has, but what follows "1" says what it has."""
+    server.default = lambda body: (
+        rated(body) if body["messages"][-1]["content"] == "1" else logprobs([("1", 0.25), ("2", 0.125), ("x", 0.125)])
+    )
+    with build(server, prefill=True) as engine:
+        result = score(engine, ask(options=NUMBERS))
+    assert isinstance(result, OptionMass)
+    assert result.masses == pytest.approx((0.05, 0.125, 0.2))
 
 
 def test_what_goes_on_from_an_option_is_unknown_without_prefill(server: FakeServer) -> None:
@@ -359,6 +464,111 @@ class TestVotes:
         assert good.method == "logprob"
         assert isinstance(after, Failure)
         assert len(server.bodies) == 3 + 1 + 1
+
+
+def reasoning(body: dict[str, Any]) -> Reply:
+    """A model as OpenAI's newer ones: one complaint at a time."""
+    if "max_tokens" in body:
+        return error(
+            400,
+            "Unsupported parameter: 'max_tokens' is not supported with this model. "
+            "Use 'max_completion_tokens' instead.",
+        )
+    if body.get("temperature", 1) != 1:
+        return error(
+            400,
+            f"Unsupported value: 'temperature' does not support {body['temperature']} with this model. "
+            "Only the default (1) value is supported.",
+        )
+    if "top_p" in body:
+        return error(400, "Unsupported parameter: 'top_p' is not supported with this model.")
+    if "logprobs" in body:
+        return error(403, "You are not allowed to request logprobs from this model")
+    return text("Reply B", finish_reason="stop")
+
+
+class TestDialect:
+    """Servers that do not take the parameters that others do."""
+
+    def test_a_reasoning_model_labels_by_replies(self, server: FakeServer, caplog: Any) -> None:
+        server.default = reasoning
+        with build(server) as engine, caplog.at_level(logging.WARNING):
+            results = dict(engine.score_options(ask(number) for number in range(12)))
+            [(_, sampled)] = engine.sample([SampleRequest(({"role": "user", "content": "Hi"},), 30, 0.7)])
+            start = len(server.bodies)
+            again = score(engine, ask(99))
+        for result in [*results.values(), again]:
+            assert isinstance(result, OptionMass)
+            assert (result.masses, result.method, result.reply) == ((0.0, 1.0), "text", "Reply B")
+        assert isinstance(sampled, Sampled)
+        # Once known, nothing is tried again.
+        [body] = server.bodies[start:]
+        assert body == {"model": "judge", "messages": body["messages"], "max_completion_tokens": 16}
+        said = [record.getMessage() for record in caplog.records if record.name == "rlaif.engines.openai"]
+        for what in ("takes max_completion_tokens, not max_tokens", "takes no temperature", "takes no top_p"):
+            assert sum(what in line for line in said) == 1
+        assert len(said) == 4  # and that there are no log-probabilities
+
+    def test_log_probabilities_stay_where_only_the_name_is_another(self, server: FakeServer) -> None:
+        good = logprobs([("A", 0.6), ("B", 0.2)])
+        server.default = lambda body: reasoning(body) if "max_tokens" in body else good
+        with build(server) as engine:
+            assert isinstance(score(engine), OptionMass)
+            assert isinstance(score(engine), OptionMass)
+        assert [("max_tokens" in body, body.get("max_completion_tokens")) for body in server.bodies] == [
+            (True, None),
+            (False, 1),
+            (False, 1),
+        ]
+        assert server.bodies[-1]["temperature"] == 1.0
+
+    def test_a_request_that_is_too_long_teaches_nothing(self, server: FakeServer) -> None:
+        """vLLM names both parameters then."""
+        good = logprobs([("A", 0.6), ("B", 0.2)])
+        server.plan = [good, error(400, "'max_tokens' or 'max_completion_tokens' is too large: 1."), good]
+        with build(server) as engine:
+            results = [score(engine) for _ in range(3)]
+        assert isinstance(results[1], Failure)
+        assert all("max_tokens" in body for body in server.bodies)
+
+    def test_another_403_still_ends_the_run(self, server: FakeServer) -> None:
+        server.default = error(403, "no access to model")
+        with build(server) as engine, pytest.raises(UserError, match="may not use this model"):
+            score(engine)
+
+    def test_what_the_user_adds_is_in_every_body_and_in_the_identity(self, server: FakeServer) -> None:
+        server.default = reasoning
+        extra = {"reasoning_effort": "low", "max_completion_tokens": 500, "nested": {"a": [1, None]}}
+        with build(server, extra_body=extra, budget=BudgetConfig(tokens=100_000)) as engine:
+            assert isinstance(score(engine), OptionMass)
+            assert engine.identity["extra_body"] == extra
+            # Of a request whose cost nobody knows the most counts, and that is what the user has asked for.
+            server.default = Reply(text("A").body | {"usage": None})
+            before = engine.spent.completion_tokens
+            assert isinstance(score(engine), OptionMass)
+            assert engine.spent.completion_tokens == before + 500
+        assert all(body | extra == body for body in server.bodies)
+        assert not any("max_tokens" in body for body in server.bodies)
+
+    def test_what_the_user_has_set_is_not_left_out(self, server: FakeServer) -> None:
+        server.default = reasoning
+        with build(server, extra_body={"temperature": 0.5}) as engine:
+            result = score(engine)
+        assert isinstance(result, Failure)
+        assert "'temperature' does not support 0.5" in result.detail
+
+    @pytest.mark.parametrize("name", ["model", "messages", "prompt", "n", "stream", "logprobs"])
+    def test_the_question_cannot_be_replaced(self, name: str) -> None:
+        with pytest.raises(ValueError, match=rf"labeler\.extra_body: {name} can't be set"):
+            LabelerConfig(extra_body={name: 1})
+
+    def test_variables_of_the_template_travel_with_the_messages(self, server: FakeServer) -> None:
+        server.default = logprobs([("A", 0.6), ("B", 0.2)])
+        with build(server, chat_template_kwargs={"enable_thinking": False}) as engine:
+            score(engine)
+            list(engine.sample([SampleRequest(({"role": "user", "content": "Hi"},), 30)]))
+            assert engine.identity["chat_template_kwargs"] == {"enable_thinking": False}
+        assert [body["chat_template_kwargs"] for body in server.bodies] == [{"enable_thinking": False}] * 2
 
 
 @pytest.mark.parametrize(
@@ -515,6 +725,40 @@ def test_the_key_is_sent_and_appears_nowhere(server: FakeServer, monkeypatch: py
     assert key[:12] not in seen
 
 
+ESCAPED = {
+    "slash": lambda key: key.replace("/", "\\/"),
+    "codes": lambda key: "".join(f"\\u{ord(one):04X}" for one in key),
+    "one code": lambda key: key.replace("/", "\\u002f"),
+    "quoted twice": lambda key: key.replace("/", "\\\\/"),
+}
+
+
+@pytest.mark.parametrize("escape", ESCAPED)
+def test_the_key_is_found_however_json_spells_it(
+    escape: str, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "my/private/token+abcdef"
+    spelt = ESCAPED[escape](key)
+    monkeypatch.setenv("JUDGE_KEY", key)
+    reply = f'{{"choices": [{{"message": {{"content": "B. {spelt}"}}, "finish_reason": "stop"}}]}}'
+    for name in ("answer", "error", "cut error"):
+        server.default = {
+            "answer": Reply(reply),
+            "error": Reply(f'{{"error": {{"message": "bad {spelt}"}}}}', 418),
+            "cut error": Reply(f'{{"error": {{"message": "bad {spelt}', 418),
+        }[name]
+        with build(server, api_key_env="JUDGE_KEY", votes=1) as engine:
+            result = score(engine)
+        assert "private" not in repr(result)
+        assert "006b" not in repr(result).lower()
+        if name == "answer":
+            assert isinstance(result, OptionMass)
+            assert (result.masses, result.reply) == ((0.0, 1.0), "B. ***")
+        else:
+            assert isinstance(result, Failure)
+            assert "bad ***" in result.detail
+
+
 def test_identity(server: FakeServer) -> None:
     with build(server, votes=1) as engine:
         assert engine.name == "judge"
@@ -561,6 +805,12 @@ class TestBeforeAnyWork:
         with pytest.raises(UserError, match=message) as raised:
             OpenAIEngine(LabelerConfig(model="judge", base_url=base_url), seed=0)
         assert "hunter2" not in str(raised.value)
+
+    @pytest.mark.parametrize("pasted", [KEY, "hf_abcdefghijkl", "$OPENAI_API_KEY", ""])
+    def test_a_key_in_the_place_of_its_name_is_not_told(self, server: FakeServer, pasted: str) -> None:
+        with pytest.raises(ValueError, match=r"labeler.api_key_env: must be the name of an env") as raised:
+            build(server, api_key_env=pasted)
+        assert not pasted or pasted not in str(raised.value)
 
     def test_key_that_no_header_can_hold(self, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("OPENAI_API_KEY", "clé\x01")

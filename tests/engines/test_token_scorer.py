@@ -19,6 +19,11 @@ from rlaif.models import load_tokenizer
 from rlaif.records import UserError
 
 OPTIONS = (("a", "zt"), ("b",))
+SWITCHED = (
+    "{% for message in messages %}{{ message.content }} {% endfor %}{% if add_generation_prompt %}Say: "
+    "{% if enable_thinking is defined and enable_thinking is false %}(no thoughts){% endif %}{% endif %}"
+)
+"""A template with a switch as Qwen3's has it."""
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +142,7 @@ def test_a_server_that_lists_the_likeliest_tokens_only(server: FakeServer, token
         [(_, result)] = engine.score_options([ask("x", tuple((word,) for word in words))])
     assert isinstance(result, OptionMass)
     assert result.masses == pytest.approx((0.5, 0.25))
+    assert result.observed == pytest.approx(0.75)
     assert "gives only the 5 most likely tokens" in caplog.text
     assert "logprob_token_ids" not in server.bodies[-1]
 
@@ -183,6 +189,32 @@ def test_sample(server: FakeServer, tokenizer: Any) -> None:
         "top_p": 0.9,
         "seed": 42,
     }
+
+
+def test_what_the_user_adds_is_in_every_request(server: FakeServer) -> None:
+    server.default = answer
+    with build(server, extra_body={"priority": 3}) as engine:
+        list(engine.score_options([ask("x")]))
+        assert engine.identity["extra_body"] == {"priority": 3}
+    assert len(server.bodies) > 1
+    assert all(body["priority"] == 3 for body in server.bodies)
+
+
+def test_variables_of_the_template_make_the_prompts(server: FakeServer, tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(SWITCHED, encoding="utf-8")
+    server.default = answer
+    sent, identities = {}, []
+    for value in (None, True, False):
+        variables = {} if value is None else {"enable_thinking": value}
+        with build(server, tokenizer=str(tmp_path), chat_template_kwargs=variables) as engine:
+            list(engine.score_options([ask("x")]))
+            identities.append(engine.identity)
+        sent[value] = tokenizer.decode(server.bodies[-2]["prompt"][0])
+        assert "chat_template_kwargs" not in server.bodies[-1]
+    assert sent[None] == sent[True]
+    assert sent[False] == f"{sent[True]}(no thoughts)"
+    assert identities[1] != identities[0] != identities[2] != identities[1]
 
 
 def test_identity_has_what_makes_the_prompts(server: FakeServer) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from rlaif.bundled import tiny_model
 from rlaif.chat import encode_chat, encode_text
 from rlaif.config import Endpoint, LabelerConfig, LabelerType, VLLMConfig
 from rlaif.engines import build_labeler
@@ -95,6 +97,30 @@ def test_masses_are_sums_over_spellings_with_a_prompt_more_for_each_later_token(
     assert (broken.reason, broken.detail) == ("engine_error", "ValueError: not today")
     # Once for each reason.
     assert caplog.messages.count("tiny: verdicts fail with engine_error: ValueError: not today") == 1
+
+
+@pytest.mark.parametrize("kind", [LabelerType.hf, LabelerType.vllm])
+def test_variables_of_the_template_make_the_prompts(kind: LabelerType, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model(), tmp_path / "model")
+    (model / "chat_template.jinja").write_text(
+        "{{ messages[0].content }}{% if enable_thinking is defined and not enable_thinking %}(no thoughts){% endif %}",
+        encoding="utf-8",
+    )
+    read, identities = {}, []
+    for value in (None, True, False):
+        settings = LabelerConfig(
+            type=kind,
+            model=str(model),
+            vllm=VLLMConfig(python=fake_python(tmp_path)),
+            chat_template_kwargs={} if value is None else {"enable_thinking": value},
+        )
+        with build_labeler(settings, seed=0) as engine:
+            [(_, result)] = engine.score_options([ask("x")])
+            identities.append(engine.identity)
+        assert isinstance(result, OptionMass)
+        read[value] = result.prompt_tokens
+    assert read == {None: 1, True: 1, False: 1 + len("(no thoughts)")}
+    assert identities[1] != identities[0] != identities[2] != identities[1]
 
 
 # The modules that the worker takes from vLLM, with an engine that shows how it was made.

@@ -146,10 +146,13 @@ class Oracle:
             (:func:`ballots`); a tie in a single reply names all. ``draws``: such replies, each drawn by chance.
         mass: probability on the options.
         sign: -1 for a labeler that wants the opposite.
+        top: how many tokens it lists, so that an unlikely option may be missing; None: all that have been asked about.
     """
 
-    def __init__(self, bias: float = 0.0, gives: str = "logprobs", mass: float = 0.9, sign: int = 1) -> None:
-        self.bias, self.gives, self.mass, self.sign = bias, gives, mass, sign
+    def __init__(
+        self, bias: float = 0.0, gives: str = "logprobs", mass: float = 0.9, sign: int = 1, top: int | None = None
+    ) -> None:
+        self.bias, self.gives, self.mass, self.sign, self.top = bias, gives, mass, sign, top
 
     def __call__(self, body: dict[str, Any]) -> Reply:
         content = "\n".join(message["content"] for message in body["messages"])
@@ -176,7 +179,7 @@ class Oracle:
         if UNLISTED in shown:
             listed = [("The", 0.5), ("Both", 0.3)]
         listed.sort(key=lambda entry: -entry[1])
-        return logprobs(listed)
+        return logprobs(listed[: self.top])
 
     def _replies(self, asked: Asked, shown: str, p: list[float], body: dict[str, Any]) -> Reply:
         n = body.get("n", 1)

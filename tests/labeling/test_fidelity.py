@@ -127,6 +127,26 @@ def test_a_server_with_a_known_answer_comes_out_as_it_went_in(mode_name: str, se
                 )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode_name", ["pairwise", "pointwise"])
+def test_an_option_that_a_server_leaves_out_turns_no_verdict_round(mode_name: str, tmp_path: Path) -> None:
+    """Three tokens are listed, fillers among them: what is left out has a bound, or makes the verdict unknown."""
+    mode, oracle, lines = MODES[mode_name], Oracle(mass=0.6, top=3), planted(flags=("",))
+    label_by_server(tmp_path, lines, oracle, 1, "labeling.min_option_mass=0.3", *mode.overrides)
+    expected = {line["prompt_id"]: mode.expected(line, oracle, 1) for line in lines}
+    seen = set()
+    for entry in json_lines(tmp_path / "out" / "labels.jsonl"):
+        (truth, _), value = expected[entry["prompt_id"]][mode.key(entry)], entry.get(mode.value)
+        if value is None:
+            seen.add(entry["reason"])
+            continue
+        # On the side of the truth, and no further out.
+        assert 0.5 <= value <= truth + 1e-9 or truth - 1e-9 <= value <= 0.5, entry
+        assert entry["option_mass"] <= 0.6 + 1e-9
+        seen.add("bounded" if entry["option_mass"] < 0.6 - 1e-6 else "exact")
+    assert {"option_unknown", "bounded"} <= seen
+
+
 def test_the_planted_combinations_are_there() -> None:
     """The test above is only worth what its material holds."""
     for name, mode in MODES.items():

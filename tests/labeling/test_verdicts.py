@@ -28,6 +28,18 @@ def test_masses_that_are_no_numbers_are_no_verdict(odd, minimum):
     assert probability(BLANK, [good], minimum).p == pytest.approx(2 / 3)
 
 
+def test_coverage_counts_what_was_seen_and_no_bound():
+    low, enough = (OptionMass((mass, 0.1), "logprob", observed=mass) for mass in (0.45, 0.5))
+    label = probability(BLANK, [low], 0.5)
+    assert (label.p, label.reason, label.option_mass) == (None, "uncovered", 0.45)
+    label = probability(BLANK, [enough], 0.5)
+    assert (label.p, label.option_mass) == (pytest.approx(5 / 6), 0.5)
+    label = distribution(BLANK, low, 0.5)
+    assert (label.probs, label.reason, label.option_mass) == (None, "uncovered", 0.45)
+    label = distribution(BLANK, enough, 0.5)
+    assert (label.probs, label.option_mass) == (pytest.approx((5 / 6, 1 / 6)), 0.5)
+
+
 @pytest.mark.parametrize(("one", "other"), [(math.nan, -3.0), (-3.0, -math.inf), (-math.inf, -math.inf)])
 def test_likelihoods_that_are_no_numbers_are_no_verdict(one, other):
     label = likelihood_ratio(BLANK, [Likelihood(one, 4), Likelihood(other, 4)], normalize=True)
