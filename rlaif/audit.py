@@ -118,7 +118,7 @@ def main(config: AuditConfig, output: Path) -> None:
     file = existing_file(config.comparisons, "comparisons")
     comparisons = read_comparisons(file, config.max_pairs)
     constitution = load_constitution(config.constitution)
-    check_mode(constitution, config.labeling.mode)
+    check_mode(constitution, config.labeling.mode, config.labeling.exemplars)
     others = [existing_dir(folder, "compare") for folder in config.compare]
     for folder in others:
         if not (folder / COMPARISONS).is_file():
