@@ -58,7 +58,7 @@ def test_principles_without_exemplars_are_named(file):
     file.write_text(GOOD)
     constitution = load_constitution(str(file))
     check_mode(constitution, LabelMode.pairwise)
-    with pytest.raises(UserError, match="constitution mine: labeling.exemplars=true, and .* no exemplars: length$"):
+    with pytest.raises(UserError, match=r"constitution mine: labeling\.exemplars=true, and .* no exemplars: length$"):
         check_mode(constitution, LabelMode.pairwise, exemplars=True)
 
 

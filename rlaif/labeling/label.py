@@ -31,7 +31,7 @@ from rlaif.engines.base import (
     Sampled,
     SampleRequest,
 )
-from rlaif.labeling.live import LiveView
+from rlaif.labeling.live import LiveView, Truth
 from rlaif.labeling.modes import Request, Setup
 from rlaif.labeling.store import VerdictStore
 from rlaif.labeling.verdicts import Answer
@@ -60,7 +60,7 @@ def label_candidates(
     """All labels of candidates that fit into memory, in a fixed order."""
     setup = Setup(constitution, engine.name, config, seed)
     labeling = Labeling(lambda: lines, setup, engine, store)
-    labeling.ask(sum(setup.expected(len(line.candidates)) for line in lines))
+    labeling.ask(sum(setup.expected(len(line.candidates)) for line in lines), len(lines))
     return [label for _, labels in labeling.labels() for label in labels]
 
 
@@ -72,13 +72,13 @@ class Labeling:
         setup: how they are labeled.
         engine: whom to ask.
         store: what is known already, and where new answers go.
-        gold: a gold judge with whom verdicts are compared while they come in.
+        truth: what verdicts are compared with while they come in.
     """
 
     def __init__(
-        self, lines: Lines, setup: Setup, engine: Engine, store: VerdictStore, gold: str | None = None
+        self, lines: Lines, setup: Setup, engine: Engine, store: VerdictStore, truth: Truth | None = None
     ) -> None:
-        self.lines, self.setup, self.engine, self.store, self.gold = lines, setup, engine, store, gold
+        self.lines, self.setup, self.engine, self.store, self.truth = lines, setup, engine, store, truth
         self.failed: dict[str, Failure] = {}
         """Requests without an answer in this run; they are not stored, so a later run asks them again."""
         self.latencies = array("f")
@@ -102,11 +102,12 @@ class Labeling:
             [self.key(request) for request in next(setup.talk(_EXAMPLE))],
         )
 
-    def ask(self, expected: int) -> None:
+    def ask(self, expected: int, prompts: int = 0) -> None:
         """Ask everything that is not in the store yet.
 
         Args:
             expected: about how many verdicts there will be, for the progress shown.
+            prompts: how many prompts there are, for the same.
         """
         for number in itertools.count(1):
             asked = 0
@@ -117,7 +118,7 @@ class Labeling:
                     what = f"{what}, round {number}"
                 # How many answers a round takes is known only afterwards.
                 total = None if self.setup.adaptive else expected
-                with LiveView(total, (what, unit), self.engine, self.setup.minimum, self.gold) as view:
+                with LiveView(total, (what, unit), self.engine, self.setup.minimum, self.truth, prompts) as view:
                     asked += self._ask(kind, last, view)
             if not self.setup.adaptive or not asked:
                 break
@@ -142,6 +143,7 @@ class Labeling:
                 marker = content_hash(self._fingerprint, line.prompt.prompt_id, line.prompt.messages, _shown(line))
                 expected = self.setup.expected(len(line.candidates))
                 if self.store.is_finished(marker):
+                    view.prompt(0)
                     view.known(0 if adaptive else expected)
                     continue
                 held = self._hold(line)
@@ -149,6 +151,7 @@ class Labeling:
                 view.known(0 if adaptive else max(expected - len(asked), 0))
                 # Two lines may ask the same; a line whose answers somebody else waits for is not marked.
                 own = {key: request for key, request in asked if key not in in_flight}
+                view.prompt(len(own))
                 # Nor is one that may ask more once it has its answers.
                 answered = not held.unknown if adaptive else len(own) == len({key for key, _ in held.unknown})
                 opened = _Open(marker, len(own), sound=last and held.sound and answered)
