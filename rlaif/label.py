@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import rlaif
 from rlaif.artifacts import labeler_inputs, labeler_settings, plain, run_stage
 from rlaif.cli import launch
 from rlaif.config import DataConfig, Feedback, LabelConfig, LabelMode, Principles, Selection, Split
@@ -218,6 +219,7 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
                 return result | {
                     "mode": config.labeling.mode.value,
                     "constitution": constitution.name,
+                    "constitution_version": constitution.version,
                     "principles": setup.weights,
                     "candidates": lines.digest,
                 }
@@ -425,11 +427,13 @@ def _write_dataset(
     rows = selected()
     if selection is Selection.length_balanced:
         rows = balanced(rows, config.seed, dropped, folder)
-    card = {"labeler": labeler, "feedback": config.feedback.value}
+    card = {"labeler": labeler, "feedback": config.feedback.value, "seed": config.seed, "rlaif": rlaif.__version__}
     with PreferenceWriter(folder / "preferences", card) as writer:
         for split, preference in rows:
             writer.add(split, [preference])
         quality = figures()
+        made = ("mode", "constitution", "constitution_version", "audit_verdict")
+        writer.card |= {name: quality[name] for name in made if name in quality}
         if rank:
             # Such pairs have a label after all, or are not connected.
             del dropped["no_verdict"], dropped["not_by_all"]

@@ -152,6 +152,10 @@ def test_nobody_can_miss_that_the_labels_are_not_to_be_trained_on(run_command, h
     assert quality["audit_verdict"] == audit["verdict"]
     assert (quality["audit_agreement"], quality["audit_agreement_n"]) == (pytest.approx(0.2), 60)
     assert quality["audit_agreement_high"] < 0.5
+    card = (tmp_path / "bad" / "preferences" / "README.md").read_text()
+    for fact in ('mode: "pairwise"', 'constitution: "warm"', 'constitution_version: "1"', "seed: 0", 'rlaif: "'):
+        assert f"\n- {fact}" in card
+    assert f'\n- audit_verdict: "{audit["verdict"]}"' in card
     # With the figures before any label, and as the summary's last line.
     before, _, after = result.stderr.partition("preferences from")
     said = "DO NOT TRAIN ON THESE LABELS: the labeler agrees with people less often than a coin"
