@@ -2,7 +2,7 @@
 
 The candidates are gone through once for each kind of request, again as long as a talk asks anything new where it
 decides by its answers, and once more to read the labels off the store. Nothing that grows with their number is held in
-memory, except what failed.
+memory, except a float for each answer's latency.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import itertools
 import logging
 import time
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from rlaif.engines.base import (
 )
 from rlaif.labeling.live import LiveView, Truth
 from rlaif.labeling.modes import Request, Setup
-from rlaif.labeling.store import VerdictStore
+from rlaif.labeling.store import Failures, VerdictStore
 from rlaif.labeling.verdicts import Answer
 from rlaif.records import Candidates, Completion, Label, Prompt, UserError, content_hash
 
@@ -79,7 +78,7 @@ class Labeling:
         self, lines: Lines, setup: Setup, engine: Engine, store: VerdictStore, truth: Truth | None = None
     ) -> None:
         self.lines, self.setup, self.engine, self.store, self.truth = lines, setup, engine, store, truth
-        self.failed: dict[str, Failure] = {}
+        self.failed = Failures()
         """Requests without an answer in this run; they are not stored, so a later run asks them again."""
         self.latencies = array("f")
         """Seconds of each answered request of this run, retries included, where the engine knows them."""
@@ -122,9 +121,8 @@ class Labeling:
                     asked += self._ask(kind, last, view)
             if not self.setup.adaptive or not asked:
                 break
-        if self.failed:
-            reasons = Counter(failure.reason for failure in self.failed.values())
-            log.warning("%d requests failed: %s", len(self.failed), dict(reasons))
+        if reasons := self.failed.reasons:
+            log.warning("%d requests failed: %s", reasons.total(), dict(reasons))
 
     def labels(self) -> Iterator[tuple[Candidates, list[Label]]]:
         """The labels of each line, in the order of the candidates, from the store; after :meth:`ask`."""
@@ -172,7 +170,7 @@ class Labeling:
                 in_flight.discard(key)
                 opened.missing -= 1
                 if isinstance(answer, Failure):
-                    self.failed[key] = answer
+                    self.failed.add(key, answer.reason)
                     opened.sound = False
                 else:
                     self.store.put(key, _to_json(answer), together=self.engine.in_bursts)
@@ -238,7 +236,8 @@ class Labeling:
     def _known(self, keys: Sequence[str]) -> dict[str, Answer]:
         stored: dict[str, Answer] = {key: _from_json(value) for key, value in self.store.get(keys).items()}
         known = {key: answer for key, answer in stored.items() if not (_is_fallback(answer) and self._superseded)}
-        return known | {key: self.failed[key] for key in keys if key in self.failed and key not in known}
+        failed = self.failed.get(key for key in keys if key not in known)
+        return known | {key: Failure(reason) for key, reason in failed.items()}
 
     @functools.cached_property
     def _superseded(self) -> bool:
