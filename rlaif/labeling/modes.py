@@ -66,7 +66,7 @@ class Setup:
     calibration: Calibration = field(default_factory=Calibration)
 
     def __post_init__(self) -> None:
-        check_mode(self.constitution, self.config.mode)
+        check_mode(self.constitution, self.config.mode, self.config.exemplars)
 
     @property
     def adaptive(self) -> bool:

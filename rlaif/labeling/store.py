@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,43 @@ class VerdictStore:
         # What went wrong already must not be hidden by what follows from it (a full disk).
         with contextlib.suppress(sqlite3.Error, UserError):
             self.close()
+
+
+class Failures:
+    """Key -> reason of every request that failed in this run.
+
+    On the disk, in a file of SQLite's that ends with the process: a dead server or a budget that is used up fails a
+    million requests, and they must not pile up in memory.
+    """
+
+    def __init__(self) -> None:
+        self.reasons: Counter[str] = Counter()
+        self._opened: sqlite3.Connection | None = None
+
+    @property
+    def _connection(self) -> sqlite3.Connection:
+        if self._opened is None:
+            self._opened = sqlite3.connect("", isolation_level=None)
+            self._opened.execute("PRAGMA journal_mode=OFF")
+            self._opened.execute("CREATE TABLE failed (key TEXT PRIMARY KEY, reason TEXT NOT NULL) WITHOUT ROWID")
+        return self._opened
+
+    def add(self, key: str, reason: str) -> None:
+        """One request more.
+
+        Raises:
+            UserError: if the disk is full.
+        """
+        self.reasons[reason] += 1
+        try:
+            self._connection.execute("INSERT OR REPLACE INTO failed VALUES (?, ?)", (key, reason))
+        except sqlite3.Error as error:
+            raise UserError(f"a failure cannot be noted in a temporary file ({error})") from None
+
+    def get(self, keys: Iterable[str]) -> dict[str, str]:
+        """Those of the keys that failed."""
+        if not self.reasons:
+            return {}
+        ask = "SELECT reason FROM failed WHERE key = ?"
+        found = ((key, self._connection.execute(ask, (key,)).fetchone()) for key in keys)
+        return {key: row[0] for key, row in found if row is not None}

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from rlaif.records import atomic_file
 from rlaif.reporting.collect import Collection, Evaluation, collect
 from rlaif.reporting.plots import PlotGroup, plot_groups
-from rlaif.reporting.statement import Line, label_warnings, length_notes, statement, warnings
+from rlaif.reporting.statement import Line, audit_warnings, label_warnings, length_notes, statement, warnings
 from rlaif.reporting.tables import (
     Example,
     Table,
@@ -87,7 +87,7 @@ def _report(found: Collection, title: str, baseline: str, count: int, seed: int)
         warnings=warnings(found, baseline),
         comparison=comparison(found, baseline),
         plots=plot_groups(found, baseline),
-        label_warnings=label_warnings(found),
+        label_warnings=[*label_warnings(found), *audit_warnings(found)],
         label_quality=label_quality(found),
         length_notes=length_notes(found),
         preference_models=preference_models(found),

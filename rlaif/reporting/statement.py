@@ -125,6 +125,9 @@ def warnings(found: Collection, baseline: str) -> list[Line]:
     if alarms := len(label_warnings(found)):
         folders = "1 labels folder agrees" if alarms == 1 else f"{alarms} labels folders agree"
         lines.append((Safe(f"{folders} with the gold judge no better than chance: see Label quality."),))
+    if alarms := len(audit_warnings(found)):
+        what = "1 labels folder comes" if alarms == 1 else f"{alarms} labels folders come"
+        lines.append((Safe(f"{what} from a labeler whose audit says DO NOT TRAIN: see Label quality."),))
     lines.extend((Safe("Left out: "), problem) for problem in found.problems)
     return lines
 
@@ -151,6 +154,22 @@ def label_warnings(found: Collection) -> list[Line]:
             )
         )
     return lines
+
+
+def audit_warnings(found: Collection) -> list[Line]:
+    """What the audit said of every labeler that was not shown to agree with people more often than a coin."""
+    return [
+        (
+            Safe("Audited on pairs that people labelled, "),
+            quality.text("labeler") or quality.label,
+            Safe(" (labels in "),
+            quality.label,
+            Safe("): "),
+            quality.text("audit_verdict") or Safe("not shown to be above chance."),
+        )
+        for quality in found.qualities
+        if quality.values.get("audit_trainable") is False
+    ]
 
 
 def length_notes(found: Collection) -> list[Line]:

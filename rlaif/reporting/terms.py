@@ -70,6 +70,12 @@ QUALITY: Terms = (
         False,
     ),
     (
+        "audit_agreement",
+        "agreement with people",
+        "Share of the pairs in labeler.audit on which the labeler prefers what people preferred.",
+        False,
+    ),
+    (
         "agreement_clear",
         "agreement, clear pairs",
         "Agreement on the pairs whose gold scores differ by a clear margin.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -47,25 +48,53 @@ def test_an_audit_recovers_what_was_planted(run_command, human_pairs, tmp_path):
     page = (tmp_path / "biased" / "audit.md").read_text()
     assert "| agreement with people | 80.0% |" in page
     assert (tmp_path / "biased" / "reliability.svg").read_text().startswith("<svg xmlns=")
-    # Again: up to date, and the verdict is still said.
+    # Again: up to date, and all is still said.
     again = run_command("audit", *SCRIPTED, *biased)
     assert "up to date" in again.stderr
-    assert found["verdict"] in again.stderr
+    for said in (result.stderr, again.stderr):
+        assert said.count(found["verdict"]) == 1
+        for name, value in (
+            ("agreement with people", r"80\.0% +\[68\.2%, 88\.2%\] +60"),
+            ("same position named in both orders", r"\d+\.\d% +\[.*\] +60"),
+            ("position bias \\(logits, for the first\\)", r"\+3\.00 +\[\+3\.00, \+3\.00\] +60"),
+            ("Cohen's kappa", r"0\.\d{3}"),
+            ("expected calibration error", r"0\.\d{3}"),
+            ("where people preferred the shorter completion", r"0\.0% +\[0\.0%, 24\.2%\] +12"),
+            ("ties of the labeler \\(count half\\)", r"0 +0\.0%"),
+            ("failed verdicts, unparsed ones included", r"0 +0\.0%"),
+        ):
+            assert re.search(f"^  {name} +{value}", said, re.MULTILINE), (name, said)
 
 
-def test_a_contrary_labeler_is_reported_and_compared(run_command, human_pairs, tmp_path):
+def test_a_contrary_labeler_is_reported_and_all_are_compared(run_command, human_pairs, tmp_path):
     run_command("audit", *SCRIPTED, f"comparisons={human_pairs}", f"output_dir={tmp_path}/one")
+    third = ["labeling.mode=listwise", "max_pairs=30"]
+    run_command("audit", *SCRIPTED, *third, f"comparisons={human_pairs}", f"output_dir={tmp_path}/three")
     result = run_command(
         "audit",
         *SCRIPTED,
         "labeler.scripted.utility=brevity",
         f"comparisons={human_pairs}",
         f"output_dir={tmp_path}/two",
-        f"compare=[{tmp_path}/one]",
+        f"compare=[{tmp_path}/one,{tmp_path}/three]",
     )
     assert "DO NOT TRAIN ON THESE LABELS: the labeler agrees with people less often than a coin" in result.stderr
-    [between] = json.loads((tmp_path / "two" / "between_labelers.json").read_text()).values()
-    assert (between["agreement"], between["agreement_n"]) == (0.0, 60)
+    found = json.loads((tmp_path / "two" / "audit.json").read_text())
+    assert [(row["folder"], row["mode"]) for row in found["labelers"]] == [
+        (".", "pairwise"),
+        (f"{tmp_path}/one", "pairwise"),
+        (f"{tmp_path}/three", "listwise"),
+    ]
+    between = {(row["one"], row["other"]): (row["agreement"], row["agreement_n"]) for row in found["between_labelers"]}
+    assert between == {
+        (".", f"{tmp_path}/one"): (0.0, 60),
+        (".", f"{tmp_path}/three"): (0.0, 30),
+        (f"{tmp_path}/one", f"{tmp_path}/three"): (1.0, 30),
+    }
+    page = (tmp_path / "two" / "audit.md").read_text()
+    for text in (result.stderr, page.replace("\\", "")):
+        assert re.search(r"same side as labeler +(\| )?1 +(\| )?2 +(\| )?3", text)
+        assert re.search(r"1 scripted, pairwise \(\.\) +(\| )?– +(\| )?0\.0% \[0\.0%, 6\.0%\] n=60", text)
 
 
 def test_an_audit_of_other_pairs_is_refused_before_anything_is_asked(run_command, human_pairs, tmp_path):
@@ -88,7 +117,7 @@ def test_agreement_between_labelers_resamples_prompts(tmp_path):
         ]
         (tmp_path / name / "comparisons.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (tmp_path / name / "audit.json").write_text('{"labeler": "x"}')
-    [found] = between_labelers(tmp_path / "own", [tmp_path / "other"], comparisons).values()
+    [found] = between_labelers(tmp_path / "own", [tmp_path / "other"], comparisons)
     assert (found["agreement"], found["agreement_n"]) == (0.5, 4)
     # Four prompts, two of which agree: 40 independent pairs would give 0.35 to 0.65.
     assert found["agreement_low"] < 0.2
@@ -109,6 +138,31 @@ def test_labels_are_refused_below_the_agreement_asked_for(run_command, human_pai
     assert json.loads((out / "audit" / "audit.json").read_text())["agreement"] == pytest.approx(0.8)
     # A gate that is raised later is not taken for passed.
     run_command("label", *arguments, "labeler.min_agreement=0.9", f"output_dir={out}", expect=2)
+
+
+def test_nobody_can_miss_that_the_labels_are_not_to_be_trained_on(run_command, human_pairs, tmp_path):
+    candidates = tmp_path / "candidates.jsonl"
+    lines = [{"prompt": f"What is {n} times {n + 1}?", "completions": ["Much.", "That is a lot."]} for n in range(20)]
+    candidates.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = [*SCRIPTED, f"candidates={candidates}", f"labeler.audit={human_pairs}"]
+    result = run_command("label", *arguments, "labeler.scripted.utility=brevity", f"output_dir={tmp_path}/bad")
+    quality = json.loads((tmp_path / "bad" / "quality.json").read_text())
+    audit = json.loads((tmp_path / "bad" / "audit" / "audit.json").read_text())
+    assert quality["audit_trainable"] is False
+    assert quality["audit_verdict"] == audit["verdict"]
+    assert (quality["audit_agreement"], quality["audit_agreement_n"]) == (pytest.approx(0.2), 60)
+    assert quality["audit_agreement_high"] < 0.5
+    card = (tmp_path / "bad" / "preferences" / "README.md").read_text()
+    for fact in ('mode: "pairwise"', 'constitution: "warm"', 'constitution_version: "1"', "seed: 0", 'rlaif: "'):
+        assert f"\n- {fact}" in card
+    assert f'\n- audit_verdict: "{audit["verdict"]}"' in card
+    # With the figures before any label, and as the summary's last line.
+    before, _, after = result.stderr.partition("preferences from")
+    said = "DO NOT TRAIN ON THESE LABELS: the labeler agrees with people less often than a coin"
+    assert said in before
+    *_, last, done = after.strip().splitlines()
+    assert said in last
+    assert "label: done" in done
 
 
 def test_failed_requests_are_asked_again(run_command, human_pairs, tmp_path):

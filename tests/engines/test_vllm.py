@@ -8,21 +8,18 @@ import json
 import math
 import os
 import shutil
-import signal
-import socket
 import stat
 import subprocess
 import sys
 import textwrap
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 
 from rlaif.bundled import tiny_model
 from rlaif.chat import encode_chat, encode_text
-from rlaif.config import Endpoint, LabelerConfig, LabelerType, VLLMConfig
+from rlaif.config import LabelerConfig, LabelerType, VLLMConfig
 from rlaif.engines import build_labeler
 from rlaif.engines.base import CompletionRequest, Failure, Likelihood, OptionMass, OptionRequest, Sampled, SampleRequest
 from rlaif.engines.vllm import _commit
@@ -414,102 +411,3 @@ class TestReal:
         results = dict(real.score_options([ask("long " * 2000), ask("short")]))
         assert results[0].reason == "too_long"
         assert isinstance(results[1], OptionMass)
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory):
-    """The address of a ``vllm serve`` on loopback with the embedded model."""
-    from rlaif.models import resolve_model
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("serve") / "log.txt"
-    # What `vllm serve` runs. The command itself looks for a package named vllm, and the CPU build has another name.
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", resolve_model("embedded", "labeler.model"), "--served-model-name", "judge"),
-        *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024", "--enforce-eager"),
-    ]
-    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    with log.open("w") as file:
-        process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
-    try:
-        for _ in range(480):
-            assert process.poll() is None, log.read_text()[-4000:]
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                break
-            time.sleep(0.5)
-        else:
-            raise AssertionError(log.read_text()[-4000:])
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
-
-
-class TestServe:
-    """A real server, through the client that every other OpenAI-compatible server gets."""
-
-    pytestmark = REAL
-
-    def test_a_server_gives_the_verdicts_of_hf(self, served: str) -> None:
-        # Words that such replies often begin with. The server lists 20 tokens, or 19 and the one that it drew: "B"
-        # would be the twentieth here, and get its upper bound whenever something rarer is drawn.
-        options = ((" A", "A"), (" To", "To", " The", "The"))
-        requests = [ask(f"Which is larger, {n} or 5? Answer A or B.", options) for n in range(12)]
-        server = LabelerConfig(type=LabelerType.openai, model="judge", base_url=served, prefill=True)
-        with build_labeler(server, seed=0) as engine:
-            found = dict(engine.score_options(requests))
-        with build_labeler(LabelerConfig(type=LabelerType.hf, model="embedded"), seed=0) as engine:
-            expected = dict(engine.score_options(requests))
-        for index in range(len(requests)):
-            got, want = found[index], expected[index]
-            assert isinstance(got, OptionMass)
-            assert isinstance(want, OptionMass)
-            assert got.method == "logprob"
-            assert min(want.masses) > 0.02
-            assert share(got) == pytest.approx(share(want), abs=0.06)
-            assert got.prompt_tokens == want.prompt_tokens
-
-    def test_a_wrong_model_is_said_before_anything_is_asked(self, served: str) -> None:
-        with pytest.raises(UserError, match=r"labeler.model=other: not served by .*; available: judge"):
-            build_labeler(LabelerConfig(type=LabelerType.openai, model="other", base_url=served), seed=0)
-
-    def test_token_ids_give_the_masses_of_hf(self, served: str) -> None:
-        """Also where chat has to guess: rare options, spellings of several tokens, hostile text, a stem."""
-        options = (("A", " A", "(A"), ("B", " B", "(B", "positively"))
-        numbers = tuple((str(number),) for number in range(1, 11))
-        requests = [ask(f"Which is larger, {n} or 5? Answer A or B.", options) for n in range(6)]
-        requests += [ask(f"Rate {thing} from 1 to 10. <|im_end|>", numbers) for thing in ("rain", "tea")]
-        requests += [OptionRequest(requests[0].messages, (("sunny",), (" warm and dry",)), stem="The weather is")]
-        server = LabelerConfig(
-            type=LabelerType.openai,
-            model="judge",
-            base_url=served,
-            endpoint=Endpoint.completions,
-            tokenizer="embedded",
-            batch_size=4,
-        )
-        with build_labeler(server, seed=0) as engine:
-            found = dict(engine.score_options(requests))
-            [(_, sampled)] = engine.sample([SampleRequest(requests[0].messages, 5, temperature=0.01)])
-        with build_labeler(LabelerConfig(type=LabelerType.hf, model="embedded"), seed=0) as engine:
-            expected = dict(engine.score_options(requests))
-        for index in range(len(requests)):
-            got, want = found[index], expected[index]
-            assert isinstance(got, OptionMass), got
-            assert isinstance(want, OptionMass)
-            assert (got.method, got.prompt_tokens) == ("logprob", want.prompt_tokens)
-            # The server computes in bfloat16 and hf in float32 here.
-            assert got.masses == pytest.approx(want.masses, rel=0.2, abs=5e-3)
-        assert isinstance(sampled, Sampled)
-        assert sampled.text
-
-
-def share(result: OptionMass) -> float:
-    yes, no = result.masses
-    assert yes is not None
-    assert no is not None
-    return yes / (yes + no)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rlaif.config import PriceConfig
 from rlaif.labeling.aggregate import PairLabel
 from rlaif.labeling.audit import (
     Comparison,
@@ -78,7 +79,11 @@ def test_the_audit_by_hand() -> None:
     assert result["agreement_longer_preferred"] == 0.5
     assert result["agreement_shorter_preferred"] == 1.0
     assert result["agreement_similar_length"] == 0.5
-    assert result["tokens_per_usable_verdict"] == 12.0
+    assert result["tokens_per_usable_label"] == 12.0
+    assert "usd" not in result
+    # 6 prompts of 10 tokens at 2 dollars for a million, for 5 usable labels.
+    paid = audit(comparisons, labels, pairs, PriceConfig(input_per_million=2.0, output_per_million=9.0))
+    assert (paid["usd"], paid["usd_per_usable_label"]) == pytest.approx((1.2e-4, 2.4e-5))
     assert "human_ceiling" not in result
 
 

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlaif.engines.base import Failure, OptionMass, OptionRequest
-from rlaif.labeling.live import LiveView, summary
+from rlaif.engines.base import Failure, Likelihood, OptionMass, OptionRequest, Sampled
+from rlaif.labeling.audit import Comparison
+from rlaif.labeling.live import LiveView, agreement_with_gold, agreement_with_people, summary
 
 OPTIONS = (("A",), ("B",))
 
@@ -24,7 +25,7 @@ def clock(monkeypatch):
 
 def test_the_figures_so_far(clock):
     engine = SimpleNamespace(spent=SimpleNamespace(usd=1.234))
-    with LiveView(100, ("labeling", "verdict"), engine, minimum=0.5, gold="length") as view:
+    with LiveView(100, ("labeling", "verdict"), engine, minimum=0.5, truth=agreement_with_gold("length")) as view:
         view.known(20)
         # Of the first (longer) completion: right, wrong, a tie; then two that are of no use, and no failure is judged.
         for masses in ((0.6, 0.2), (0.1, 0.8), (0.4, 0.4), (0.2, 0.2), (0.9, None)):
@@ -42,12 +43,52 @@ def test_the_end_is_foretold_once_there_is_a_rate(clock, monkeypatch):
     monkeypatch.setattr("rlaif.labeling.live.time.time", lambda: 1_000_000.0)
     with LiveView(100, ("labeling", "verdict"), SimpleNamespace(spent=None)) as view:
         view.add(asked(), OptionMass((0.6, 0.2), "logprob"))
-        clock.s += 99
+        clock.s += 6
+        assert "ends" in view.figures()
+        clock.s += 93
         view.add(asked(), OptionMass((0.6, 0.2), "logprob"))
         # 98 left at 49.5 s each.
         import time
 
-        assert view.figures().endswith(time.strftime("ends %H:%M", time.localtime(1_000_000 + 98 * 49.5)))
+        assert view.figures().endswith(time.strftime(", ends %H:%M", time.localtime(1_000_000 + 98 * 49.5)))
+
+
+def test_the_end_of_a_round_is_estimated_by_what_prompts_have_taken_so_far(clock, monkeypatch):
+    monkeypatch.setattr("rlaif.labeling.live.time.time", lambda: 1_000_000.0)
+    with LiveView(None, ("labeling", "verdict"), SimpleNamespace(spent=None), prompts=100) as view:
+        for requests in (4, 0, 0, 0):  # one of four asks
+            view.prompt(requests)
+        for _ in range(4):
+            clock.s += 10
+            view.add(asked(), OptionMass((0.6, 0.2), "logprob"))
+        import time
+
+        # A hundred verdicts, of which 96 are left, four in 30 s.
+        assert view._bar.total == 100
+        assert view.figures().endswith(time.strftime("round ends %H:%M", time.localtime(1_000_000 + 96 * 7.5)))
+
+
+def test_what_is_written_counts_too(clock):
+    with LiveView(9, ("rationales", "rationale"), SimpleNamespace(spent=None)) as view:
+        view.add(None, Sampled("because", "stop", 100, prompt_tokens=900))
+        view.add(None, Likelihood(-1.0, 100, prompt_tokens=900))
+        clock.s += 2
+        assert view.figures().startswith("1.0k tok/s")
+
+
+def test_people_are_agreed_with_in_both_orders_and_where_lists_have_two():
+    pairs = [
+        Comparison("1", None, "x", "y", -1),
+        Comparison("2", None, "x", "z", 1),
+        Comparison("3", None, "x", "z", -1),
+    ]
+    people = agreement_with_people(pairs)
+    assert [people.prefers(*shown) for shown in (("x", "y"), ("y", "x"), ("x", "z"), ("x", "other"))] == [-1, 1, 0, 0]
+    with LiveView(9, ("labeling", "verdict"), SimpleNamespace(spent=None), truth=people) as view:
+        view.add(asked("x", "y"), OptionMass((0.2, 0.6), "logprob"))
+        listed = OptionRequest((), OPTIONS, meta={"mode": "listwise", "completions": ["y", "x"]})
+        view.add(listed, OptionMass((0.2, 0.6), "logprob"))
+        assert view.figures().endswith("50% like people")
 
 
 QUALITY = {
@@ -86,6 +127,12 @@ def test_the_summary_names_what_was_lost_and_warns():
     ):
         assert part in text
     assert "WARNING" not in summary({**QUALITY, "agreement_low": 0.51})
+    assert "spent" not in text
+    spent = {"requests": 210, "prompt_tokens": 51_000, "completion_tokens": 204, "usd": 0.0123}
+    paid = summary({**QUALITY, "spent": spent})
+    assert "spent by every run into this folder: 210 requests, 51,204 tokens, $0.0123" in paid
+    audited = summary({**QUALITY, "audit_verdict": "DO NOT TRAIN ON THESE LABELS: x."})
+    assert audited.splitlines()[-1].endswith("DO NOT TRAIN ON THESE LABELS: x.")
     cut = summary({**QUALITY, "agreement_low": 0.51, "truncated": 7})
     assert "WARNING: 7 verdicts saw a long text without its middle" in cut
 

@@ -5,10 +5,11 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 
-from rlaif.labeling.store import VerdictStore
+from rlaif.labeling.store import Failures, VerdictStore
 from rlaif.records import UserError
 
 
@@ -176,3 +177,18 @@ def test_a_store_that_breaks_while_it_is_read(tmp_path):
     for read in (lambda: store.get(["7"]), lambda: store.is_finished("7"), store.spent):
         with pytest.raises(UserError, match=r"s\.sqlite: the label store cannot be read .* delete it to ask"):
             read()
+
+
+def test_failures_do_not_pile_up_in_memory():
+    """A budget that is used up fails all that is left."""
+    failures = Failures()
+    assert failures.get(["a"]) == {}
+    failures.add("first", "timeout")  # what opening takes is not counted
+    tracemalloc.start()
+    for number in range(20_000):
+        failures.add(f"{number:064x}", "budget")
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 100_000
+    assert failures.reasons == {"timeout": 1, "budget": 20_000}
+    assert failures.get([f"{7:064x}", "first", "other"]) == {f"{7:064x}": "budget", "first": "timeout"}

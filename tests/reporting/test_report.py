@@ -141,6 +141,24 @@ def test_labels_no_better_than_chance_are_called_out(tmp_path: Path, agreement: 
     assert ("point the wrong way" in html) == (agreement == 0.4)
 
 
+def test_a_labeler_that_failed_its_audit_is_called_out(run: Path) -> None:
+    assert "DO NOT TRAIN" not in report(run)[1]
+    said = "DO NOT TRAIN ON THESE LABELS: as good as a coin."
+    figures = {
+        "audit_agreement": 0.5,
+        "audit_agreement_n": 40,
+        "audit_agreement_low": 0.35,
+        "audit_agreement_high": 0.65,
+    }
+    change(run / "seed=1" / "labels" / "quality.json", audit_verdict=said, audit_trainable=False, **figures)
+    html, markdown = report(run)
+    assert 'class="alarm"' in html
+    for text in (html, markdown):
+        assert said in text
+        assert "1 labels folder comes from a labeler whose audit says DO NOT TRAIN" in text
+        assert "0.50 [0.35, 0.65] (n=40)" in text
+
+
 def test_examples_are_drawn_from_the_prompts_that_all_rows_answered(run: Path) -> None:
     for seed in (1, 2):
         write(run / f"seed={seed}" / "arms" / "dpo" / "evaluation" / "samples.jsonl", samples("dpo", 20))
