@@ -14,6 +14,9 @@ from rlaif.config import (
     Feedback,
     LabelConfig,
     LabelerType,
+    LabelingConfig,
+    LabelMode,
+    Reward,
     RunConfig,
     SampleConfig,
     TrainConfig,
@@ -24,6 +27,7 @@ from rlaif.evaluate import run_evaluation
 from rlaif.gold import check_gold
 from rlaif.label import run_label
 from rlaif.records import UserError, find_prompts
+from rlaif.rewards import REWARD_MODES
 from rlaif.sample import run_sample
 from rlaif.splits import read_split
 from rlaif.train import check as check_training
@@ -167,7 +171,7 @@ def train_config(config: RunConfig, arm: ArmConfig, output: Path) -> TrainConfig
         reward=arm.reward,
         constitution=config.constitution,
         labeler=config.labeler,
-        labeling=config.labeling,
+        labeling=reward_labeling(config.labeling) if arm.reward is Reward.labeler else config.labeling,
         prompts=config.prompts,
         policy=config.policy,
         data=config.data,
@@ -185,6 +189,18 @@ def train_config(config: RunConfig, arm: ArmConfig, output: Path) -> TrainConfig
     if needs_preferences(result):
         result.preferences = config.human_preferences if human else str(output / "labels")
     return result
+
+
+def reward_labeling(labeling: LabelingConfig) -> LabelingConfig:
+    """How a labeler that is the reward is asked: in a run whose labels come from comparisons, for a score."""
+    if labeling.mode in REWARD_MODES:
+        return labeling
+    return LabelingConfig(
+        mode=LabelMode.score,
+        principles=labeling.principles,
+        temperature=labeling.temperature,
+        calibrate=labeling.calibrate,
+    )
 
 
 def report_pm(arms: Mapping[str, TrainConfig], models: Mapping[str, Path | None]) -> Path | None:

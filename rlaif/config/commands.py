@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlaif.config.checks import positive_or_null, require
-from rlaif.config.choices import Feedback, Method, Reward
+from rlaif.config.choices import Feedback, LabelMode, Method, Reward
 from rlaif.config.labeling import AnnotatorConfig, LabelerConfig, LabelingConfig, check_likelihood
 from rlaif.config.models import DataConfig, EvalConfig, ModelConfig, SamplingConfig
 from rlaif.config.training import (
@@ -150,13 +150,14 @@ class TrainConfig(CommandConfig):
     preference_model: str | None = None
     """PM for ppo, rloo, grpo and best_of_n. Null: a PM is trained on ``preferences`` first."""
     reward: Reward = Reward.pm
-    """What scores completions: ``pm``, or ``labeler`` (its pointwise verdicts, without a PM)."""
+    """What scores completions: ``pm``, or ``labeler`` (its verdicts on single completions, without a PM)."""
     constitution: str | None = None
     """Principles for critique_revision and for reward=labeler: a shipped name or a YAML file."""
     labeler: LabelerConfig = field(default_factory=LabelerConfig)
     """The model behind reward=labeler and critique_revision.critic=labeler."""
-    labeling: LabelingConfig = field(default_factory=LabelingConfig)
-    """How reward=labeler combines its verdicts; the mode is always pointwise."""
+    labeling: LabelingConfig = field(default_factory=lambda: LabelingConfig(mode=LabelMode.score))
+    """How reward=labeler asks: ``labeling.mode`` is ``score`` (the expected score, normalised to -1 ... 1) or
+    ``pointwise`` (the logit of a verdict word)."""
     prompts: str | None = None
     """Prompts for rollouts, revisions and evaluation (JSONL). Null: the prompts of ``preferences``."""
     policy: ModelConfig = field(default_factory=ModelConfig)

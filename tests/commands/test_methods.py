@@ -118,6 +118,25 @@ def test_the_labeler_is_a_reward_of_its_own(train: Command, tmp_path: Path, meth
     assert again.stderr.count("up to date, skipped") == (1 if method == "best_of_n" else 2)
 
 
+@pytest.mark.parametrize(
+    ("mode", "lowest", "highest"),
+    [("score", -1, 1), pytest.param("pointwise", -14, 14, marks=pytest.mark.slow)],
+)
+def test_the_labeler_is_asked_as_told(train: Command, tmp_path: Path, mode: str, lowest: int, highest: int) -> None:
+    """The expected score is between -1 and 1; a logit of this labeler is far outside."""
+    sharp = "labeler.scripted.sharpness=20"
+    train("method=ppo", *LABELER, f"labeling.mode={mode}", sharp, "eval.enabled=false", preferences=False)
+    lines = (tmp_path / "out" / "ppo" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line)["score"] for line in lines]
+    assert all(lowest <= score <= highest for score in found)
+    assert (max(map(abs, found)) > 1) == (mode == "pointwise")
+
+
+def test_a_mode_for_pairs_is_no_reward(train: Command) -> None:
+    result = train("method=ppo", *LABELER, "labeling.mode=pairwise", preferences=False, expect=2)
+    assert "labeling.mode=pairwise: reward=labeler judges one completion at a time" in result.stderr
+
+
 def test_critique_and_revision(train: Command, tmp_path: Path) -> None:
     train("method=critique_revision", "constitution=harmless", preferences=False)
     folder = tmp_path / "out" / "critique_revision"
