@@ -275,8 +275,11 @@ def fit(config: TrainConfig, output: Path) -> Trained:
     assert method is not None
     arm = Arm(config, output, config.policy)
     _check_evaluation(arm)
-    if method is Method.ppo and config.ppo.eval_every:
-        arm.validation_prompts()
+    if method is Method.ppo:
+        from rlaif.methods.ppo_checks import check_lengths
+
+        validation = arm.validation_prompts() if config.ppo.eval_every else []
+        check_lengths(config.ppo, config.policy, validation)
     given = existing_dir(config.preference_model, "preference_model") if config.preference_model else None
     arm = started_from(arm)
     if method is Method.pm:

@@ -33,7 +33,7 @@ from rlaif.chat import encode_chat
 from rlaif.config import Keep, KLControl, KLEstimator, ModelConfig, PPOConfig, ValueInit
 from rlaif.generation import STREAM_BASELINE, STREAM_EVALUATION, STREAM_MINIBATCHES, STREAM_ROLLOUT
 from rlaif.methods.ppo_checkpoint import Checkpoints, Progress
-from rlaif.methods.ppo_checks import check_sampler_follows, check_start
+from rlaif.methods.ppo_checks import check_sampler_follows, check_start, validation_prompts
 from rlaif.methods.ppo_rollout import Actor, PromptStream, Rollouts, ScoreFunction
 from rlaif.methods.ppo_sampler import VLLMSampler, open_sampler
 from rlaif.methods.ppo_view import View
@@ -125,7 +125,7 @@ class PPOTrainer:
         self.actor = Actor(policy, config, sampler, None if head is None else preference_model)
         self.device = self.actor.device
         self.stream = PromptStream(prompts, policy.tokenizer, config.max_prompt_length, seed)
-        self.validation = validation[: config.eval_prompts]
+        self.validation = validation_prompts(validation, policy.tokenizer, config)
         self.pm_head = head
         self.value_head = self.actor.value_head
         if head is not None and head[0].shape[-1] != self.value_head.linear.in_features:
@@ -434,7 +434,7 @@ class PPOTrainer:
 
     def validate(self) -> dict[str, float]:
         """Sample, score and compare to the reference on validation prompts."""
-        prompts = list(self.validation)
+        prompts = self.validation
         encoded = [encode_chat(self.policy.tokenizer, prompt.messages) for prompt in prompts]
         generations = self.actor.sample(
             encoded, [(self.seed, STREAM_EVALUATION, row, 0, 1) for row in range(len(encoded))]

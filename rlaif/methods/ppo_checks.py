@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from rlaif.chat import encode_chat
+from rlaif.config import ModelConfig, PPOConfig
 from rlaif.generation import STREAM_CHECK
 from rlaif.methods.ppo_sampler import SHAKE, shaken
-from rlaif.models import adapter_base, is_adapter, load_causal_lm, resolve_model
+from rlaif.models import adapter_base, context_length, is_adapter, load_causal_lm, load_tokenizer, resolve_model
 from rlaif.policy import Packed, completion_logits, under
 from rlaif.preference_model import AdapterPreferenceModel
 from rlaif.processes import from_main
-from rlaif.records import UserError
+from rlaif.records import Prompt, UserError
 
 if TYPE_CHECKING:
     from rlaif.methods.ppo import PPOTrainer
@@ -24,6 +27,53 @@ if TYPE_CHECKING:
 log = logging.getLogger("rlaif")
 
 _ROWS = 4
+
+
+def check_lengths(config: PPOConfig, start: ModelConfig, validation: Sequence[Prompt]) -> None:
+    """Prompts and completions fit into the model, and a validation prompt is short enough: seen before any training.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    context, asked = context_length(start), config.max_prompt_length + config.max_new_tokens
+    if context is not None and asked > context:
+        raise UserError(
+            f"ppo.max_prompt_length={config.max_prompt_length} and ppo.max_new_tokens={config.max_new_tokens} make "
+            f"{asked} tokens, and policy.name={start.name} takes {context}; lower one of them"
+        )
+    if not config.eval_every:
+        return
+    tokenizer = load_tokenizer(start)
+    if not any(_fits(prompt, tokenizer, config) for prompt in validation):
+        raise UserError(
+            f"ppo.eval_every={config.eval_every}: none of {len(validation)} validation prompts has at most "
+            f"ppo.max_prompt_length={config.max_prompt_length} tokens; raise that, or give ppo.eval_every=0"
+        )
+
+
+def validation_prompts(prompts: Sequence[Prompt], tokenizer: Any, config: PPOConfig) -> list[Prompt]:
+    """The first ``eval_prompts`` of at most ``max_prompt_length`` tokens; says how many were left out on the way."""
+    kept: list[Prompt] = []
+    dropped = 0
+    for prompt in prompts if config.eval_every else ():
+        if len(kept) == config.eval_prompts:
+            break
+        if _fits(prompt, tokenizer, config):
+            kept.append(prompt)
+        else:
+            dropped += 1
+    if dropped:
+        log.warning(
+            "ppo: %d of %d validation prompts have more than ppo.max_prompt_length=%d tokens and are left out",
+            dropped,
+            dropped + len(kept),
+            config.max_prompt_length,
+        )
+    return kept
+
+
+def _fits(prompt: Prompt, tokenizer: Any, config: PPOConfig) -> bool:
+    return len(encode_chat(tokenizer, prompt.messages)) <= config.max_prompt_length
 
 
 class StartCheckError(UserError):

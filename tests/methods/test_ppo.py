@@ -17,7 +17,7 @@ from rlaif.config import Dtype, Keep, KLControl, KLEstimator, LoraSettings, Mode
 from rlaif.generation import generate
 from rlaif.methods.ppo import PPOTrainer, train_ppo
 from rlaif.methods.ppo_checkpoint import Checkpoints, Progress
-from rlaif.methods.ppo_checks import StartCheckError, check_start, more_padding
+from rlaif.methods.ppo_checks import StartCheckError, check_lengths, check_start, more_padding
 from rlaif.methods.ppo_rollout import Actor, PromptStream, ScoreFunction
 from rlaif.models import load_sequence_scorer, load_tokenizer, lora_config, seed_everything
 from rlaif.policy import Packed, has_plain_head, load_policy
@@ -605,6 +605,26 @@ def test_long_prompts_are_left_out_and_none_left_is_an_error(tmp_path: Path) -> 
     assert 6 < position <= 12
     with pytest.raises(UserError, match="no prompt is that short"):
         trainer(tmp_path, max_prompt_length=3)
+
+
+def test_validation_prompts_keep_to_the_same_limit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Left out before so many are taken, so that as many are measured as there can be."""
+    longest_first = VALIDATION[::-1]  # of 29, 27, ... 21 tokens
+    settings = ppo_config(eval_every=1, eval_prompts=2, max_prompt_length=25)
+    policy = load_policy(TINY, settings.tuning, settings.lora)
+    ppo = PPOTrainer(settings, policy, PROMPTS, vowels, tmp_path, 0, longest_first)
+    assert [prompt.prompt_id for prompt in ppo.validation] == ["v2", "v1"]
+    assert "2 of 4 validation prompts have more than ppo.max_prompt_length=25 tokens" in caplog.text
+    with pytest.raises(UserError, match="ppo.eval_every=1: none of 5 validation prompts has at most"):
+        check_lengths(ppo_config(eval_every=1, max_prompt_length=3), TINY, VALIDATION)
+
+
+def test_lengths_that_the_model_cannot_take_are_refused(tmp_path: Path) -> None:
+    check_lengths(ppo_config(max_prompt_length=2042, max_new_tokens=6), TINY, [])
+    load_policy(TINY, Tuning.lora, LoraSettings(r=4)).save(tmp_path)
+    for start in (TINY, ModelConfig(name=str(tmp_path), device="cpu")):
+        with pytest.raises(UserError, match=r"max_prompt_length=2043 .* make 2049 tokens, and policy.name=.* takes 2048"):
+            check_lengths(ppo_config(max_prompt_length=2043, max_new_tokens=6), start, [])
 
 
 def test_prompts_are_encoded_when_their_turn_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
