@@ -615,7 +615,7 @@ def test_validation_prompts_keep_to_the_same_limit(tmp_path: Path, caplog: pytes
     ppo = PPOTrainer(settings, policy, PROMPTS, vowels, tmp_path, 0, longest_first)
     assert [prompt.prompt_id for prompt in ppo.validation] == ["v2", "v1"]
     assert "2 of 4 validation prompts have more than ppo.max_prompt_length=25 tokens" in caplog.text
-    with pytest.raises(UserError, match="ppo.eval_every=1: none of 5 validation prompts has at most"):
+    with pytest.raises(UserError, match=r"ppo.eval_every=1: none of 5 validation prompts has at most"):
         check_lengths(ppo_config(eval_every=1, max_prompt_length=3), TINY, VALIDATION)
 
 
@@ -623,7 +623,7 @@ def test_lengths_that_the_model_cannot_take_are_refused(tmp_path: Path) -> None:
     check_lengths(ppo_config(max_prompt_length=2042, max_new_tokens=6), TINY, [])
     load_policy(TINY, Tuning.lora, LoraSettings(r=4)).save(tmp_path)
     for start in (TINY, ModelConfig(name=str(tmp_path), device="cpu")):
-        with pytest.raises(UserError, match=r"max_prompt_length=2043 .* make 2049 tokens, and policy.name=.* takes 2048"):
+        with pytest.raises(UserError, match=r"length=2043 .* make 2049 tokens, and policy.name=.* takes 2048"):
             check_lengths(ppo_config(max_prompt_length=2043, max_new_tokens=6), start, [])
 
 
