@@ -119,6 +119,11 @@ def check(config: TrainConfig) -> None:
             several = (Path(config.preference_model) / "ensemble.json").is_file()
         if several or config.reward is Reward.labeler:
             raise UserError("ppo.value_init=pm needs the head of one PM; with an ensemble or reward=labeler give zero")
+        if config.preference_model is None and config.pm.model not in (None, config.policy.name):
+            raise UserError(
+                f"ppo.value_init=pm with pm.model={config.pm.model}: the PM's head reads the states of another model "
+                "than the policy; give ppo.value_init=zero"
+            )
     if method is Method.best_of_n and not config.eval.enabled:
         raise UserError("method=best_of_n trains nothing, so with eval.enabled=false there is nothing to do")
     asks_labeler = config.reward is Reward.labeler

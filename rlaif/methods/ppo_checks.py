@@ -121,8 +121,10 @@ def check_start(trainer: PPOTrainer, rollouts: Rollouts) -> None:
     check_close("log of the probability ratio", again - rollouts.logps[rows, :width], few, limit)
     sampled = rollouts.sampled[rows, :width]
     check_close("the sampler's log-probabilities minus the policy's", sampled - again, few, limit)
+    alone = unpadded_logps(trainer, rollouts, rows)
+    check_close("effect of packing on log-probabilities", again - alone, few, limit)
     padded, _ = actor.evaluate(more_padding(part.whole(), actor.pad))
-    check_close("effect of padding on log-probabilities", padded - again, few, limit)
+    check_close("effect of padding on log-probabilities", padded - alone, few, limit)
     if trainer.pm_head is None:
         check_close("value", rollouts.values, mask, Tolerance(1e-6, 1e-6))
     else:
@@ -198,6 +200,24 @@ def more_padding(batch: Packed, pad: int, columns: int = 3) -> Packed:
 
 
 @torch.no_grad()
+def unpadded_logps(trainer: PPOTrainer, rollouts: Rollouts, rows: Tensor) -> Tensor:
+    """Log-probabilities (B, T) of the policy, each row read alone, as token ids without padding, mask or positions.
+
+    The prompt is encoded anew: nothing that packing makes is taken over but the completion's tokens.
+    """
+    actor, batch = trainer.actor, rollouts.batch.select(rows)
+    logps = torch.zeros(batch.tokens.shape, device=actor.device)
+    for place, row in enumerate(rows.tolist()):
+        tokens = batch.tokens[place][batch.completion_mask[place].bool()]
+        prompt = torch.tensor(encode_chat(actor.tokenizer, rollouts.prompts[row].messages), device=actor.device)
+        with torch.autocast(actor.device.type, torch.bfloat16, enabled=actor.autocast):
+            logits = actor.model(input_ids=torch.cat([prompt, tokens]).unsqueeze(0), use_cache=False).logits
+        scaled = logits[0, len(prompt) - 1 : -1].float() / actor.config.temperature
+        logps[place, : len(tokens)] = torch.log_softmax(scaled, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return logps
+
+
+@torch.no_grad()
 def pm_values(trainer: PPOTrainer, rollouts: Rollouts, rows: Tensor) -> Tensor:
     """What the PM's head, standardised like the scores, reads from the states that it must, one row at a time.
 
@@ -205,7 +225,7 @@ def pm_values(trainer: PPOTrainer, rollouts: Rollouts, rows: Tensor) -> Tensor:
     """
     assert trainer.pm_head is not None
     weight, bias = (tensor.to(trainer.device) for tensor in trainer.pm_head)
-    mean, deviation = trainer.progress.score_mean or 0.0, max(trainer.progress.score_std or 0.0, 1e-6)
+    mean, deviation = trainer.progress.score_mean or 0.0, trainer.progress.score_std or 1.0
     batch = rollouts.batch.select(rows).whole()
     width = batch.tokens.shape[1]
     values = torch.zeros(len(rows), width, device=trainer.device)

@@ -30,6 +30,7 @@ from rlaif.config import (
     Split,
     TrainConfig,
     Tuning,
+    ValueInit,
 )
 from rlaif.methods.pm import train_pm
 from rlaif.methods.stages import Arm
@@ -234,6 +235,10 @@ REVISE = Method.critique_revision
         ({"method": Method.ppo, "ppo": PPOConfig(report_to=["aim"])}, "ppo.report_to: aim is not installed"),
         ({"method": Method.dpo, "reward": Reward.labeler}, "method=dpo scores nothing"),
         ({"method": Method.ppo, "reward": Reward.labeler}, "reward=labeler needs a labeler"),
+        (
+            {"method": Method.ppo, "ppo": PPOConfig(value_init=ValueInit.pm), "pm": PMConfig(model="other")},
+            "ppo.value_init=pm with pm.model=other: the PM's head reads the states of another model",
+        ),
         ({"method": Method.best_of_n, "eval": EvalConfig(enabled=False)}, "best_of_n trains nothing"),
         ({"method": Method.sft, "sft_first": True}, "same training twice"),
         ({"method": REVISE}, "constitution is not set"),

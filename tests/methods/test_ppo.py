@@ -14,13 +14,14 @@ from peft import get_peft_model
 
 from rlaif import losses
 from rlaif.config import Dtype, Keep, KLControl, KLEstimator, LoraSettings, ModelConfig, Tuning, ValueInit
-from rlaif.generation import generate
+from rlaif.generation import generate, left_pad
 from rlaif.methods.ppo import PPOTrainer, train_ppo
 from rlaif.methods.ppo_checkpoint import Checkpoints, Progress
 from rlaif.methods.ppo_checks import StartCheckError, check_lengths, check_start, more_padding
 from rlaif.methods.ppo_rollout import Actor, PromptStream, ScoreFunction
 from rlaif.models import load_sequence_scorer, load_tokenizer, lora_config, seed_everything
 from rlaif.policy import Packed, has_plain_head, load_policy
+from rlaif.prefix import positions_after
 from rlaif.records import Prompt, UserError
 from rlaif.rewards import known_scores
 from tests.adapters import fill
@@ -169,28 +170,46 @@ def test_start_check_catches_dropout(tmp_path: Path, dtype: Dtype) -> None:
 
 @pytest.mark.parametrize("fault", ["mask", "positions"])
 @pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16])
-def test_start_check_catches_padding_that_is_seen(
+def test_start_check_catches_rows_that_are_packed_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, dtype: Dtype
 ) -> None:
+    """Sampler, policy and reference share the fault, so that no other check sees it."""
+
+    def seen_padding(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Any, Any]:
+        ids, mask = left_pad(rows, pad, device)
+        return ids, torch.ones_like(mask)
+
+    def without_prefix(prefix: Any, mask: Any) -> Any:
+        return positions_after(None, mask)
+
+    if fault == "mask":
+        monkeypatch.setattr("rlaif.generation.left_pad", seen_padding)
+    else:
+        for module in ("generation", "policy"):
+            monkeypatch.setattr(f"rlaif.{module}.positions_after", without_prefix)
     ppo = trainer(tmp_path, dtype=dtype)
     with torch.no_grad():
         for name, parameter in ppo.actor.model.named_parameters():
             if "self_attn" in name:
                 parameter.mul_(8)  # The tiny model hardly looks at other tokens as it is.
+    with pytest.raises(StartCheckError, match="effect of packing"):
+        check_start(ppo, ppo.rollout(0))
+
+
+def test_start_check_catches_a_model_that_sees_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the rows that are looked at are as long as each other, and need none."""
+    ppo = trainer(tmp_path)
     rollouts = ppo.rollout(0)
-    plain = more_padding
+    evaluate = ppo.actor.evaluate
 
-    def broken(batch: Packed, pad: int, columns: int = 3) -> Packed:
-        wide = plain(batch, pad, columns)
-        if fault == "mask":
-            # What a forward pass without an attention mask amounts to.
-            return dataclasses.replace(wide, mask=torch.ones_like(wide.mask))
-        # Rotary positions are relative, so a plain shift would change nothing: padding between the tokens does.
-        counted = torch.arange(wide.ids.shape[1]).expand_as(wide.positions) * (1 + columns)
-        return dataclasses.replace(wide, positions=counted)
+    def biased(batch: Packed, *rest: Any) -> Any:
+        logps, values = evaluate(batch, *rest)
+        return logps + 0.1 * (batch.mask == 0).any(), values
 
-    monkeypatch.setattr("rlaif.methods.ppo_checks.more_padding", broken)
-    with pytest.raises(StartCheckError, match="padding"):
+    part = rollouts.batch.select(torch.arange(4))
+    assert bool(more_padding(part.whole(), ppo.actor.pad).mask[:, :3].eq(0).all())
+    monkeypatch.setattr(ppo.actor, "evaluate", biased)
+    with pytest.raises(StartCheckError, match=r"probability ratio|packing|padding"):
         check_start(ppo, rollouts)
 
 
@@ -381,6 +400,19 @@ def test_scores_are_normalised_on_the_reference_and_clipped(tmp_path: Path) -> N
     assert ppo.progress.score_std == pytest.approx(3.5355339)
     assert reward(ppo, [1.0, 2.0, 3.0, 10.0]) == pytest.approx([-0.8485281, -0.5656854, -0.2828427, 1.0])
     assert reward(ppo, [4.0]) == [0.0]
+
+
+@pytest.mark.parametrize("head", [None, HEAD])
+def test_scores_that_are_all_equal_at_first_are_not_blown_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, head: Any
+) -> None:
+    """A sparse reward of 0 or 1 that the reference never gets: one that differs later must not be a million."""
+    ppo = trainer(tmp_path, head=head)
+    ppo.start_from(torch.full((8,), 0.1))
+    assert reward(ppo, [0.1, 1.1, -0.4]) == pytest.approx([0.0, 1.0, -0.5], abs=1e-6)
+    assert "the first round's scores are all 0.1, so scores are not scaled" in caplog.text
+    if head is not None:
+        torch.testing.assert_close(ppo.value_head.linear.weight.detach(), head[0])
 
 
 def test_penalties_come_after_the_clip_and_know_the_true_end(tmp_path: Path) -> None:
