@@ -73,9 +73,9 @@ _TAKES_VALUE = {"-c", "--cfg", "-p", "--package", "-cd", "--config-dir", "-cn", 
 def _add_by_name(argument: str) -> str:
     """``+arms.x={...}`` as ``+arms={x: {...}}``: OmegaConf takes a new entry of a typed mapping only like that.
 
-    Likewise ``columns={...}``, of which every entry is new.
+    Likewise ``columns={...}`` and ``splits={...}``, of which every entry is new.
     """
-    if argument.startswith("columns={"):
+    if argument.startswith(("columns={", "splits={")):
         return f"+{argument}"
     added = re.fullmatch(r"\+(arms|sampling\.styles)\.([\w-]+)=(\{.*\})", argument, re.DOTALL)
     return f"+{added[1]}={{{added[2]}: {added[3]}}}" if added else argument

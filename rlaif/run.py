@@ -128,7 +128,7 @@ def check(config: RunConfig) -> Path:
             raise UserError("feedback=human needs human_preferences=DIR, a preference dataset labelled by people")
         from rlaif.methods.stages import preference_folder
 
-        preference_folder(config.human_preferences, Feedback.human, config.columns)
+        preference_folder(config.human_preferences, Feedback.human, config.columns, config.splits)
     for gold in {config.gold, config.eval.gold} - {None}:
         check_gold(str(gold))
     return prompts_file
@@ -166,6 +166,7 @@ def train_config(config: RunConfig, arm: ArmConfig, output: Path) -> TrainConfig
         method=arm.method,
         feedback=arm.feedback,
         columns=config.columns if human else {},
+        splits=config.splits if human else {},
         demonstrations=config.demonstrations,
         sft_first=arm.sft_first,
         reward=arm.reward,

@@ -47,6 +47,8 @@ Train on preferences or principles: a preference model (pm), or a policy by one 
                                   format; or a folder with one such folder per feedback: ai/, human/, simulated_human/
   columns={chosen: good, rejected: bad}
                                   what another dataset calls the columns
+  splits={train: train_prefs, validation: test_prefs}
+                                  and the splits
   feedback=ai                     which of the folders
   demonstrations=FILE             sft: JSONL of messages, prompt and completion, or text; default: chosen completions
   sft_first=true                  fine-tune first; everything else starts from the result

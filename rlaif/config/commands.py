@@ -142,6 +142,8 @@ class TrainConfig(CommandConfig):
     on the hub (``owner/name``)."""
     columns: dict[str, str] = field(default_factory=dict)
     """What another dataset calls the columns: ``{prompt: question, chosen: good, rejected: bad}``."""
+    splits: dict[str, str] = field(default_factory=dict)
+    """What it calls the splits: ``{train: train_prefs, validation: test_prefs}``."""
     demonstrations: str | None = None
     """What sft trains on: a JSONL file of messages, prompt and completion, or text. Null: the chosen completions."""
     sft_first: bool = False
@@ -173,6 +175,10 @@ class TrainConfig(CommandConfig):
     eval: EvalConfig = field(default_factory=EvalConfig)
     experiment: Any = None
     """Chosen by ``experiment=NAME``: a file of ``conf/experiment`` that sets many keys at once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_splits(self.splits)
 
 
 @dataclass
@@ -251,6 +257,8 @@ class RunConfig(CommandConfig):
     """Preference dataset of human labels, for arms with feedback=human."""
     columns: dict[str, str] = field(default_factory=dict)
     """What ``human_preferences`` calls the columns."""
+    splits: dict[str, str] = field(default_factory=dict)
+    """What it calls the splits: ``{train: train_prefs, validation: test_prefs}``."""
     demonstrations: str | None = None
     """What sft trains on: a JSONL file of messages, prompt and completion, or text. Null: the chosen completions."""
     sft: SFTConfig = field(default_factory=SFTConfig)
@@ -270,6 +278,12 @@ class RunConfig(CommandConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_likelihood(self.labeler, self.labeling)
+        check_splits(self.splits)
+
+
+def check_splits(splits: dict[str, str]) -> None:
+    unknown = sorted(set(splits) - {"train", "validation"})
+    require(not unknown, f"splits={splits}: names train and validation, not {', '.join(unknown)}")
 
 
 COMMANDS: dict[str, type[CommandConfig]] = {
