@@ -486,6 +486,45 @@ def test_relative_rewards_subtract_the_references_score_on_the_same_prompt(tmp_p
     assert dict(asked[8:]) == baselines
 
 
+@pytest.mark.parametrize("coefficient", [0.0, 1.0])
+def test_the_entropy_bonus_raises_the_entropy(tmp_path: Path, coefficient: float) -> None:
+    """With advantages of 0 nothing else moves the policy."""
+    ppo = trainer(tmp_path, entropy_coef=coefficient)
+    rollouts = ppo.rollout(0)
+    nothing = torch.zeros_like(rollouts.logps)
+
+    def entropy() -> float:
+        with torch.no_grad():
+            return float(ppo.actor.forward(rollouts.batch, with_entropy=True)[2].sum())
+
+    before = entropy()
+    ppo.minibatch(torch.arange(8), rollouts, nothing, nothing, train_policy=True)
+    assert (entropy() > before + 1e-3) == (coefficient > 0)
+    assert entropy() >= before
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_learning_rates_fall_linearly_if_they_are_to(tmp_path: Path, linear: bool) -> None:
+    ppo = trainer(tmp_path, iterations=4, linear_decay=linear, learning_rate=1e-2, value_learning_rate=1e-3)
+    for iteration in range(3):
+        ppo.step(iteration)
+        rates = [group["lr"] for group in ppo.optimizer.param_groups]
+        left = 1 - iteration / 4 if linear else 1
+        assert rates == pytest.approx([1e-2 * left, 1e-3 * left])
+
+
+@pytest.mark.parametrize(("target", "sign"), [(100.0, -1), (1e-6, 1)])
+def test_adaptive_control_moves_the_price_of_kl(tmp_path: Path, target: float, sign: int) -> None:
+    """By (clipped error) x episodes / horizon a round: 0.2 x 8 / 80 (Ziegler et al. 2019, section 2.2)."""
+    ppo = trainer(tmp_path, kl_control=KLControl.adaptive, kl_target=target, kl_horizon=80)
+    fill(ppo.policy.trainable(), 0.3)
+    ppo.progress.iteration = 1
+    rollouts = ppo.rollout(0)
+    ppo.rollout = lambda iteration: rollouts  # type: ignore[method-assign]
+    coefficients = [ppo.step(iteration)[0]["kl_coef"] for iteration in (1, 2)]
+    assert coefficients == pytest.approx([0.05, 0.05 * (1 + sign * 0.02)])
+
+
 def test_stop_kl_ends_the_updates_without_the_step_that_went_too_far(tmp_path: Path) -> None:
     ppo = trainer(tmp_path, stop_kl=1e-4, learning_rate=0.1, epochs=2)
     line, _ = ppo.step(0)
