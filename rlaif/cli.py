@@ -75,7 +75,7 @@ def _add_by_name(argument: str) -> str:
 
     Likewise mappings with names of the user's, of which every entry is new, unless an experiment has it.
     """
-    if re.match(r"columns=\{|[\w.@]*\b(?:engine_args|extra_body|chat_template_kwargs)[.=]", argument):
+    if re.match(r"(?:columns|splits)=\{|[\w.@]*\b(?:engine_args|extra_body|chat_template_kwargs)[.=]", argument):
         return f"++{argument}"
     added = re.fullmatch(r"\+(arms|sampling\.styles)\.([\w-]+)=(\{.*\})", argument, re.DOTALL)
     return f"+{added[1]}={{{added[2]}: {added[3]}}}" if added else argument

@@ -149,6 +149,20 @@ def load_tokenizer(config: ModelConfig, key: str = "policy") -> Any:
     return tokenizer
 
 
+def context_length(config: ModelConfig) -> int | None:
+    """How many tokens a causal language model takes at most; None where its configuration does not say."""
+    from transformers import AutoConfig
+
+    path, revision = resolve_model(config.name), config.revision
+    if is_adapter(path):
+        path, found = adapter_base(path)
+        revision = found or revision
+    _check_hub(path, revision, config.name, "policy.name")
+    with _loading(config.name, "policy.name"):
+        loaded = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=config.trust_remote_code)
+    return getattr(loaded.get_text_config(), "max_position_embeddings", None)
+
+
 def load_causal_lm(
     config: ModelConfig, key: str = "policy", trainable: bool = False, quantized: bool = False, merged: bool = False
 ) -> Any:

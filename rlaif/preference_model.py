@@ -229,6 +229,33 @@ def fits_beside(folder: Path | str, policy: Policy) -> bool:
     return same and _is_plain_lora(str(folder))
 
 
+def check_same_base(folder: Path, start: ModelConfig) -> None:
+    """A PM's head reads a policy's states only if both were trained on the same base model.
+
+    What a PM of unknown origin was trained on cannot be checked.
+
+    Raises:
+        UserError: if it was another one.
+    """
+    base = str(folder) if is_adapter(folder) else None
+    if base is None and (folder / CALIBRATION).is_file():
+        base = read_json(folder / CALIBRATION).get("base")
+    policy = _root(str(start.name))
+    if base is not None and _root(base) != policy:
+        raise UserError(
+            f"ppo.value_init=pm: the preference model was trained on {_root(base)}, the policy is {policy}, whose "
+            "states mean something else; give ppo.value_init=zero"
+        )
+
+
+def _root(name: str) -> str:
+    """The model under the adapters of a model."""
+    path = resolve_model(name)
+    while is_adapter(path):
+        path = adapter_base(path)[0]
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
 def load_preference_model(config: ModelConfig, policy: Policy) -> PreferenceModel:
     """A PM; as an adapter on the policy's base model if it was trained as one."""
     if not fits_beside(str(config.name), policy):

@@ -375,6 +375,7 @@ def parse_preference(row: Mapping[str, Any]) -> Preference:
         if prompt[-1] == {"role": "assistant", "content": ""}:
             prompt = prompt[:-1]
     messages = parse_messages(prompt)
+    chosen, rejected = (_after(value, messages) for value in (chosen, rejected))
     texts = {"chosen": _reply(chosen, "chosen"), "rejected": _reply(rejected, "rejected")}
     p_chosen = row.get("p_chosen")
     p_chosen = 1.0 if p_chosen is None else p_chosen
@@ -428,6 +429,15 @@ def _check_transcripts(prompt: Sequence[Message], chosen: Sequence[Message], rej
         raise UnusableTranscriptError("whose turns do not alternate")
     if chosen == rejected:
         raise UnusableTranscriptError("with two equal replies")
+
+
+def _after(value: Any, prompt: Sequence[Message]) -> Any:
+    """The reply alone where a message list begins with the prompt that stands beside it, as in UltraFeedback."""
+    if not isinstance(value, list) or len(value) != len(prompt) + 1:
+        return value
+    turns = [turn if isinstance(turn, dict) else {} for turn in value]
+    begins = all(turn.get(key) == said[key] for turn, said in zip(turns, prompt, strict=False) for key in said)
+    return value[-1:] if begins else value
 
 
 def _reply(value: Any, what: str) -> str:

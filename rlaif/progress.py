@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rlaif.records import atomic_file
+
 
 def progress(total: int | None, what: str, unit: str = "it", initial: int = 0, silent: bool = False) -> Any:
     """A tqdm bar on standard error: live in a terminal, one line every ten seconds in a log file."""
@@ -36,4 +38,5 @@ def line_below(place: int) -> Any:
 def keep_lines(file: Path, count: int) -> None:
     """Drop lines of a log that came after the checkpoint, and a last one that was cut."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-    file.write_text("".join(lines[:count]), encoding="utf-8")
+    with atomic_file(file) as kept:
+        kept.writelines(lines[:count])

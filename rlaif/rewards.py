@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,11 +16,17 @@ from rlaif.engines import build_labeler
 from rlaif.engines.base import Engine
 from rlaif.labeling.aggregate import logit
 from rlaif.labeling.label import label_candidates
+from rlaif.labeling.modes import Setup
+from rlaif.labeling.prompts import SCALE
 from rlaif.labeling.store import STORE, STORE_FILES, VerdictStore
 from rlaif.processes import from_all, from_main, is_main, rank, world_size
-from rlaif.records import Candidates, Completion, Message, Prompt, UserError
+from rlaif.records import Candidates, Completion, Label, Message, Prompt, UserError
 
 log = logging.getLogger("rlaif")
+
+
+REWARD_MODES = (LabelMode.score, LabelMode.pointwise)
+"""Ways to ask a labeler that judge one completion by itself."""
 
 
 class RewardModel(Protocol):
@@ -117,7 +123,13 @@ class LabelerReward:
         if self.labeler.type is None:
             raise UserError("reward=labeler needs a labeler: labeler=hf, labeler=vllm, labeler=openai or scripted")
         check_unaudited("reward=labeler", self.labeler, self.labeling)
-        check_mode(load_constitution(self.constitution), LabelMode.pointwise)
+        mode = self.labeling.mode
+        if mode not in REWARD_MODES:
+            raise UserError(
+                f"labeling.mode={mode.value}: reward=labeler judges one completion at a time; give labeling.mode=score "
+                "or pointwise"
+            )
+        check_mode(load_constitution(self.constitution), mode)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -133,10 +145,8 @@ class LabelerReward:
             yield AskedByMain(None)
             return
         constitution = load_constitution(self.constitution)
-        # Rationales and exemplars are for pairs; one completion gets its verdict at once.
-        labeling = replace(self.labeling, mode=LabelMode.pointwise, rationales=0, exemplars=False)
         with build_labeler(self.labeler, self.seed) as engine, VerdictStore(folder / STORE) as store:
-            scores = LabelerScores(engine, constitution, labeling, store, self.seed)
+            scores = LabelerScores(engine, constitution, self.labeling, store, self.seed)
             yield scores if world_size() == 1 else AskedByMain(scores)
 
 
@@ -161,7 +171,7 @@ class AskedByMain:
 
 @dataclass(frozen=True)
 class LabelerScores:
-    """Pointwise verdicts as scores; each is in the store, and asked once."""
+    """Verdicts on single completions as scores; each is in the store, and asked once."""
 
     engine: Engine
     constitution: Constitution
@@ -170,7 +180,7 @@ class LabelerScores:
     seed: int
 
     def score(self, examples: Sequence[tuple[Sequence[Message], str]]) -> list[float | None]:
-        """The weighted mean over the principles asked of the verdicts' logits, divided by ``labeling.temperature``.
+        """The weighted mean over the principles asked of :func:`verdict_value`, divided by ``labeling.temperature``.
 
         Raises:
             UserError: if the labeler gave no verdict at all.
@@ -179,18 +189,19 @@ class LabelerScores:
             Candidates(Prompt(str(index), tuple(prompt)), (Completion("0", text),))
             for index, (prompt, text) in enumerate(examples)
         ]
-        weights = {principle.id: principle.weight for principle in self.constitution.principles}
+        weights = Setup(self.constitution, self.engine.name, self.labeling, self.seed).weights
         totals, asked = [0.0] * len(lines), [0.0] * len(lines)
         missing: set[int] = set()
         reasons: list[str | None] = []
         labels = label_candidates(lines, self.constitution, self.engine, self.labeling, self.store, self.seed)
         for label in labels:
             index = int(label.prompt_id)
-            if label.p is None:
+            value = verdict_value(label)
+            if value is None:
                 missing.add(index)
                 reasons.append(label.reason)
             else:
-                totals[index] += weights[label.principle] * logit(label.p)
+                totals[index] += weights[label.principle] * value
                 asked[index] += weights[label.principle]
         if missing and len(missing) == len(lines):
             raise UserError(f"the labeler gave no usable verdict on {len(lines)} completions; first: {reasons[0]}")
@@ -203,6 +214,18 @@ class LabelerScores:
             None if index in missing else total / (weight * self.labeling.temperature)
             for index, (total, weight) in enumerate(zip(totals, asked, strict=True))
         ]
+
+
+def verdict_value(label: Label) -> float | None:
+    """What a verdict on one completion is worth; None if there is none.
+
+    Score: the expected score, from 1 ... 10 to -1 ... 1 (Lee et al. 2023, section 2.3). Pointwise: the logit of P(the
+    completion satisfies the principle).
+    """
+    if label.score is not None:
+        middle = (SCALE[0] + SCALE[-1]) / 2
+        return (label.score - middle) / (SCALE[-1] - middle)
+    return None if label.p is None else logit(label.p)
 
 
 def known_scores(scores: Sequence[float | None]) -> list[float]:

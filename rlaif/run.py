@@ -14,6 +14,9 @@ from rlaif.config import (
     Feedback,
     LabelConfig,
     LabelerType,
+    LabelingConfig,
+    LabelMode,
+    Reward,
     RunConfig,
     SampleConfig,
     TrainConfig,
@@ -24,6 +27,7 @@ from rlaif.evaluate import run_evaluation
 from rlaif.gold import check_gold
 from rlaif.label import run_label
 from rlaif.records import UserError, find_prompts
+from rlaif.rewards import REWARD_MODES
 from rlaif.sample import run_sample
 from rlaif.splits import read_split
 from rlaif.train import check as check_training
@@ -124,7 +128,7 @@ def check(config: RunConfig) -> Path:
             raise UserError("feedback=human needs human_preferences=DIR, a preference dataset labelled by people")
         from rlaif.methods.stages import preference_folder
 
-        preference_folder(config.human_preferences, Feedback.human, config.columns)
+        preference_folder(config.human_preferences, Feedback.human, config.columns, config.splits)
     for gold in {config.gold, config.eval.gold} - {None}:
         check_gold(str(gold))
     return prompts_file
@@ -162,12 +166,13 @@ def train_config(config: RunConfig, arm: ArmConfig, output: Path) -> TrainConfig
         method=arm.method,
         feedback=arm.feedback,
         columns=config.columns if human else {},
+        splits=config.splits if human else {},
         demonstrations=config.demonstrations,
         sft_first=arm.sft_first,
         reward=arm.reward,
         constitution=config.constitution,
         labeler=config.labeler,
-        labeling=config.labeling,
+        labeling=reward_labeling(config.labeling) if arm.reward is Reward.labeler else config.labeling,
         prompts=config.prompts,
         policy=config.policy,
         data=config.data,
@@ -185,6 +190,18 @@ def train_config(config: RunConfig, arm: ArmConfig, output: Path) -> TrainConfig
     if needs_preferences(result):
         result.preferences = config.human_preferences if human else str(output / "labels")
     return result
+
+
+def reward_labeling(labeling: LabelingConfig) -> LabelingConfig:
+    """How a labeler that is the reward is asked: in a run whose labels come from comparisons, for a score."""
+    if labeling.mode in REWARD_MODES:
+        return labeling
+    return LabelingConfig(
+        mode=LabelMode.score,
+        principles=labeling.principles,
+        temperature=labeling.temperature,
+        calibrate=labeling.calibrate,
+    )
 
 
 def report_pm(arms: Mapping[str, TrainConfig], models: Mapping[str, Path | None]) -> Path | None:

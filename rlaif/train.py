@@ -47,6 +47,8 @@ Train on preferences or principles: a preference model (pm), or a policy by one 
                                   format; or a folder with one such folder per feedback: ai/, human/, simulated_human/
   columns={chosen: good, rejected: bad}
                                   what another dataset calls the columns
+  splits={train: train_prefs, validation: test_prefs}
+                                  and the splits
   feedback=ai                     which of the folders
   demonstrations=FILE             sft: JSONL of messages, prompt and completion, or text; default: chosen completions
   sft_first=true                  fine-tune first; everything else starts from the result
@@ -119,6 +121,11 @@ def check(config: TrainConfig) -> None:
             several = (Path(config.preference_model) / "ensemble.json").is_file()
         if several or config.reward is Reward.labeler:
             raise UserError("ppo.value_init=pm needs the head of one PM; with an ensemble or reward=labeler give zero")
+        if config.preference_model is None and config.pm.model not in (None, config.policy.name):
+            raise UserError(
+                f"ppo.value_init=pm with pm.model={config.pm.model}: the PM's head reads the states of another model "
+                "than the policy; give ppo.value_init=zero"
+            )
     if method is Method.best_of_n and not config.eval.enabled:
         raise UserError("method=best_of_n trains nothing, so with eval.enabled=false there is nothing to do")
     asks_labeler = config.reward is Reward.labeler
@@ -275,8 +282,11 @@ def fit(config: TrainConfig, output: Path) -> Trained:
     assert method is not None
     arm = Arm(config, output, config.policy)
     _check_evaluation(arm)
-    if method is Method.ppo and config.ppo.eval_every:
-        arm.validation_prompts()
+    if method is Method.ppo:
+        from rlaif.methods.ppo_checks import check_lengths
+
+        validation = arm.validation_prompts() if config.ppo.eval_every else []
+        check_lengths(config.ppo, config.policy, validation)
     given = existing_dir(config.preference_model, "preference_model") if config.preference_model else None
     arm = started_from(arm)
     if method is Method.pm:

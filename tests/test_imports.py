@@ -40,7 +40,7 @@ NARROW = {
     **{module: {"config", *PARTS} for module in PARTS},
     "records": set(),
     "processes": set(),
-    "progress": set(),
+    "progress": {"records"},
     "text": set(),
     "losses": set(),
     "gold": {"records"},

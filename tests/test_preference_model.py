@@ -14,6 +14,7 @@ from rlaif.policy import completion_logits, load_policy, merged, pack
 from rlaif.preference_model import (
     AdapterPreferenceModel,
     PreferenceModel,
+    check_same_base,
     load_preference_model,
     read_head,
     separate_pad_token,
@@ -163,6 +164,24 @@ def test_the_head_is_read_from_the_folder(tmp_path, lora):
     assert weight.shape == (1, 48)
     assert float(weight.abs().sum()) > 0
     assert bias.tolist() == [0.0]
+
+
+def test_a_value_starts_only_from_a_pm_on_the_policys_base(pm, tmp_path):
+    check_same_base(pm, TINY)
+    policy_of().save(tmp_path / "sft")
+    check_same_base(pm, of(tmp_path / "sft"))
+    other = tmp_path / "other"
+    load_policy(TINY, Tuning.full, LoraSettings()).save(other)
+    with pytest.raises(
+        UserError, match=r"value_init=pm: .* trained on .*, the policy is .*other.* give .*value_init=zero"
+    ):
+        check_same_base(pm, of(other))
+    whole = make_pm(tmp_path / "whole", None)
+    check_same_base(whole, of(other))
+    (whole / "calibration.json").write_text(json.dumps({"base": "tiny"}))
+    check_same_base(whole, TINY)
+    with pytest.raises(UserError, match="trained on"):
+        check_same_base(whole, of(other))
 
 
 def test_a_folder_without_a_head_is_an_error(tmp_path):

@@ -4,14 +4,17 @@ import gzip
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlaif.config import AnnotatorConfig, Selection
+from rlaif.cli import _normalise
+from rlaif.config import AnnotatorConfig, Feedback, ModelConfig, Selection, TrainConfig
 from rlaif.gold import gold_score
 from rlaif.labeling.aggregate import PairLabel, logit, sigmoid
+from rlaif.methods.stages import Arm
 from rlaif.preferences import (
     LengthBalance,
     PreferenceWriter,
@@ -46,6 +49,43 @@ def select(pairs, lines=None, selection=Selection.all_pairs, min_margin=0.0):
         if rows:
             chosen.setdefault(found.split or "train", []).extend(rows)
     return chosen, dropped
+
+
+ULTRAFEEDBACK = {
+    "prompt": "Why?",
+    "chosen": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}],
+    "rejected": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "No idea."}],
+}
+
+
+def test_splits_of_other_names(tmp_path):
+    for name, count in (("train_prefs", 3), ("test_prefs", 2)):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(ULTRAFEEDBACK) + "\n") * count)
+
+    def arm(**splits):
+        config = TrainConfig(preferences=str(tmp_path), feedback=Feedback.human, splits=splits)
+        return Arm(config, tmp_path, ModelConfig(name="tiny"))
+
+    assert _normalise(["splits={train: train_prefs}"]) == (["+splits={train: train_prefs}"], False)
+    found = arm(train="train_prefs", validation="test_prefs")
+    assert [len(found.preferences(split)) for split in ("train", "validation")] == [3, 2]
+    files = {role: Path(str(file)).name for role, file in found.preference_inputs.items()}
+    assert files == {"preferences/train.jsonl": "train_prefs.jsonl", "preferences/validation.jsonl": "test_prefs.jsonl"}
+    with pytest.raises(UserError, match=r"no train.parquet, .*splits=\{train: NAME\} says what else"):
+        arm().preferences("train")
+    with pytest.raises(UserError, match=r"splits=\{validation: dev\}: .* has no such file"):
+        arm(train="train_prefs", validation="dev").preferences("train")
+    with pytest.raises(ValueError, match="names train and validation, not dev"):
+        TrainConfig(splits={"dev": "x"})
+
+
+def test_lists_that_begin_with_the_prompt_beside_them():
+    for prompt in ("Why?", ULTRAFEEDBACK["chosen"][:1]):
+        found = parse_preference({**ULTRAFEEDBACK, "prompt": prompt})
+        assert found.prompt == ({"role": "user", "content": "Why?"},)
+        assert (found.chosen, found.rejected) == ("Because.", "No idea.")
+    with pytest.raises(ValueError, match="must be one assistant message after the prompt"):
+        parse_preference({**ULTRAFEEDBACK, "prompt": "Who?"})
 
 
 def test_preferences_are_oriented():

@@ -101,6 +101,15 @@ class DPOLoss(StrEnum):
     discopop = "discopop"
 
 
+class GRPOLoss(StrEnum):
+    """By what GRPO's loss divides the sum over tokens; the names are TRL's."""
+
+    grpo = "grpo"
+    bnpo = "bnpo"
+    dapo = "dapo"
+    dr_grpo = "dr_grpo"
+
+
 class EnsembleScore(StrEnum):
     """How the scores of an ensemble of PMs become one (Coste et al. 2023)."""
 

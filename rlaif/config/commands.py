@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlaif.config.checks import positive_or_null, require
-from rlaif.config.choices import Feedback, Method, Reward
+from rlaif.config.choices import Feedback, LabelMode, Method, Reward
 from rlaif.config.labeling import AnnotatorConfig, LabelerConfig, LabelingConfig, check_likelihood
 from rlaif.config.models import DataConfig, EvalConfig, ModelConfig, SamplingConfig
 from rlaif.config.training import (
@@ -142,6 +142,8 @@ class TrainConfig(CommandConfig):
     on the hub (``owner/name``)."""
     columns: dict[str, str] = field(default_factory=dict)
     """What another dataset calls the columns: ``{prompt: question, chosen: good, rejected: bad}``."""
+    splits: dict[str, str] = field(default_factory=dict)
+    """What it calls the splits: ``{train: train_prefs, validation: test_prefs}``."""
     demonstrations: str | None = None
     """What sft trains on: a JSONL file of messages, prompt and completion, or text. Null: the chosen completions."""
     sft_first: bool = False
@@ -150,13 +152,14 @@ class TrainConfig(CommandConfig):
     preference_model: str | None = None
     """PM for ppo, rloo, grpo and best_of_n. Null: a PM is trained on ``preferences`` first."""
     reward: Reward = Reward.pm
-    """What scores completions: ``pm``, or ``labeler`` (its pointwise verdicts, without a PM)."""
+    """What scores completions: ``pm``, or ``labeler`` (its verdicts on single completions, without a PM)."""
     constitution: str | None = None
     """Principles for critique_revision and for reward=labeler: a shipped name or a YAML file."""
     labeler: LabelerConfig = field(default_factory=LabelerConfig)
     """The model behind reward=labeler and critique_revision.critic=labeler."""
-    labeling: LabelingConfig = field(default_factory=LabelingConfig)
-    """How reward=labeler combines its verdicts; the mode is always pointwise."""
+    labeling: LabelingConfig = field(default_factory=lambda: LabelingConfig(mode=LabelMode.score))
+    """How reward=labeler asks: ``labeling.mode`` is ``score`` (the expected score, normalised to -1 ... 1) or
+    ``pointwise`` (the logit of a verdict word)."""
     prompts: str | None = None
     """Prompts for rollouts, revisions and evaluation (JSONL). Null: the prompts of ``preferences``."""
     policy: ModelConfig = field(default_factory=ModelConfig)
@@ -172,6 +175,10 @@ class TrainConfig(CommandConfig):
     eval: EvalConfig = field(default_factory=EvalConfig)
     experiment: Any = None
     """Chosen by ``experiment=NAME``: a file of ``conf/experiment`` that sets many keys at once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_splits(self.splits)
 
 
 @dataclass
@@ -250,6 +257,8 @@ class RunConfig(CommandConfig):
     """Preference dataset of human labels, for arms with feedback=human."""
     columns: dict[str, str] = field(default_factory=dict)
     """What ``human_preferences`` calls the columns."""
+    splits: dict[str, str] = field(default_factory=dict)
+    """What it calls the splits: ``{train: train_prefs, validation: test_prefs}``."""
     demonstrations: str | None = None
     """What sft trains on: a JSONL file of messages, prompt and completion, or text. Null: the chosen completions."""
     sft: SFTConfig = field(default_factory=SFTConfig)
@@ -269,6 +278,12 @@ class RunConfig(CommandConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_likelihood(self.labeler, self.labeling)
+        check_splits(self.splits)
+
+
+def check_splits(splits: dict[str, str]) -> None:
+    unknown = sorted(set(splits) - {"train", "validation"})
+    require(not unknown, f"splits={splits}: names train and validation, not {', '.join(unknown)}")
 
 
 COMMANDS: dict[str, type[CommandConfig]] = {

@@ -10,6 +10,7 @@ from rlaif.config.choices import (
     Critic,
     DPOLoss,
     EnsembleScore,
+    GRPOLoss,
     Keep,
     KLControl,
     KLEstimator,
@@ -192,6 +193,11 @@ class RLOOConfig(OnlineConfig):
 class GRPOConfig(OnlineConfig):
     """Group relative policy optimisation (Shao et al. 2024), by TRL."""
 
+    loss_type: GRPOLoss = GRPOLoss.grpo
+    """``grpo``: the mean over each completion's tokens, then over completions, as in the paper. ``dapo`` (TRL's own
+    default) and ``bnpo``: the mean over all tokens of the step, or of the micro-batch. ``dr_grpo``: the sum over tokens
+    divided by ``max_new_tokens``."""
+
 
 @dataclass
 class BestOfNConfig:
@@ -238,7 +244,8 @@ class PPOConfig:
     """PPO with a preference model (Ouyang et al. 2022; details after Huang et al. 2023/2024)."""
 
     tuning: Tuning = Tuning.lora
-    """``lora``: the adapter-off base is the reference. ``full``: a frozen copy is the reference."""
+    """``lora``, or ``qlora`` over 4-bit weights (needs a CUDA GPU and bitsandbytes): the adapter-off base is the
+    reference. ``full``: a frozen copy is the reference."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """Adapter settings."""
     iterations: int = 100

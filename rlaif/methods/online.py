@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from rlaif.chat import encode_chat
-from rlaif.config import Method, ModelConfig, OnlineConfig
+from rlaif.config import GRPOConfig, Method, ModelConfig, OnlineConfig
 from rlaif.methods.supervised import (
     load_start,
     on_one_device,
@@ -91,6 +91,7 @@ def train_online(
         beta=config.kl_coef,
         disable_dropout=True,
         trust_remote_code=start.trust_remote_code,
+        **({"loss_type": config.loss_type.value} if isinstance(config, GRPOConfig) else {}),
     )
     trainer = trainer_class(
         model=model,

@@ -34,14 +34,14 @@ from rlaif.chat import encode_chat
 from rlaif.config import Keep, KLControl, KLEstimator, ModelConfig, PPOConfig, ValueInit
 from rlaif.generation import STREAM_BASELINE, STREAM_EVALUATION, STREAM_MINIBATCHES, STREAM_ROLLOUT
 from rlaif.methods.ppo_checkpoint import Checkpoints, Progress
-from rlaif.methods.ppo_checks import check_sampler_follows, check_start
+from rlaif.methods.ppo_checks import check_sampler_follows, check_start, validation_prompts
 from rlaif.methods.ppo_rollout import Actor, PromptStream, Rollouts, ScoreFunction
 from rlaif.methods.ppo_sampler import VLLMSampler, open_sampler
 from rlaif.methods.ppo_view import View
 from rlaif.methods.trackers import Trackers
 from rlaif.models import seed_everything
 from rlaif.policy import Policy, load_policy
-from rlaif.preference_model import load_preference_model, pm_config, read_head
+from rlaif.preference_model import check_same_base, load_preference_model, pm_config, read_head
 from rlaif.processes import add_up, copy_from_main, is_main, spread, wait_for_all
 from rlaif.progress import keep_lines
 from rlaif.records import Prompt, UserError
@@ -80,11 +80,12 @@ def train_ppo(
         UserError: if no prompt fits ``max_prompt_length``, or the PM's head does not fit the policy.
     """
     seed_everything(seed)
-    policy = load_policy(start, config.tuning, config.lora)
     head = None
     if config.value_init is ValueInit.pm:
         assert preference_model is not None
+        check_same_base(preference_model, start)
         head = read_head(preference_model)
+    policy = load_policy(start, config.tuning, config.lora)
     if score is None:
         assert preference_model is not None
         pm = load_preference_model(pm_config(start, preference_model), policy)
@@ -126,7 +127,7 @@ class PPOTrainer:
         self.actor = Actor(policy, config, sampler, None if head is None else preference_model)
         self.device = self.actor.device
         self.stream = PromptStream(prompts, policy.tokenizer, config.max_prompt_length, seed)
-        self.validation = validation[: config.eval_prompts]
+        self.validation = validation_prompts(validation, policy.tokenizer, config)
         self.pm_head = head
         self.value_head = self.actor.value_head
         if head is not None and head[0].shape[-1] != self.value_head.linear.in_features:
@@ -307,23 +308,25 @@ class PPOTrainer:
 
         The first iteration's completions come from the reference policy, whatever is trained.
         """
-        normalize = self.config.normalize_scores
-        self.progress.score_mean = float(scores.mean()) if normalize else 0.0
-        self.progress.score_std = float(scores.std(unbiased=False)) if normalize else 1.0
+        mean, deviation = 0.0, 1.0
+        if self.config.normalize_scores:
+            mean, deviation = float(scores.mean()), float(scores.std(unbiased=False))
+            if deviation <= 1e-6 * max(1.0, abs(mean)):
+                log.warning("ppo: the first round's scores are all %.4g, so scores are not scaled, only shifted", mean)
+                deviation = 1.0
+        self.progress.score_mean, self.progress.score_std = mean, deviation
         if self.pm_head is not None:
             weight, bias = self.pm_head
             with torch.no_grad():
-                self.value_head.linear.weight.copy_(weight / max(self.progress.score_std, 1e-6))
-                self.value_head.linear.bias.copy_(
-                    (bias - self.progress.score_mean) / max(self.progress.score_std, 1e-6)
-                )
+                self.value_head.linear.weight.copy_(weight / deviation)
+                self.value_head.linear.bias.copy_((bias - mean) / deviation)
 
     def reward_scores(self, scores: Tensor, lengths: Tensor, ended: Tensor) -> Tensor:
         """Scores as they enter the reward: standardised by the reference's, clipped, minus penalties: (B,)."""
         config, state = self.config, self.progress
         assert state.score_mean is not None
         assert state.score_std is not None
-        scores = (scores - state.score_mean) / max(state.score_std, 1e-6)
+        scores = (scores - state.score_mean) / state.score_std
         scores = scores.clamp(-config.score_clip, config.score_clip)
         return scores - config.missing_eos_penalty * (~ended).float() - config.length_penalty * lengths
 
@@ -435,7 +438,7 @@ class PPOTrainer:
 
     def validate(self) -> dict[str, float]:
         """Sample, score and compare to the reference on validation prompts."""
-        prompts = list(self.validation)
+        prompts = self.validation
         encoded = [encode_chat(self.policy.tokenizer, prompt.messages) for prompt in prompts]
         generations = self.actor.sample(
             encoded, [(self.seed, STREAM_EVALUATION, row, 0, 1) for row in range(len(encoded))]

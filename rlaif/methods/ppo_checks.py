@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from rlaif.chat import encode_chat
+from rlaif.config import ModelConfig, PPOConfig
 from rlaif.generation import STREAM_CHECK
 from rlaif.methods.ppo_sampler import SHAKE, shaken
-from rlaif.models import adapter_base, is_adapter, load_causal_lm, resolve_model
+from rlaif.models import adapter_base, context_length, is_adapter, load_causal_lm, load_tokenizer, resolve_model
 from rlaif.policy import Packed, completion_logits, under
 from rlaif.preference_model import AdapterPreferenceModel
 from rlaif.processes import from_main
-from rlaif.records import UserError
+from rlaif.records import Prompt, UserError
 
 if TYPE_CHECKING:
     from rlaif.methods.ppo import PPOTrainer
@@ -24,6 +27,53 @@ if TYPE_CHECKING:
 log = logging.getLogger("rlaif")
 
 _ROWS = 4
+
+
+def check_lengths(config: PPOConfig, start: ModelConfig, validation: Sequence[Prompt]) -> None:
+    """Prompts and completions fit into the model, and a validation prompt is short enough: seen before any training.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    context, asked = context_length(start), config.max_prompt_length + config.max_new_tokens
+    if context is not None and asked > context:
+        raise UserError(
+            f"ppo.max_prompt_length={config.max_prompt_length} and ppo.max_new_tokens={config.max_new_tokens} make "
+            f"{asked} tokens, and policy.name={start.name} takes {context}; lower one of them"
+        )
+    if not config.eval_every:
+        return
+    tokenizer = load_tokenizer(start)
+    if not any(_fits(prompt, tokenizer, config) for prompt in validation):
+        raise UserError(
+            f"ppo.eval_every={config.eval_every}: none of {len(validation)} validation prompts has at most "
+            f"ppo.max_prompt_length={config.max_prompt_length} tokens; raise that, or give ppo.eval_every=0"
+        )
+
+
+def validation_prompts(prompts: Sequence[Prompt], tokenizer: Any, config: PPOConfig) -> list[Prompt]:
+    """The first ``eval_prompts`` of at most ``max_prompt_length`` tokens; says how many were left out on the way."""
+    kept: list[Prompt] = []
+    dropped = 0
+    for prompt in prompts if config.eval_every else ():
+        if len(kept) == config.eval_prompts:
+            break
+        if _fits(prompt, tokenizer, config):
+            kept.append(prompt)
+        else:
+            dropped += 1
+    if dropped:
+        log.warning(
+            "ppo: %d of %d validation prompts have more than ppo.max_prompt_length=%d tokens and are left out",
+            dropped,
+            dropped + len(kept),
+            config.max_prompt_length,
+        )
+    return kept
+
+
+def _fits(prompt: Prompt, tokenizer: Any, config: PPOConfig) -> bool:
+    return len(encode_chat(tokenizer, prompt.messages)) <= config.max_prompt_length
 
 
 class StartCheckError(UserError):
@@ -71,8 +121,10 @@ def check_start(trainer: PPOTrainer, rollouts: Rollouts) -> None:
     check_close("log of the probability ratio", again - rollouts.logps[rows, :width], few, limit)
     sampled = rollouts.sampled[rows, :width]
     check_close("the sampler's log-probabilities minus the policy's", sampled - again, few, limit)
+    alone = unpadded_logps(trainer, rollouts, rows)
+    check_close("effect of packing on log-probabilities", again - alone, few, limit)
     padded, _ = actor.evaluate(more_padding(part.whole(), actor.pad))
-    check_close("effect of padding on log-probabilities", padded - again, few, limit)
+    check_close("effect of padding on log-probabilities", padded - alone, few, limit)
     if trainer.pm_head is None:
         check_close("value", rollouts.values, mask, Tolerance(1e-6, 1e-6))
     else:
@@ -148,6 +200,24 @@ def more_padding(batch: Packed, pad: int, columns: int = 3) -> Packed:
 
 
 @torch.no_grad()
+def unpadded_logps(trainer: PPOTrainer, rollouts: Rollouts, rows: Tensor) -> Tensor:
+    """Log-probabilities (B, T) of the policy, each row read alone, as token ids without padding, mask or positions.
+
+    The prompt is encoded anew: nothing that packing makes is taken over but the completion's tokens.
+    """
+    actor, batch = trainer.actor, rollouts.batch.select(rows)
+    logps = torch.zeros(batch.tokens.shape, device=actor.device)
+    for place, row in enumerate(rows.tolist()):
+        tokens = batch.tokens[place][batch.completion_mask[place].bool()]
+        prompt = torch.tensor(encode_chat(actor.tokenizer, rollouts.prompts[row].messages), device=actor.device)
+        with torch.autocast(actor.device.type, torch.bfloat16, enabled=actor.autocast):
+            logits = actor.model(input_ids=torch.cat([prompt, tokens]).unsqueeze(0), use_cache=False).logits
+        scaled = logits[0, len(prompt) - 1 : -1].float() / actor.config.temperature
+        logps[place, : len(tokens)] = torch.log_softmax(scaled, dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return logps
+
+
+@torch.no_grad()
 def pm_values(trainer: PPOTrainer, rollouts: Rollouts, rows: Tensor) -> Tensor:
     """What the PM's head, standardised like the scores, reads from the states that it must, one row at a time.
 
@@ -155,7 +225,7 @@ def pm_values(trainer: PPOTrainer, rollouts: Rollouts, rows: Tensor) -> Tensor:
     """
     assert trainer.pm_head is not None
     weight, bias = (tensor.to(trainer.device) for tensor in trainer.pm_head)
-    mean, deviation = trainer.progress.score_mean or 0.0, max(trainer.progress.score_std or 0.0, 1e-6)
+    mean, deviation = trainer.progress.score_mean or 0.0, trainer.progress.score_std or 1.0
     batch = rollouts.batch.select(rows).whole()
     width = batch.tokens.shape[1]
     values = torch.zeros(len(rows), width, device=trainer.device)

@@ -39,28 +39,42 @@ TOGETHER = (Method.sft, Method.pm, Method.ppo, Method.dpo, Method.rloo, Method.g
 """Methods that several processes can train together."""
 
 
-def preference_folder(preferences: str | None, feedback: Feedback, columns: Mapping[str, str] | None = None) -> Path:
+def preference_folder(
+    preferences: str | None,
+    feedback: Feedback,
+    columns: Mapping[str, str] | None = None,
+    splits: Mapping[str, str] | None = None,
+) -> Path:
     """The dataset for a feedback: a subfolder of that name, else the folder itself, else one from the hub.
 
     Raises:
-        UserError: if it holds no training split; says what was looked for.
+        UserError: if it holds no training split, or not one that ``splits`` names; says what was looked for.
     """
+    splits = splits or {}
+    train = splits.get("train", "train")
     root = hub_preferences(preferences) if preferences else None
     root = root or existing_dir(preferences, "preferences")
     for folder in (root / feedback.value / "preferences", root / feedback.value, root):
-        if any((folder / f"train.{ending}").is_file() for ending in ENDINGS):
+        if _has_split(folder, train):
+            missing = [f"{ours}: {theirs}" for ours, theirs in splits.items() if not _has_split(folder, theirs)]
+            if missing:
+                raise UserError(f"splits={{{', '.join(missing)}}}: {folder} has no such file")
             if folder == root:
-                _check_feedback(folder, feedback, columns)
+                _check_feedback(folder, feedback, columns, train)
             return folder
     raise UserError(
-        f"preferences={root}: no train.parquet, train.jsonl or train.jsonl.gz in it or in its subfolder "
-        f"{feedback.value} (feedback={feedback.value})"
+        f"preferences={root}: no {train}.parquet, {train}.jsonl or {train}.jsonl.gz in it or in its subfolder "
+        f"{feedback.value} (feedback={feedback.value}); splits={{train: NAME}} says what else it is called"
     )
 
 
-def _check_feedback(folder: Path, feedback: Feedback, columns: Mapping[str, str] | None) -> None:
+def _has_split(folder: Path, name: str) -> bool:
+    return any((folder / f"{name}.{ending}").is_file() for ending in ENDINGS)
+
+
+def _check_feedback(folder: Path, feedback: Feedback, columns: Mapping[str, str] | None, train: str) -> None:
     """Labels of one kind must not be trained on, and reported, as another."""
-    rows = read_preferences(folder, "train", columns)
+    rows = read_preferences(folder, train, columns)
     found = rows[0].feedback if rows else feedback.value
     if found != feedback.value:
         raise UserError(
@@ -93,7 +107,7 @@ class Arm:
         config = self.config
         if config.preferences is None and not needs_preferences(config):
             return None
-        return preference_folder(config.preferences, config.feedback, config.columns)
+        return preference_folder(config.preferences, config.feedback, config.columns, config.splits)
 
     def preferences(self, split: str) -> list[Preference]:
         """One split of the preferences; no rows without a dataset.
@@ -103,7 +117,7 @@ class Arm:
         """
         if self.source is None:
             return []
-        rows = read_preferences(self.source, split, self.config.columns)
+        rows = read_preferences(self.source, self.config.splits.get(split, split), self.config.columns)
         if not rows and split == "train":
             raise UserError(f"{self.source}: the training split is empty")
         return rows
@@ -114,8 +128,12 @@ class Arm:
         folder = self.source
         if folder is None:
             return {}
-        names = [f"{split}.{ending}" for split in ("train", "validation") for ending in ENDINGS]
-        return {f"preferences/{name}": folder / name for name in names if (folder / name).is_file()}
+        files = {
+            f"preferences/{split}.{ending}": folder / f"{self.config.splits.get(split, split)}.{ending}"
+            for split in ("train", "validation")
+            for ending in ENDINGS
+        }
+        return {role: file for role, file in files.items() if file.is_file()}
 
     def prompts(self) -> tuple[list[Prompt], Inputs]:
         """Training prompts: those of ``prompts``, else those of the preferences; and where they come from.

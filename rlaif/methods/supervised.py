@@ -21,7 +21,7 @@ from rlaif.models import autocasts, load_causal_lm, lora_config, pick_device
 from rlaif.prefix import shareable, split_prefix
 from rlaif.processes import is_main, spreads_weights, wait_for_all, world_size
 from rlaif.progress import keep_lines, progress
-from rlaif.records import UserError
+from rlaif.records import UserError, read_json, write_json
 from rlaif.sharding import gather_weights
 
 log = logging.getLogger("rlaif")
@@ -255,6 +255,40 @@ class Curve(TrainerCallback):
         self.bar.close()
 
 
+_MANIFEST = "complete.json"
+"""Written into a checkpoint last: the sizes of its files."""
+
+
+class Complete(TrainerCallback):
+    """Says of a checkpoint, which transformers writes in place, that it has been written to its end."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """List the files that all processes have written."""
+        wait_for_all()
+        if is_main():
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(folder / _MANIFEST, _sizes(folder))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are all there in the sizes that they were written with."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[-1]), reverse=True)
+    for path in found:
+        try:
+            complete = read_json(path / _MANIFEST) == _sizes(path)
+        except UserError:
+            complete = False
+        if complete:
+            return path
+        log.warning("%s is not complete: going on from an older checkpoint, or from the start", path)
+    return None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != _MANIFEST)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
 def run_trainer(trainer: Any, folder: Path, method: str) -> None:
     """Train from the newest complete checkpoint, if an interrupted run left one."""
     from transformers.integrations import TensorBoardCallback
@@ -267,11 +301,8 @@ def run_trainer(trainer: Any, folder: Path, method: str) -> None:
         trainer.add_callback(TensorBoardBeside(folder))
     if is_main():
         trainer.add_callback(Curve(folder / "training.jsonl", method))
-    # A checkpoint without its trainer_state.json was cut while it was written.
-    checkpoints = [
-        path for path in (folder / "checkpoints").glob("checkpoint-*") if (path / "trainer_state.json").is_file()
-    ]
-    newest = max(checkpoints, key=lambda path: int(path.name.rsplit("-", 1)[-1]), default=None)
+    trainer.add_callback(Complete())
+    newest = newest_checkpoint(folder / "checkpoints")
     if newest is not None:
         log.info("%s: going on from %s", method, newest.name)
     lean(trainer.model)

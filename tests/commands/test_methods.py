@@ -30,6 +30,7 @@ from rlaif.config import (
     Split,
     TrainConfig,
     Tuning,
+    ValueInit,
 )
 from rlaif.methods.pm import train_pm
 from rlaif.methods.stages import Arm
@@ -116,6 +117,25 @@ def test_the_labeler_is_a_reward_of_its_own(train: Command, tmp_path: Path, meth
     assert "Traceback" not in result.stderr
     again = train(f"method={method}", *LABELER, preferences=False)
     assert again.stderr.count("up to date, skipped") == (1 if method == "best_of_n" else 2)
+
+
+@pytest.mark.parametrize(
+    ("mode", "lowest", "highest"),
+    [("score", -1, 1), pytest.param("pointwise", -14, 14, marks=pytest.mark.slow)],
+)
+def test_the_labeler_is_asked_as_told(train: Command, tmp_path: Path, mode: str, lowest: int, highest: int) -> None:
+    """The expected score is between -1 and 1; a logit of this labeler is far outside."""
+    sharp = "labeler.scripted.sharpness=20"
+    train("method=ppo", *LABELER, f"labeling.mode={mode}", sharp, "eval.enabled=false", preferences=False)
+    lines = (tmp_path / "out" / "ppo" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line)["score"] for line in lines]
+    assert all(lowest <= score <= highest for score in found)
+    assert (max(map(abs, found)) > 1) == (mode == "pointwise")
+
+
+def test_a_mode_for_pairs_is_no_reward(train: Command) -> None:
+    result = train("method=ppo", *LABELER, "labeling.mode=pairwise", preferences=False, expect=2)
+    assert "labeling.mode=pairwise: reward=labeler judges one completion at a time" in result.stderr
 
 
 def test_critique_and_revision(train: Command, tmp_path: Path) -> None:
@@ -215,6 +235,10 @@ REVISE = Method.critique_revision
         ({"method": Method.ppo, "ppo": PPOConfig(report_to=["aim"])}, "ppo.report_to: aim is not installed"),
         ({"method": Method.dpo, "reward": Reward.labeler}, "method=dpo scores nothing"),
         ({"method": Method.ppo, "reward": Reward.labeler}, "reward=labeler needs a labeler"),
+        (
+            {"method": Method.ppo, "ppo": PPOConfig(value_init=ValueInit.pm), "pm": PMConfig(model="other")},
+            "ppo.value_init=pm with pm.model=other: the PM's head reads the states of another model",
+        ),
         ({"method": Method.best_of_n, "eval": EvalConfig(enabled=False)}, "best_of_n trains nothing"),
         ({"method": Method.sft, "sft_first": True}, "same training twice"),
         ({"method": REVISE}, "constitution is not set"),
@@ -365,6 +389,14 @@ def test_how_an_ensemble_is_combined_decides_nothing_for_one_pm(tmp_path: Path) 
     assert one.settings == other.settings
     (tmp_path / "ensemble.json").write_text("{}")
     assert one.settings != other.settings
+
+
+def test_lengths_that_do_not_fit_are_said_before_anything_is_trained(train: Command, tmp_path: Path) -> None:
+    said = train("method=ppo", "ppo.max_prompt_length=2048", "ppo.eval_every=0", expect=2).stderr
+    assert "ppo.max_prompt_length=2048 and ppo.max_new_tokens=6 make 2054 tokens, and" in said
+    said = train("method=ppo", "ppo.max_prompt_length=3", "ppo.eval_every=1", expect=2).stderr
+    assert "validation prompts has at most ppo.max_prompt_length=3 tokens" in said
+    assert not (tmp_path / "out" / "pm").exists()
 
 
 def test_a_pm_base_that_cannot_be_loaded_is_named_by_its_key(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlaif.chat import encode_chat
-from rlaif.config import GRPOConfig, LoraSettings, Method, ModelConfig, OnlineConfig, RLOOConfig, Tuning
+from rlaif.config import GRPOConfig, GRPOLoss, LoraSettings, Method, ModelConfig, OnlineConfig, RLOOConfig, Tuning
 from rlaif.methods.online import SafeRLOOTrainer, _fitting, train_online
 from rlaif.models import load_causal_lm, load_tokenizer
 from rlaif.records import Prompt, UserError
@@ -66,6 +66,22 @@ def test_the_score_rises(tmp_path: Path, method: Method, kind: type[OnlineConfig
     early, late = (sum(line["score"] for line in part) / 3 for part in (lines[:3], lines[-3:]))
     assert late > early + 0.02
     load_causal_lm(ModelConfig(name=str(target), device="cpu"))
+
+
+def test_grpo_divides_as_it_is_told(tmp_path: Path) -> None:
+    """With one sampling for all, what the loss divides by decides the gradient: 48 tokens at most, fewer in some."""
+    norms = {}
+    for loss in GRPOLoss:
+        config = settings(GRPOConfig, max_steps=1, loss_type=loss, max_new_tokens=48, batch_size=32)
+        train_online(Method.grpo, config, TINY, PROMPTS, Vowels(), tmp_path / loss, seed=0)
+        (line,) = curve(tmp_path / loss)
+        assert line["completions/min_length"] < 48
+        norms[loss] = line["grad_norm"]
+    assert norms[GRPOLoss.dapo] == pytest.approx(norms[GRPOLoss.bnpo])
+    # Both are the sum over tokens, divided by their number or by as many as there could be.
+    assert norms[GRPOLoss.dr_grpo] == pytest.approx(norms[GRPOLoss.dapo] * line["length"] / 48, rel=2e-2)
+    assert norms[GRPOLoss.grpo] != pytest.approx(norms[GRPOLoss.dapo], rel=1e-3)
+    assert GRPOConfig().loss_type is GRPOLoss.grpo
 
 
 def test_completions_without_a_score_are_no_signal(tmp_path: Path) -> None:

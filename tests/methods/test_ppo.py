@@ -14,13 +14,14 @@ from peft import get_peft_model
 
 from rlaif import losses
 from rlaif.config import Dtype, Keep, KLControl, KLEstimator, LoraSettings, ModelConfig, Tuning, ValueInit
-from rlaif.generation import generate
+from rlaif.generation import generate, left_pad
 from rlaif.methods.ppo import PPOTrainer, train_ppo
 from rlaif.methods.ppo_checkpoint import Checkpoints, Progress
-from rlaif.methods.ppo_checks import StartCheckError, check_start, more_padding
+from rlaif.methods.ppo_checks import StartCheckError, check_lengths, check_start, more_padding
 from rlaif.methods.ppo_rollout import Actor, PromptStream, ScoreFunction
 from rlaif.models import load_sequence_scorer, load_tokenizer, lora_config, seed_everything
 from rlaif.policy import Packed, has_plain_head, load_policy
+from rlaif.prefix import positions_after
 from rlaif.records import Prompt, UserError
 from rlaif.rewards import known_scores
 from tests.adapters import fill
@@ -169,28 +170,46 @@ def test_start_check_catches_dropout(tmp_path: Path, dtype: Dtype) -> None:
 
 @pytest.mark.parametrize("fault", ["mask", "positions"])
 @pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16])
-def test_start_check_catches_padding_that_is_seen(
+def test_start_check_catches_rows_that_are_packed_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, dtype: Dtype
 ) -> None:
+    """Sampler, policy and reference share the fault, so that no other check sees it."""
+
+    def seen_padding(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Any, Any]:
+        ids, mask = left_pad(rows, pad, device)
+        return ids, torch.ones_like(mask)
+
+    def without_prefix(prefix: Any, mask: Any) -> Any:
+        return positions_after(None, mask)
+
+    if fault == "mask":
+        monkeypatch.setattr("rlaif.generation.left_pad", seen_padding)
+    else:
+        for module in ("generation", "policy"):
+            monkeypatch.setattr(f"rlaif.{module}.positions_after", without_prefix)
     ppo = trainer(tmp_path, dtype=dtype)
     with torch.no_grad():
         for name, parameter in ppo.actor.model.named_parameters():
             if "self_attn" in name:
                 parameter.mul_(8)  # The tiny model hardly looks at other tokens as it is.
+    with pytest.raises(StartCheckError, match="effect of packing"):
+        check_start(ppo, ppo.rollout(0))
+
+
+def test_start_check_catches_a_model_that_sees_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the rows that are looked at are as long as each other, and need none."""
+    ppo = trainer(tmp_path)
     rollouts = ppo.rollout(0)
-    plain = more_padding
+    evaluate = ppo.actor.evaluate
 
-    def broken(batch: Packed, pad: int, columns: int = 3) -> Packed:
-        wide = plain(batch, pad, columns)
-        if fault == "mask":
-            # What a forward pass without an attention mask amounts to.
-            return dataclasses.replace(wide, mask=torch.ones_like(wide.mask))
-        # Rotary positions are relative, so a plain shift would change nothing: padding between the tokens does.
-        counted = torch.arange(wide.ids.shape[1]).expand_as(wide.positions) * (1 + columns)
-        return dataclasses.replace(wide, positions=counted)
+    def biased(batch: Packed, *rest: Any) -> Any:
+        logps, values = evaluate(batch, *rest)
+        return logps + 0.1 * (batch.mask == 0).any(), values
 
-    monkeypatch.setattr("rlaif.methods.ppo_checks.more_padding", broken)
-    with pytest.raises(StartCheckError, match="padding"):
+    part = rollouts.batch.select(torch.arange(4))
+    assert bool(more_padding(part.whole(), ppo.actor.pad).mask[:, :3].eq(0).all())
+    monkeypatch.setattr(ppo.actor, "evaluate", biased)
+    with pytest.raises(StartCheckError, match=r"probability ratio|packing|padding"):
         check_start(ppo, rollouts)
 
 
@@ -383,6 +402,19 @@ def test_scores_are_normalised_on_the_reference_and_clipped(tmp_path: Path) -> N
     assert reward(ppo, [4.0]) == [0.0]
 
 
+@pytest.mark.parametrize("head", [None, HEAD])
+def test_scores_that_are_all_equal_at_first_are_not_blown_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, head: Any
+) -> None:
+    """A sparse reward of 0 or 1 that the reference never gets: one that differs later must not be a million."""
+    ppo = trainer(tmp_path, head=head)
+    ppo.start_from(torch.full((8,), 0.1))
+    assert reward(ppo, [0.1, 1.1, -0.4]) == pytest.approx([0.0, 1.0, -0.5], abs=1e-6)
+    assert "the first round's scores are all 0.1, so scores are not scaled" in caplog.text
+    if head is not None:
+        torch.testing.assert_close(ppo.value_head.linear.weight.detach(), head[0])
+
+
 def test_penalties_come_after_the_clip_and_know_the_true_end(tmp_path: Path) -> None:
     ppo = trainer(tmp_path, normalize_scores=False, score_clip=2.0, missing_eos_penalty=0.5, length_penalty=0.1)
     ppo.start_from(torch.tensor([0.0]))
@@ -452,6 +484,45 @@ def test_relative_rewards_subtract_the_references_score_on_the_same_prompt(tmp_p
     asked.clear()
     fresh.rollout(0)
     assert dict(asked[8:]) == baselines
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 1.0])
+def test_the_entropy_bonus_raises_the_entropy(tmp_path: Path, coefficient: float) -> None:
+    """With advantages of 0 nothing else moves the policy."""
+    ppo = trainer(tmp_path, entropy_coef=coefficient)
+    rollouts = ppo.rollout(0)
+    nothing = torch.zeros_like(rollouts.logps)
+
+    def entropy() -> float:
+        with torch.no_grad():
+            return float(ppo.actor.forward(rollouts.batch, with_entropy=True)[2].sum())
+
+    before = entropy()
+    ppo.minibatch(torch.arange(8), rollouts, nothing, nothing, train_policy=True)
+    assert (entropy() > before + 1e-3) == (coefficient > 0)
+    assert entropy() >= before
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_learning_rates_fall_linearly_if_they_are_to(tmp_path: Path, linear: bool) -> None:
+    ppo = trainer(tmp_path, iterations=4, linear_decay=linear, learning_rate=1e-2, value_learning_rate=1e-3)
+    for iteration in range(3):
+        ppo.step(iteration)
+        rates = [group["lr"] for group in ppo.optimizer.param_groups]
+        left = 1 - iteration / 4 if linear else 1
+        assert rates == pytest.approx([1e-2 * left, 1e-3 * left])
+
+
+@pytest.mark.parametrize(("target", "sign"), [(100.0, -1), (1e-6, 1)])
+def test_adaptive_control_moves_the_price_of_kl(tmp_path: Path, target: float, sign: int) -> None:
+    """By (clipped error) x episodes / horizon a round: 0.2 x 8 / 80 (Ziegler et al. 2019, section 2.2)."""
+    ppo = trainer(tmp_path, kl_control=KLControl.adaptive, kl_target=target, kl_horizon=80)
+    fill(ppo.policy.trainable(), 0.3)
+    ppo.progress.iteration = 1
+    rollouts = ppo.rollout(0)
+    ppo.rollout = lambda iteration: rollouts  # type: ignore[method-assign]
+    coefficients = [ppo.step(iteration)[0]["kl_coef"] for iteration in (1, 2)]
+    assert coefficients == pytest.approx([0.05, 0.05 * (1 + sign * 0.02)])
 
 
 def test_stop_kl_ends_the_updates_without_the_step_that_went_too_far(tmp_path: Path) -> None:
@@ -605,6 +676,26 @@ def test_long_prompts_are_left_out_and_none_left_is_an_error(tmp_path: Path) -> 
     assert 6 < position <= 12
     with pytest.raises(UserError, match="no prompt is that short"):
         trainer(tmp_path, max_prompt_length=3)
+
+
+def test_validation_prompts_keep_to_the_same_limit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Left out before so many are taken, so that as many are measured as there can be."""
+    longest_first = VALIDATION[::-1]  # of 29, 27, ... 21 tokens
+    settings = ppo_config(eval_every=1, eval_prompts=2, max_prompt_length=25)
+    policy = load_policy(TINY, settings.tuning, settings.lora)
+    ppo = PPOTrainer(settings, policy, PROMPTS, vowels, tmp_path, 0, longest_first)
+    assert [prompt.prompt_id for prompt in ppo.validation] == ["v2", "v1"]
+    assert "2 of 4 validation prompts have more than ppo.max_prompt_length=25 tokens" in caplog.text
+    with pytest.raises(UserError, match=r"ppo.eval_every=1: none of 5 validation prompts has at most"):
+        check_lengths(ppo_config(eval_every=1, max_prompt_length=3), TINY, VALIDATION)
+
+
+def test_lengths_that_the_model_cannot_take_are_refused(tmp_path: Path) -> None:
+    check_lengths(ppo_config(max_prompt_length=2042, max_new_tokens=6), TINY, [])
+    load_policy(TINY, Tuning.lora, LoraSettings(r=4)).save(tmp_path)
+    for start in (TINY, ModelConfig(name=str(tmp_path), device="cpu")):
+        with pytest.raises(UserError, match=r"length=2043 .* make 2049 tokens, and policy.name=.* takes 2048"):
+            check_lengths(ppo_config(max_prompt_length=2043, max_new_tokens=6), start, [])
 
 
 def test_prompts_are_encoded_when_their_turn_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

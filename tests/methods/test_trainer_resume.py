@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlaif.config import Tuning
+from rlaif.config import LoraSettings, ModelConfig, PMConfig, Tuning
+from rlaif.methods import pm
+from rlaif.methods.pm import train_pm
+from rlaif.methods.supervised import newest_checkpoint
+from rlaif.progress import keep_lines
+from rlaif.records import Preference
 
 # 40 steps of 16 prompts in batches of 4: ten times around, so that the order of the data is part of the state.
 SCRIPT = """
@@ -55,6 +61,56 @@ if method == "pm":
 else:
     train_dpo(DPOConfig(**settings), start, train, folder, 5)
 """
+
+
+def test_a_checkpoint_that_was_cut_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whichever of its files is cut or missing, and if nothing says that it was written to its end."""
+    train = [
+        Preference(f"p{i}", ({"role": "user", "content": "ab"},), "a" * (3 + i), "z", "0", "1", 0.9, "test", "ai")
+        for i in range(4)
+    ]
+    settings = PMConfig(lora=LoraSettings(r=2), max_steps=6, batch_size=2, learning_rate=1e-3)
+
+    def fit(folder: Path) -> list[float]:
+        train_pm(settings, ModelConfig(name="tiny", device="cpu"), train, [], folder, 5)
+        return [line["loss"] for line in curve(folder)]
+
+    whole = fit(tmp_path / "whole")
+    cut = tmp_path / "cut"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pm, "save_result", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fit(cut)
+    kept = tmp_path / "kept"
+    shutil.copytree(cut, kept)
+    older, newest = (cut / "checkpoints" / f"checkpoint-{step}" for step in (5, 6))
+    assert newest_checkpoint(cut / "checkpoints") == newest
+    for name in ("trainer_state.json", "optimizer.pt", "adapter_model.safetensors", "complete.json"):
+        file = newest / name
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        assert newest_checkpoint(cut / "checkpoints") == older
+        file.unlink()
+        assert newest_checkpoint(cut / "checkpoints") == older
+        file.write_bytes(content)
+    (newest / "trainer_state.json").write_text('{"global_step": 6, ')
+    assert fit(cut) == whole
+    assert "checkpoint-6 is not complete" in caplog.text
+    for folder in (kept / "checkpoints").glob("checkpoint-*"):
+        (folder / "complete.json").unlink()
+    assert newest_checkpoint(kept / "checkpoints") is None
+
+
+def test_a_curve_is_whole_before_or_after_it_is_shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "training.jsonl"
+    file.write_text("1\n2\n3\n4")
+    keep_lines(file, 3)
+    assert file.read_text() == "1\n2\n3\n"
+    monkeypatch.setattr("rlaif.records.os.replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        keep_lines(file, 1)
+    assert file.read_text() == "1\n2\n3\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["training.jsonl"]
 
 
 def start(folder: Path, method: str, tuning: Tuning, kill_after: int = 0) -> int:
