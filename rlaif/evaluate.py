@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rlaif.artifacts import model_inputs, plain, run_stage
 from rlaif.cli import launch
 from rlaif.config import EvalConfig, EvaluateConfig, ModelConfig
+from rlaif.processes import is_main
 from rlaif.records import Prompt, UserError, existing_dir, existing_file, find_prompts
 from rlaif.splits import read_split
 
@@ -81,18 +82,22 @@ def run_evaluation(
             # The baseline's random numbers would make it one of the n.
             samples = sample_policy(policy, None, prompts, many, seed, STREAM_BEST_OF_N)
             with source.open(folder) as reward:
-                scores = reward.score([(sample.prompt, sample.completion) for sample in samples])
-            samples = best_of_n(samples, scores, n)
+                # Several processes sample; one scores what all have made.
+                asked = [(sample.prompt, sample.completion) for sample in samples if is_main()]
+                scores = reward.score(asked)
+            if is_main():
+                samples = best_of_n(samples, scores, n)
             extra = {"best_of": n, "kl_bound": round(best_of_n_kl(n), 6)}
-        score_samples(samples, config.gold, pm)
-        if reference is None:
-            baseline = samples
-        elif baseline_samples is not None:
-            baseline = read_samples(baseline_samples)
-            score_samples(baseline, config.gold, pm)
-        else:
+        baseline = samples
+        if reference is not None and baseline_samples is None:
             log.info("sampling the reference policy for comparison")
             baseline = sample_policy(reference, None, prompts, config, seed)
+        if not is_main():
+            return
+        score_samples(samples, config.gold, pm)
+        if baseline_samples is not None and reference is not None:
+            baseline = read_samples(baseline_samples)
+        if reference is not None:
             score_samples(baseline, config.gold, pm)
         metrics = {
             **row,
@@ -126,7 +131,7 @@ def run_evaluation(
         settings |= {"best_of": n, **source.settings}
         inputs |= {f"reward_{role}": value for role, value in source.inputs.items()}
         carry_over = source.carry_over
-    return run_stage("evaluate", output, settings, inputs, make, seed, carry_over=carry_over)
+    return run_stage("evaluate", output, settings, inputs, make, seed, carry_over=carry_over, together=True)
 
 
 def main(config: EvaluateConfig, output: Path) -> None:

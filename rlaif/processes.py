@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import atexit
 import functools
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 S = TypeVar("S")
@@ -43,6 +45,25 @@ def asked(variable: str) -> bool:
 def spreads_weights() -> bool:
     """Whether the processes share the weights (FSDP) instead of having all each."""
     return asked("ACCELERATE_USE_FSDP")
+
+
+def zero_settings() -> dict[str, Any]:
+    """ZeRO's settings in accelerate's configuration of DeepSpeed, in DeepSpeed's own words; none without."""
+    if not asked("ACCELERATE_USE_DEEPSPEED"):
+        return {}
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file != "none":
+        return {"stage": 0, **json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {})}
+    found: dict[str, Any] = {"stage": os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "none")}
+    for what in ("optimizer", "param"):
+        device = os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none")
+        found[f"offload_{what}"] = {"device": device}
+    return found
+
+
+def shares_optimizer() -> bool:
+    """Whether accelerate is configured for processes that share the optimiser's state (ZeRO)."""
+    return world_size() > 1 and str(zero_settings().get("stage")) in ("1", "2")
 
 
 def wait_for_all() -> None:

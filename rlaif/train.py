@@ -25,8 +25,8 @@ from rlaif.config import (
     ValueInit,
 )
 from rlaif.demonstrations import read_demonstrations
-from rlaif.processes import asked, is_main, spreads_weights, world_size
-from rlaif.records import Message, Prompt, UserError, existing_dir, existing_file, find_prompts, read_json
+from rlaif.processes import asked, is_main, spreads_weights, world_size, zero_settings
+from rlaif.records import Message, Prompt, UserError, existing_dir, existing_file, find_prompts
 from rlaif.splits import read_split
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def main(config: TrainConfig, output: Path) -> None:
     if not is_main():
         log.setLevel(logging.ERROR)
     trained = fit(config, output)
-    if trained.policy is not None and config.eval.enabled and is_main():
+    if trained.policy is not None and config.eval.enabled:
         assert config.method is not None
         measure(config, output, f"{config.method.value}_{config.feedback.value}", trained, trained.pm)
 
@@ -157,17 +157,13 @@ def _check_processes(config: TrainConfig, method: Method) -> None:
     """What several processes cannot do together.
 
     Raises:
-        UserError: naming the method, the setting or the device.
+        UserError: naming the setting or the device.
     """
     import torch
 
-    from rlaif.methods.stages import TOGETHER
     from rlaif.models import pick_device
 
     count = world_size()
-    if method not in TOGETHER:
-        names = ", ".join(together.value for together in TOGETHER)
-        raise UserError(f"method={method.value} runs in one process; several can train {names}")
     if method is Method.ppo and config.ppo.minibatch_size % count:
         raise UserError(
             f"ppo.minibatch_size={config.ppo.minibatch_size} is shared by {count} processes: make it a multiple of "
@@ -210,8 +206,6 @@ def _check_launcher(config: TrainConfig) -> None:
     import torch
 
     name = "DeepSpeed" if deepspeed else "FSDP"
-    if config.method is Method.ppo and deepspeed:
-        raise UserError(f"accelerate is configured for DeepSpeed, which method=ppo does not use; use FSDP, or {whole}")
     if config.method is Method.ppo and asked("FSDP_OFFLOAD_PARAMS"):
         raise UserError("accelerate is configured for fsdp_offload_params, which method=ppo does not use; leave it out")
     if config.method is Method.ppo and asked("FSDP_ACTIVATION_CHECKPOINTING"):
@@ -220,24 +214,25 @@ def _check_launcher(config: TrainConfig) -> None:
         if settings.tuning is Tuning.qlora:
             raise UserError(f"accelerate is configured for {name}, which {group}.tuning=qlora does not use; {whole}")
     if deepspeed:
-        _check_deepspeed()
+        _check_deepspeed(config.method)
     elif os.environ.get("FSDP_VERSION") != "2":
         raise UserError("accelerate is configured for version 1 of FSDP; give it fsdp_version: 2 (--fsdp_version 2)")
     if not torch.cuda.is_available():
         raise UserError(f"accelerate uses {name} on GPUs alone, and there is none here; {whole}")
 
 
-def _check_deepspeed() -> None:
+def _check_deepspeed(method: Method | None) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError("accelerate is configured for DeepSpeed, which is not installed: pip install deepspeed")
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "none")
-    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if file != "none":
-        stage = str(read_json(Path(file)).get("zero_optimization", {}).get("stage", 0))
+    settings = zero_settings()
+    stage = str(settings["stage"])
     if stage not in ("0", "1", "2"):
         raise UserError(
             f"DeepSpeed's ZeRO stage is {stage}, but rlaif trains with 1 or 2; to share the weights use FSDP"
         )
+    for name in ("offload_optimizer", "offload_param"):
+        if method is Method.ppo and (settings.get(name) or {}).get("device", "none") != "none":
+            raise UserError(f"accelerate is configured for ZeRO's {name}, which method=ppo does not use; leave it out")
 
 
 def _trained(config: TrainConfig) -> dict[str, TrainerSettings | PPOConfig]:

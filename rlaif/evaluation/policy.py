@@ -17,6 +17,7 @@ from rlaif.gold import gold_score
 from rlaif.models import eos_ids, load_causal_lm, load_tokenizer
 from rlaif.policy import completion_logps
 from rlaif.preference_model import load_scorer
+from rlaif.processes import spread
 from rlaif.progress import progress
 from rlaif.records import Message, Prompt, UserError, read_jsonl, write_json, write_jsonl
 
@@ -49,50 +50,57 @@ def sample_policy(
     """Sample completions and measure the KL of each to the reference (None: the policy is the reference).
 
     The random numbers of a completion depend on the seed, the prompt's place and the sample's number only, so
-    two policies are compared under common random numbers. Another ``stream`` has other ones.
+    two policies are compared under common random numbers. Another ``stream`` has other ones. Several processes share
+    the work, and all get all samples.
     """
-    tokenizer = load_tokenizer(policy)
-    model = load_causal_lm(policy)
-    pad, eos = tokenizer.pad_token_id, eos_ids(model, tokenizer)
     jobs = [(index, number) for index in range(len(prompts)) for number in range(config.samples_per_prompt)]
+    tokenizer = load_tokenizer(policy)
     encoded = [encode_chat(tokenizer, prompt.messages) for prompt in prompts]
     jobs.sort(key=lambda job: (len(encoded[job[0]]), job))
-    samples, tokens, own = [], [], []
-    with progress(len(jobs), "evaluating", "completion") as bar:
-        for start in range(0, len(jobs), config.batch_size):
-            part = jobs[start : start + config.batch_size]
-            generations = generate(
-                model,
-                [encoded[index] for index, _ in part],
-                [(seed, stream, index, number, 1) for index, number in part],
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                eos=eos,
-                pad=pad,
-            )
-            for (index, number), generation in zip(part, generations, strict=True):
-                text = tokenizer.decode(generation.tokens, skip_special_tokens=True).strip()
-                samples.append(
-                    Sample(
-                        prompts[index].prompt_id,
-                        list(prompts[index].messages),
-                        number,
-                        text,
-                        len(generation.tokens),
-                        generation.finish_reason,
-                    )
+
+    def work(jobs: Sequence[tuple[int, int]]) -> list[Sample]:
+        if not jobs:
+            return []
+        model = load_causal_lm(policy)
+        pad, eos = tokenizer.pad_token_id, eos_ids(model, tokenizer)
+        samples, tokens, own = [], [], []
+        with progress(len(jobs), "evaluating", "completion") as bar:
+            for start in range(0, len(jobs), config.batch_size):
+                part = jobs[start : start + config.batch_size]
+                generations = generate(
+                    model,
+                    [encoded[index] for index, _ in part],
+                    [(seed, stream, index, number, 1) for index, number in part],
+                    max_new_tokens=config.max_new_tokens,
+                    temperature=config.temperature,
+                    eos=eos,
+                    pad=pad,
                 )
-                tokens.append(generation.tokens)
-                own.append(generation.logps)
-            bar.update(len(part))
-    if reference is not None:
-        rows = [encoded[index] for index, _ in jobs]
-        temperature = config.temperature or 1.0
-        del model
-        base = completion_logps(load_causal_lm(reference), rows, tokens, pad, temperature=temperature)
-        for sample, left, right in zip(samples, own, base, strict=True):
-            sample.kl = sum(left) - sum(right)
-    return samples
+                for (index, number), generation in zip(part, generations, strict=True):
+                    text = tokenizer.decode(generation.tokens, skip_special_tokens=True).strip()
+                    samples.append(
+                        Sample(
+                            prompts[index].prompt_id,
+                            list(prompts[index].messages),
+                            number,
+                            text,
+                            len(generation.tokens),
+                            generation.finish_reason,
+                        )
+                    )
+                    tokens.append(generation.tokens)
+                    own.append(generation.logps)
+                bar.update(len(part))
+        if reference is not None:
+            rows = [encoded[index] for index, _ in jobs]
+            temperature = config.temperature or 1.0
+            del model
+            base = completion_logps(load_causal_lm(reference), rows, tokens, pad, temperature=temperature)
+            for sample, left, right in zip(samples, own, base, strict=True):
+                sample.kl = sum(left) - sum(right)
+        return samples
+
+    return spread(work, jobs)
 
 
 def best_of_n(samples: Sequence[Sample], scores: Sequence[float | None], n: int) -> list[Sample]:

@@ -17,11 +17,14 @@ from rlaif.constitution import Constitution, Principle
 from rlaif.demonstrations import Demonstration
 from rlaif.engines.base import Engine, Failure, Sampled, SampleRequest
 from rlaif.labeling.store import VerdictStore
+from rlaif.processes import from_main, spread, world_size
 from rlaif.progress import progress
 from rlaif.records import Message, Prompt, UserError, content_hash
 
 log = logging.getLogger("rlaif")
 
+# Texts that each of several processes makes before the main one stores those of all.
+_TOGETHER = 512
 _REPLY_ALONE = "Answer with the rewritten reply alone."
 
 
@@ -66,16 +69,20 @@ def revising_principles(constitution: Constitution) -> list[Principle]:
 def revise(
     prompts: Sequence[Prompt],
     writer: Engine,
-    critic: Engine,
+    critic: Engine | None,
     constitution: Constitution,
     config: CritiqueRevisionConfig,
-    store: VerdictStore,
+    store: VerdictStore | None,
     seed: int,
+    alone: bool = False,
 ) -> list[Revised]:
     """Sample completions, then critique and revise each ``config.revisions`` times.
 
     Every text is stored as it arrives, so an interrupted run goes on from there. A completion of which a step failed
     or came out empty is dropped, with the reason.
+
+    Several processes share the writing, and the critic's work unless it is ``alone``, in the main process. That one
+    has the store. All get all texts.
     """
     principles = revising_principles(constitution)
     weights = np.array([principle.weight for principle in principles])
@@ -86,7 +93,7 @@ def revise(
         )
         for prompt, number in jobs
     ]
-    sampled = _ask(writer, requests, store, "completions")
+    sampled = _ask(writer, requests, store, "completions", alone=False)
     items = [
         Revised(prompt.prompt_id, list(prompt.messages), text.text, text.finish_reason == "stop", [])
         if isinstance(text, Sampled)
@@ -103,12 +110,13 @@ def revise(
             _critique_request(item, principle, config, _seed(seed, item.prompt_id, jobs[place][1], round_number, 1))
             for (place, item), principle in zip(going, drawn, strict=True)
         ]
-        critiques = _ask(critic, asked, store, f"critiques {round_number + 1}")
+        critiques = _ask(critic, asked, store, f"critiques {round_number + 1}", alone)
         rewrites = [
             _revision_request(request, critique.text, principle, config) if isinstance(critique, Sampled) else None
             for request, critique, principle in zip(asked, critiques, drawn, strict=True)
         ]
-        texts = iter(_ask(critic, [r for r in rewrites if r is not None], store, f"revisions {round_number + 1}"))
+        possible = [rewrite for rewrite in rewrites if rewrite is not None]
+        texts = iter(_ask(critic, possible, store, f"revisions {round_number + 1}", alone))
         for (_, item), critique, rewrite, principle in zip(going, critiques, rewrites, drawn, strict=True):
             revision = critique if rewrite is None else next(texts)
             if isinstance(critique, Sampled) and isinstance(revision, Sampled):
@@ -154,12 +162,42 @@ def _revision_request(
     return SampleRequest(messages, config.max_new_tokens, config.temperature, seed=asked.seed + 1)
 
 
-def _ask(engine: Engine, requests: Sequence[SampleRequest], store: VerdictStore, what: str) -> list[Sampled | str]:
-    """The text of each request, or the reason why there is none; asks only what is not in the store."""
-    keys = [
-        content_hash(engine.identity, r.messages, r.max_new_tokens, r.temperature, r.top_p, r.seed) for r in requests
-    ]
-    known: dict[str, Any] = store.get(keys)
+def _ask(
+    engine: Engine | None, requests: Sequence[SampleRequest], store: VerdictStore | None, what: str, alone: bool
+) -> list[Sampled | str]:
+    """The text of each request, or the reason why there is none; asks only what is not in the store.
+
+    Of several processes each asks a share, or the main one all (``alone``).
+    """
+
+    def ask(some: Sequence[SampleRequest]) -> list[Sampled | str]:
+        assert engine is not None
+        return _ask_here(engine, some, store, what)
+
+    if alone or world_size() == 1:
+        return from_main(lambda: ask(requests))
+    assert engine is not None
+    keys = _keys(engine, requests)
+    known = from_main(lambda: {} if store is None else store.get(keys))
+    pending = [request for key, request in zip(keys, requests, strict=True) if key not in known]
+    found: dict[str, Sampled | str] = {key: Sampled(*value) for key, value in known.items()}
+    size = _TOGETHER * world_size()
+    for start in range(0, len(pending), size):
+        part = pending[start : start + size]
+        texts = dict(zip(_keys(engine, part), spread(ask, part), strict=True))
+        found |= texts
+        if store is not None:
+            for key, text in texts.items():
+                if isinstance(text, Sampled):
+                    store.put(key, _stored(text))
+    return [found[key] for key in keys]
+
+
+def _ask_here(
+    engine: Engine, requests: Sequence[SampleRequest], store: VerdictStore | None, what: str
+) -> list[Sampled | str]:
+    keys = _keys(engine, requests)
+    known: dict[str, Any] = {} if store is None else store.get(keys)
     pending = [place for place, key in enumerate(keys) if key not in known]
     failed: dict[str, str] = {}
     with progress(len(requests), what, "text", initial=len(requests) - len(pending)) as bar:
@@ -170,7 +208,18 @@ def _ask(engine: Engine, requests: Sequence[SampleRequest], store: VerdictStore,
             elif not result.text.strip():
                 failed[key] = "empty"
             else:
-                known[key] = [result.text, result.finish_reason, result.tokens]
-                store.put(key, known[key])
+                known[key] = _stored(result)
+                if store is not None:
+                    store.put(key, known[key])
             bar.update()
     return [Sampled(*known[key]) if key in known else failed[key] for key in keys]
+
+
+def _keys(engine: Engine, requests: Sequence[SampleRequest]) -> list[str]:
+    return [
+        content_hash(engine.identity, r.messages, r.max_new_tokens, r.temperature, r.top_p, r.seed) for r in requests
+    ]
+
+
+def _stored(text: Sampled) -> list[Any]:
+    return [text.text, text.finish_reason, text.tokens]

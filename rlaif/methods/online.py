@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from rlaif.chat import encode_chat
 from rlaif.config import GRPOConfig, Method, ModelConfig, OnlineConfig
+from rlaif.generation import STREAM_ROLLOUT, generate
 from rlaif.methods.supervised import (
     load_start,
     on_one_device,
@@ -23,9 +24,10 @@ from rlaif.methods.supervised import (
 )
 from rlaif.models import eos_ids, load_causal_lm, load_tokenizer, seed_everything
 from rlaif.policy import Policy
-from rlaif.processes import world_size
+from rlaif.processes import rank, world_size
 from rlaif.records import Prompt, UserError
 from rlaif.rewards import RewardModel
+from rlaif.sharding import gathered
 
 with warnings.catch_warnings():
     # TRL looks for vLLM, which is not used here, and comments on its version.
@@ -33,30 +35,64 @@ with warnings.catch_warnings():
     from trl import GRPOConfig as TRLGRPOConfig
     from trl import GRPOTrainer, RLOOTrainer
     from trl import RLOOConfig as TRLRLOOConfig
+    from trl.models import unwrap_model_for_generation
 
 log = logging.getLogger("rlaif")
 
 
-class _SafePrompts:
-    """Prompts become tokens as everywhere in this project: control tokens inside them stay text."""
+class _OwnSampling:
+    """Prompts and completions are made as everywhere in this project.
+
+    Control tokens inside prompts stay text. A completion's random numbers are a function of seed, step and place in
+    the step, however many processes share it.
+    """
 
     processing_class: Any
+    model_wrapped: Any
+    accelerator: Any
+    state: Any
+    args: Any
+    eos_token_ids: list[int]
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [encode_chat(self.processing_class, prompt) for prompt in prompts], None, {}
 
+    def _sample(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        # Each process has as many rows of a step, in the order of the processes.
+        first = rank() * len(prompts)
+        seeds = [
+            (self.args.seed, STREAM_ROLLOUT, self.state.global_step, first + row, 1) for row in range(len(prompts))
+        ]
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model, gathered(model):
+            found = generate(
+                model,
+                prompts,
+                seeds,
+                max_new_tokens=self.args.max_completion_length,
+                temperature=self.args.temperature,
+                eos=self.eos_token_ids,
+                pad=self.processing_class.pad_token_id,
+            )
+        return [generation.tokens for generation in found]
 
-class SafeRLOOTrainer(_SafePrompts, RLOOTrainer):
+
+class OwnRLOOTrainer(_OwnSampling, RLOOTrainer):
     """RLOOTrainer on prompts from outside."""
 
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any) -> list[list[int]]:
+        return self._sample(prompt_ids)
 
-class SafeGRPOTrainer(_SafePrompts, GRPOTrainer):
+
+class OwnGRPOTrainer(_OwnSampling, GRPOTrainer):
     """GRPOTrainer on prompts from outside."""
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any) -> tuple[list[list[int]], None]:
+        return self._sample(prompt_ids), None
 
 
 TRAINERS: dict[Method, tuple[Any, Any]] = {
-    Method.rloo: (SafeRLOOTrainer, TRLRLOOConfig),
-    Method.grpo: (SafeGRPOTrainer, TRLGRPOConfig),
+    Method.rloo: (OwnRLOOTrainer, TRLRLOOConfig),
+    Method.grpo: (OwnGRPOTrainer, TRLGRPOConfig),
 }
 
 

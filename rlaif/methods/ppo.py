@@ -145,7 +145,7 @@ class PPOTrainer:
         if policy.frozen is not None:
             sharding.spread_weights(policy.frozen)
         self.parameters = [parameter for _, parameter in policy.trainable()]
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = sharding.adamw(
             [
                 {"params": self.parameters, "peak": config.learning_rate},
                 {"params": self.value_parameters, "peak": config.value_learning_rate},

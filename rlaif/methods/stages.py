@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +14,9 @@ from rlaif.artifacts import labeler_inputs, labeler_settings, model_inputs, plai
 from rlaif.config import Critic, Feedback, Method, ModelConfig, Reward, Split, TrainConfig
 from rlaif.constitution import find_constitution, load_constitution
 from rlaif.demonstrations import Demonstration, chosen_completions, read_demonstrations
+from rlaif.engines.base import Engine
 from rlaif.preferences import ENDINGS, hub_preferences, prompts_of, read_preferences
-from rlaif.processes import spread, world_size
+from rlaif.processes import is_main, spread, world_size
 from rlaif.records import (
     Preference,
     Prompt,
@@ -33,10 +35,6 @@ Inputs = dict[str, Path | str | None]
 
 REWARDED = (Method.ppo, Method.rloo, Method.grpo, Method.best_of_n)
 """Methods that score completions."""
-
-
-TOGETHER = (Method.sft, Method.pm, Method.ppo, Method.dpo, Method.rloo, Method.grpo)
-"""Methods that several processes can train together."""
 
 
 def preference_folder(
@@ -222,13 +220,16 @@ def train_critique_revision_stage(arm: Arm) -> Path:
         from rlaif.methods.critique_revision import revise
         from rlaif.methods.sft import train_sft
 
-        with VerdictStore(folder / STORE) as store, HFEngine(arm.start) as writer:
+        # Every process writes, and critiques unless a labeler does: one asks that for all, in one store and budget.
+        with contextlib.ExitStack() as opened:
+            store = opened.enter_context(VerdictStore(folder / STORE)) if is_main() else None
+            writer = opened.enter_context(HFEngine(arm.start))
+            critic: Engine | None = writer
             if by_labeler:
-                with build_labeler(config.labeler, config.seed) as critic:
-                    items = revise(prompts, writer, critic, constitution, settings, store, config.seed)
-            else:
-                items = revise(prompts, writer, writer, constitution, settings, store, config.seed)
-        write_jsonl(folder / "revisions.jsonl", (vars(item) for item in items))
+                critic = opened.enter_context(build_labeler(config.labeler, config.seed)) if is_main() else None
+            items = revise(prompts, writer, critic, constitution, settings, store, config.seed, alone=by_labeler)
+        if is_main():
+            write_jsonl(folder / "revisions.jsonl", (vars(item) for item in items))
         data = [item.demonstration() for item in items if item.dropped is None]
         train_sft(settings, arm.start, data, folder, config.seed, "critique_revision")
 

@@ -267,7 +267,6 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAG
 @pytest.mark.parametrize(
     ("variables", "changes", "said"),
     [
-        ({"WORLD_SIZE": "2"}, {"method": Method.best_of_n}, "method=best_of_n runs in one process"),
         (
             {"WORLD_SIZE": "3"},
             {"method": Method.ppo},
@@ -279,7 +278,11 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAG
             {"method": Method.dpo},
             "configured for Megatron-LM, which rlaif does not",
         ),
-        (DEEPSPEED, {"method": Method.ppo}, "configured for DeepSpeed, which method=ppo does not use"),
+        (
+            {**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+            {"method": Method.ppo},
+            "ZeRO's offload_optimizer, which method=ppo does not use",
+        ),
         ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, {"method": Method.dpo}, "ZeRO stage is 3"),
         ({**FSDP, "FSDP_VERSION": "1"}, {"method": Method.dpo}, "fsdp_version: 2"),
         ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, {"method": Method.ppo}, "fsdp_offload_params, which method=ppo does"),

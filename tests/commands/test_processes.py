@@ -16,10 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlaif.labeling.store import STORE, VerdictStore
+
 REPO = Path(__file__).parents[2]
 COMMON = ["policy.name=tiny", "policy.device=cpu", "feedback=human", "eval.enabled=false"]
+REWARD = ["reward=labeler", "constitution=warm", "labeler=scripted", "labeler.scripted.utility=letters"]
 PPO = [
-    *("reward=labeler", "constitution=warm", "labeler=scripted", "labeler.scripted.utility=letters"),
+    *REWARD,
     *("ppo.iterations=4", "ppo.rollouts=8", "ppo.minibatch_size=4", "ppo.max_new_tokens=8", "ppo.learning_rate=1e-3"),
     "ppo.lora.r=4",
 ]
@@ -28,6 +31,8 @@ PPO = [
 def arguments(method: str, inputs: Path, output: Path, batch_size: int) -> list[str]:
     own = [f"{method}.batch_size={batch_size}", f"{method}.max_steps=4", f"{method}.learning_rate=1e-3"]
     own += [f"{method}.tuning=full"] if method == "sft" else [f"{method}.lora.r=4"]
+    if method in ("rloo", "grpo"):
+        own += [*REWARD, f"{method}.generations=4", f"{method}.max_new_tokens=8", f"prompts={inputs}/prompts.jsonl"]
     return [*COMMON, f"method={method}", f"preferences={inputs}/mixed", f"output_dir={output}", *own]
 
 
@@ -76,7 +81,7 @@ def alone(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sft", "pm", "dpo"])
+@pytest.mark.parametrize("method", ["sft", "pm", "dpo", "rloo", "grpo"])
 def test_two_processes_are_one_with_twice_the_batch(
     method: str, inputs: Path, command_env: dict[str, str], alone: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -92,7 +97,11 @@ def test_two_processes_are_one_with_twice_the_batch(
     assert len(curves[0]) == len(curves[1]) == 4
     losses = [[line["loss"] for line in curve] for curve in curves]
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
-    assert losses[0][-1] < losses[0][0]
+    if method in ("rloo", "grpo"):
+        scores = [[line["score"] for line in curve] for curve in curves]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+    else:
+        assert losses[0][-1] < losses[0][0]
     assert not list(tmp_path.rglob(".*"))
 
 
@@ -165,7 +174,7 @@ def spread(what: str, folder: Path, more: str = "") -> list[str]:
 @pytest.mark.parametrize(
     "settings",
     [
-        *("sft", "pm", "dpo", "dpo dpo.tuning=full"),
+        *("sft", "pm", "dpo", "dpo dpo.tuning=full", "rloo", "rloo rloo.tuning=full rloo.learning_rate=1e-4"),
         # Weights are there for whole passes: none is left out, and none is split behind a common beginning.
         *("dpo preferences={inputs}/alike dpo.lora.top_layers=0.5", "pm preferences={inputs}/alike pm.tuning=full"),
     ],
@@ -236,6 +245,22 @@ def test_ppo_that_is_spread_over_processes_is_that_of_one(
 
 
 @pytest.mark.slow
+def test_ppo_whose_optimizer_is_shared_is_that_of_one(
+    inputs: Path, command_env: dict[str, str], run_command: Callable[..., Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed")
+    one, two = tmp_path / "one", tmp_path / "two"
+    shared = [*COMMON, *PPO, f"prompts={inputs}/prompts.jsonl", "method=ppo", "ppo.tuning=full"]
+    shared += ["ppo.learning_rate=1e-4"]
+    run_command("train", *shared, f"output_dir={one}")
+    env = {**command_env, "DS_ACCELERATOR": "cpu"}
+    said = launch(env, *shared, f"output_dir={two}", by=spread("deepspeed", tmp_path))
+    held, total = map(int, re.search(r"ZeRO, by rlaif itself: .* state of (\d+) of (\d+) weights", said).groups())
+    assert held == pytest.approx(total / 2, rel=0.1)
+    close(one / "ppo" / "policy", two / "ppo" / "policy")
+
+
+@pytest.mark.slow
 def test_ppo_whose_weights_are_spread_goes_on_where_it_was_killed(
     inputs: Path, command_env: dict[str, str], tmp_path: Path
 ) -> None:
@@ -261,10 +286,57 @@ def test_ppo_whose_weights_are_spread_goes_on_where_it_was_killed(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("critic", ["policy", "labeler"])
+def test_processes_share_the_critiques_and_revisions(
+    critic: str, inputs: Path, command_env: dict[str, str], run_command: Callable[..., Any], tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    shared = [*COMMON, "method=critique_revision", "constitution=harmless", f"prompts={inputs}/prompts.jsonl"]
+    shared += [f"critique_revision.critic={critic}", "labeler=scripted", "data.validation_fraction=0.3"]
+    shared += [
+        "critique_revision.max_new_tokens=6",
+        "critique_revision.critique_tokens=6",
+        "critique_revision.lora.r=4",
+    ]
+    shared += ["critique_revision.max_steps=2", "critique_revision.learning_rate=1e-3"]
+    run_command("train", *shared, "critique_revision.batch_size=8", f"output_dir={one}")
+    launch(command_env, *shared, "critique_revision.batch_size=4", f"output_dir={two}")
+    revisions = [folder / "critique_revision" / "revisions.jsonl" for folder in (one, two)]
+    assert revisions[0].read_text() == revisions[1].read_text()
+    close(one / "critique_revision" / "policy", two / "critique_revision" / "policy")
+    stored = []
+    for folder in (one, two):
+        with VerdictStore(folder / "critique_revision" / STORE) as store:
+            stored.append(dict(store.connection.execute("SELECT key, value FROM verdicts")))
+    assert stored[0] == stored[1]
+    assert stored[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reward", ["pm", "labeler"])
+def test_processes_share_the_samples_of_an_evaluation(
+    reward: str,
+    inputs: Path,
+    command_env: dict[str, str],
+    run_command: Callable[..., Any],
+    alone: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    shared = [*COMMON[:-1], "method=best_of_n", "best_of_n.n=4", f"prompts={inputs}/prompts.jsonl", "eval.gold=letters"]
+    shared += ["eval.max_prompts=3", "eval.max_new_tokens=6"]
+    shared += REWARD if reward == "labeler" else [f"preference_model={alone('pm') / result_of('pm')}"]
+    run_command("train", *shared, f"output_dir={one}")
+    said = launch(command_env, *shared, f"output_dir={two}")
+    for name in ("samples.jsonl", "metrics.json"):
+        assert (one / "evaluation" / name).read_text() == (two / "evaluation" / name).read_text()
+    assert said.count("evaluate: done") == 1
+    assert not list(two.rglob(".*"))
+
+
+@pytest.mark.slow
 def test_an_error_ends_all_processes(inputs: Path, command_env: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "out" / "dpo").mkdir(parents=True)
     (tmp_path / "out" / "dpo" / "mine.txt").write_text("mine")
     text = launch(command_env, *arguments("dpo", inputs, tmp_path / "out", 4), expect=2)
     assert "was not made by rlaif.dpo" in text
-    text = launch(command_env, *COMMON, "method=best_of_n", f"output_dir={tmp_path / 'other'}", expect=2)
-    assert "method=best_of_n runs in one process" in text

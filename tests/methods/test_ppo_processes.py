@@ -22,11 +22,12 @@ import json, os, signal, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
+from rlaif import sharding
 from rlaif.config import Keep, KLControl, LoraSettings, ModelConfig, PPOConfig, Tuning
 from rlaif.methods.ppo import PPOTrainer
 from rlaif.models import seed_everything
 from rlaif.policy import load_policy
-from rlaif.processes import rank, spread, wait_for_all
+from rlaif.processes import rank, spread, wait_for_all, world_size
 from rlaif.records import Prompt
 
 torch.set_num_threads(1)
@@ -52,6 +53,9 @@ def score(asked, texts):
     return spread(own, texts)
 
 
+if changes.pop("zero", False):
+    # As under accelerate's launcher, which needs DeepSpeed for it.
+    sharding.shares_optimizer = lambda: world_size() > 1
 lora = LoraSettings(r=4, alpha=8, top_layers=changes.pop("top_layers", 1.0))
 config = PPOConfig(
     tuning=Tuning(changes.pop("tuning", "lora")), lora=lora, rollouts=8, minibatch_size=4, max_new_tokens=6,
@@ -89,8 +93,9 @@ def start(folder: Path, processes: int, expect: int = 0, **changes: Any) -> str:
         {"top_layers": 0.5, "gradient_checkpointing": True},
         {"tuning": "full", "value_backprop": True},
         {"value_adapter": True, "top_layers": 0.5},
+        {"zero": True, "stop_kl": 0.004, "tuning": "full", "warmup_iterations": 1},
     ],
-    ids=["lora", "trunk", "full", "value-adapter"],
+    ids=["lora", "trunk", "full", "value-adapter", "zero"],
 )
 def test_two_processes_are_one(tmp_path: Path, changes: dict[str, Any]) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
@@ -118,14 +123,15 @@ def test_two_processes_are_one(tmp_path: Path, changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_after_a_kill_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("zero", [False, True])
+def test_two_processes_go_on_after_a_kill_to_the_same_bits(tmp_path: Path, zero: bool) -> None:
     whole, cut, alone = tmp_path / "whole", tmp_path / "cut", tmp_path / "alone"
-    start(whole, 2)
-    start(cut, 2, expect=1, kill_after=6)
+    start(whole, 2, zero=zero)
+    start(cut, 2, expect=1, kill_after=6, zero=zero)
     assert [path.name for path in (cut / "checkpoints").glob("iteration-*")] == ["iteration-000004"]
     assert not list(cut.glob("weights-*"))
     shutil.copytree(cut, alone)
-    start(cut, 2)
+    start(cut, 2, zero=zero)
     for rank in (0, 1):
         left, right = (load_file(folder / f"weights-{rank}.safetensors") for folder in (whole, cut))
         assert all(torch.equal(value, right[name]) for name, value in left.items())
