@@ -12,12 +12,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_server import FakeServer, Reply, error, text
-from oracle_server import CONSTITUTION, UNCOVERED, Oracle, noisy, serve
+from oracle_server import CONSTITUTION, QUESTIONS, UNCOVERED, Oracle, noisy, read_pairwise, serve
+from oracle_tokens import OVERRIDES as TOKEN_IDS
+from oracle_tokens import TokenOracle, is_check
+
+from rlaif.records import iterate_candidates
 
 REPO = Path(__file__).parents[2]
 IN_FLIGHT = 4
@@ -103,18 +108,83 @@ def committed(output: Path) -> int:
     return 0
 
 
-def slow(delay_s: float) -> Callable[[dict[str, Any]], Reply]:
-    oracle = Oracle(bias=1.0)
+def slow(delay_s: float, oracle: Callable[[dict[str, Any]], Reply] | None = None) -> Callable[[dict[str, Any]], Reply]:
+    oracle = oracle or Oracle(bias=1.0)
 
     def answer(body: dict[str, Any]) -> Reply:
         reply = oracle(body)
-        reply.delay_s = delay_s
+        # The engine's own question comes before any other.
+        reply.delay_s = 0 if "prompt" in body and is_check(body) else delay_s
         return reply
 
     return answer
 
 
-def wait(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60) -> None:
+@dataclass
+class Line:
+    """How the labeler talks to the server: chats, or token ids with many prompts in a request."""
+
+    oracle: Any
+    overrides: tuple[str, ...]
+    dataset: dict[str, Any]
+    """What a run gives that nothing happens to."""
+    most: int
+    """Verdicts that a request asks for."""
+
+    def asked(self, bodies: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+        """The verdicts that were asked for: principle, first and second text."""
+        found = []
+        for shown in (shown for body in bodies for shown in self._texts(body)):
+            verdict = read_pairwise(shown)
+            assert verdict is not None
+            [principle] = [name for name, question in QUESTIONS.items() if f"Principle: {question}" in shown]
+            found.append((principle, *verdict.texts))
+        return found
+
+    def _texts(self, body: dict[str, Any]) -> list[str]:
+        if isinstance(self.oracle, TokenOracle):
+            return self.oracle.questions(body)
+        return [body["messages"][0]["content"]]
+
+
+@pytest.fixture(params=["chat", "completions"])
+def line(request: pytest.FixtureRequest) -> Line:
+    if request.param == "chat":
+        return Line(Oracle(bias=1.0), (), request.getfixturevalue("undisturbed"), 1)
+    found: Line = request.getfixturevalue("token_ids")
+    return found
+
+
+@pytest.fixture(scope="module")
+def token_ids(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Line:
+    output, oracle = tmp_path_factory.mktemp("token_ids") / "out", TokenOracle(Oracle(bias=1.0))
+    server = serve(oracle)
+    try:
+        finish(arguments(inputs, server.url, output, *TOKEN_IDS))
+    finally:
+        server.close()
+    found = Line(oracle, TOKEN_IDS, dataset(output), 8)
+    asked = found.asked(server.bodies)
+    assert len(asked) == len(set(asked)) == committed(output) == VERDICTS
+    return found
+
+
+def labelled(inputs: Path, output: Path) -> set[tuple[str, ...]]:
+    """The verdicts that a run has: principle, first and second text."""
+    texts = {
+        (line.prompt.prompt_id, candidate.candidate_id): candidate.completion
+        for line in iterate_candidates(inputs / "candidates.jsonl")
+        for candidate in line.candidates
+    }
+    labels = [json.loads(text) for text in (output / "labels.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {
+        (label["principle"], *(texts[label["prompt_id"], label[place]] for place in ("first", "second")))
+        for label in labels
+        if label["method"] != "none"
+    }
+
+
+def wait(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while process.poll() is None and not condition():
         assert time.monotonic() < deadline
@@ -272,36 +342,46 @@ FAULTS = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("line", ["chat"], indirect=True)
 def test_a_server_that_fails_three_calls_in_ten_gives_the_same_dataset(
-    inputs: Path, undisturbed: dict[str, Any], server: FakeServer, tmp_path: Path
+    inputs: Path, line: Line, server: FakeServer, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    server.default = noisy(Oracle(bias=1.0), 3, 0.3, list(FAULTS.values()))
+    bad = noisy(line.oracle, 3, 0.3, list(FAULTS.values()))
+    server.default = lambda body: (line.oracle if "prompt" in body and is_check(body) else bad)(body)
     command = arguments(
-        inputs, server.url, output, "labeler.max_retries=1", "labeler.timeout_s=0.4", "labeler.concurrency=16"
-    )
+        inputs, server.url, output, "labeler.max_retries=1", "labeler.timeout_s=0.4", "labeler.concurrency=16",
+        *line.overrides,
+    )  # fmt: skip
     failed = []
+    known: set[tuple[str, ...]] = set()
     for _ in range(12):
+        before = len(server.bodies)
         finish(command)
         failed.append(json.loads((output / "quality.json").read_text(encoding="utf-8"))["failed"])
+        # What an earlier run has got is not asked again.
+        assert known.isdisjoint(line.asked(server.bodies[before:]))
+        known = labelled(inputs, output)
+        assert len(known) == VERDICTS - failed[-1]
         if not failed[-1]:
             break
     assert failed[0] > 0  # or nothing was put to the test
     assert failed == sorted(failed, reverse=True)
     assert failed[-1] == 0
-    assert dataset(output) == undisturbed
+    assert dataset(output) == line.dataset
 
 
 @pytest.mark.parametrize("delay_s", [0.02, 30.0], ids=["busy", "hanging"])
 def test_ctrl_c_stops_within_two_seconds_with_everything_saved(
-    delay_s: float, inputs: Path, undisturbed: dict[str, Any], server: FakeServer, tmp_path: Path
+    delay_s: float, inputs: Path, line: Line, server: FakeServer, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    command = arguments(inputs, server.url, output)
-    wanted = 25 if delay_s < 1 else IN_FLIGHT
-    server.default = slow(delay_s)
+    command = arguments(inputs, server.url, output, *line.overrides)
+    # Token ids start with a few requests, and more only once some are answered.
+    wanted = 25 if delay_s < 1 else IN_FLIGHT if line.most == 1 else 1
+    server.default = slow(delay_s, line.oracle)
     process = start(command)
-    wait(lambda: len(server.bodies) >= wanted, process)
+    wait(lambda: len(line.asked(server.bodies)) >= wanted, process)
     pressed = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
@@ -309,13 +389,13 @@ def test_ctrl_c_stops_within_two_seconds_with_everything_saved(
     assert process.returncode == 130
     assert said.strip().splitlines()[-1] == "interrupted; the same command goes on from here"
     assert "Traceback" not in said
-    lost = len(server.bodies) - committed(output)
+    lost = len(line.asked(server.bodies)) - committed(output)
     # As many answers as are in flight may wait for the labeler while it works.
-    assert 0 <= lost <= 2 * IN_FLIGHT
-    server.default = Oracle(bias=1.0)
+    assert 0 <= lost <= 2 * IN_FLIGHT * line.most
+    server.default = line.oracle
     finish(command)
-    assert len(server.bodies) == VERDICTS + lost
-    assert dataset(output) == undisturbed
+    assert len(line.asked(server.bodies)) == VERDICTS + lost
+    assert dataset(output) == line.dataset
 
 
 KEY = "sk-proj-3f9Q_secret/7Yx2LmN8"

@@ -65,7 +65,7 @@ def said(logits: Sequence[float], texts: Sequence[str], oracle: Oracle, votes: i
     """What the oracle says about texts whose options have these logits."""
     shown = " ".join(texts)
     if BROKEN in shown:
-        return None, "http_500"
+        return None, f"http_{oracle.broken}"
     p = shares([oracle.sign * logit for logit in logits], oracle.bias)
     if oracle.gives == "logprobs":
         reason = "option_unknown" if UNLISTED in shown else "uncovered" if UNCOVERED in shown else None

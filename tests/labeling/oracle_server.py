@@ -147,12 +147,19 @@ class Oracle:
         mass: probability on the options.
         sign: -1 for a labeler that wants the opposite.
         top: how many tokens it lists, so that an unlikely option may be missing; None: all that have been asked about.
+        broken: the status of what is out of order.
     """
 
     def __init__(
-        self, bias: float = 0.0, gives: str = "logprobs", mass: float = 0.9, sign: int = 1, top: int | None = None
+        self,
+        bias: float = 0.0,
+        gives: str = "logprobs",
+        mass: float = 0.9,
+        sign: int = 1,
+        top: int | None = None,
+        broken: int = 500,
     ) -> None:
-        self.bias, self.gives, self.mass, self.sign, self.top = bias, gives, mass, sign, top
+        self.bias, self.gives, self.mass, self.sign, self.top, self.broken = bias, gives, mass, sign, top, broken
 
     def __call__(self, body: dict[str, Any]) -> Reply:
         content = "\n".join(message["content"] for message in body["messages"])
@@ -162,7 +169,7 @@ class Oracle:
         [asked] = [found for reader in READERS.values() if (found := reader(content)) is not None]
         shown = " ".join(asked.texts)
         if BROKEN in shown:
-            return error(500, "out of order")
+            return error(self.broken, "out of order")
         if "Do not give a verdict yet" in content and len(body["messages"]) == 1:
             seed = body["seed"]
             return text("" if is_mute(shown, seed) else f"Number {seed} weighs them: lean={lean(seed):+.2f}.")
@@ -193,7 +200,9 @@ class Oracle:
         return text(*(option for option, count in zip(asked.options, counts, strict=True) for _ in range(count)))
 
 
-def noisy(oracle: Oracle, seed: int, share: float, faults: list[Reply]) -> Callable[[dict[str, Any]], Reply]:
+def noisy(
+    oracle: Callable[[dict[str, Any]], Reply], seed: int, share: float, faults: list[Reply]
+) -> Callable[[dict[str, Any]], Reply]:
     """The oracle behind a bad line: a ``share`` of the calls, drawn anew for each call, gets one of the faults."""
     line = random.Random(seed)
 

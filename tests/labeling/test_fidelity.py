@@ -8,11 +8,13 @@ import math
 import random
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_server import Reply
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_labels import (
@@ -45,6 +47,8 @@ from oracle_server import (
     serve,
     worth,
 )
+from oracle_tokens import OVERRIDES as TOKEN_IDS
+from oracle_tokens import TokenOracle
 
 from rlaif.labeling.aggregate import pair_labels
 from rlaif.records import Label
@@ -85,7 +89,12 @@ def label(folder: Path, lines: list[dict[str, Any]], *overrides: Any, out: str =
 
 
 def label_by_server(
-    folder: Path, lines: list[dict[str, Any]], oracle: Oracle, votes: int, *overrides: Any, out: str = "out"
+    folder: Path,
+    lines: list[dict[str, Any]],
+    oracle: Callable[[dict[str, Any]], Reply],
+    votes: int,
+    *overrides: Any,
+    out: str = "out",
 ) -> list[dict[str, Any]]:
     """Label by a server that judges by the oracle; returns what it was asked."""
     server = serve(oracle)
@@ -125,6 +134,21 @@ def test_a_server_with_a_known_answer_comes_out_as_it_went_in(mode_name: str, se
                 assert logits(mode, found, one, other) == pytest.approx(
                     logits(mode, unbiased[prompt], one, other), abs=1e-6
                 )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode_name", "bias"),
+    # Away from 1 so little is left on it that nobody asks how much of that goes on to 10.
+    [(name, bias) for name in MODES for bias in (0.0, -2.5) if (name, bias) != ("score", -2.5)],
+)
+def test_token_ids_come_out_as_they_went_in(mode_name: str, bias: float, tmp_path: Path) -> None:
+    """Many prompts in a request, of which one may be refused; spellings of several tokens."""
+    mode, oracle, lines = MODES[mode_name], Oracle(bias=bias, broken=400), planted(flags=("", UNCOVERED, BROKEN))
+    server = TokenOracle(oracle)
+    bodies = label_by_server(tmp_path, lines, server, 1, *TOKEN_IDS, *mode.overrides)
+    assert max(len(server.questions(body)) for body in bodies) == 8
+    check(tmp_path / "out", mode, {line["prompt_id"]: mode.expected(line, oracle, 1) for line in lines})
 
 
 @pytest.mark.slow
