@@ -8,6 +8,7 @@ SPREAD := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 VLLM_STAMP := $(VENV)/.vllm-ready
+DEEPSPEED_STAMP := $(VENV)/.deepspeed-ready
 
 BENCHMARKS := labeling_engine labeling_server labeling_scale labeling_budget labeling_attacks ppo preference_model dpo optimum
 
@@ -23,13 +24,16 @@ setup-vllm: $(VLLM_STAMP)
 $(VLLM_STAMP): $(STAMP) scripts/setup-vllm.sh
 	VENV=$(VENV) sh scripts/setup-vllm.sh
 
+$(DEEPSPEED_STAMP): $(STAMP) scripts/setup-deepspeed.sh
+	VENV=$(VENV) sh scripts/setup-deepspeed.sh
+
 demo: $(STAMP)
 	$(BIN)/python -m rlaif.run experiment=demo
 
 smoke: $(STAMP)
 	$(BIN)/python -m rlaif.run experiment=smoke
 
-test: $(VLLM_STAMP)
+test: $(VLLM_STAMP) $(DEEPSPEED_STAMP)
 	$(BIN)/python -m pytest $(SPREAD)
 
 test-fast: $(STAMP)
