@@ -139,7 +139,7 @@ def main() -> None:
         work("make_pm", settings)
         speed, details = compare(settings, 1 if options.quick else options.repeats)
         for name, count in ({"": 1_000} | ({} if options.quick else {"_100k": 100_000})).items():
-            speed[f"start_up_s{name}"] = start_up(Path(folder), count, settings)
+            speed[f"command_start_s{name}"] = start_up(Path(folder), count, settings)
     packages = ("torch", "transformers", "peft", "accelerate")
     details |= {"settings": {name: value for name, value in settings.items() if name != "folder"}, "trl_version": TRL}
     finish("ppo", speed | ratios, details, packages, options.quick, options.dtype)

@@ -66,7 +66,7 @@ def test_splits_of_other_names(tmp_path):
         config = TrainConfig(preferences=str(tmp_path), feedback=Feedback.human, splits=splits)
         return Arm(config, tmp_path, ModelConfig(name="tiny"))
 
-    assert _normalise(["splits={train: train_prefs}"]) == (["+splits={train: train_prefs}"], False)
+    assert _normalise(["splits={train: train_prefs}"]) == (["++splits={train: train_prefs}"], False)
     found = arm(train="train_prefs", validation="test_prefs")
     assert [len(found.preferences(split)) for split in ("train", "validation")] == [3, 2]
     files = {role: Path(str(file)).name for role, file in found.preference_inputs.items()}
