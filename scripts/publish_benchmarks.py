@@ -84,7 +84,7 @@ MEANING: dict[str, tuple[str, dict[str, str]]] = {
             "cost_ratio_100k_to_1k": "cost of an episode with 100,000 prompts over that with 1,000",
             "fraction_of_peak": "our operations a second over those of a large product on this machine",
             "start_up_s_100k": "seconds to load the tiny model and to make a trainer of 100,000 prompts in memory",
-            "command_start_s": "seconds of `rlaif.train method=ppo` beside its round, with 1,000 prompts, the second time",
+            "command_start_s": "seconds of `rlaif.train method=ppo` beside its round, 1,000 prompts, the second time",
             "command_start_s_100k": "with 100,000 prompts",
         },
     ),
