@@ -185,8 +185,8 @@ class SharedAdamW(torch.optim.AdamW):
         ):
             owner, parameter = self.owners[place], self._all()[place]
             found[place] = {}
-            for name, shape in names:
-                value = places[place][name] if owner == rank() else torch.empty(shape)
+            for name, shape, dtype in names:
+                value = places[place][name] if owner == rank() else torch.empty(shape, dtype=dtype)
                 value = value.to(parameter.device, copy=True)
                 torch.distributed.broadcast(value, src=owner)
                 found[place][name] = value.cpu()
@@ -195,8 +195,10 @@ class SharedAdamW(torch.optim.AdamW):
         return found
 
 
-def _names(state: dict[int, dict[str, Tensor]]) -> list[tuple[int, list[tuple[str, tuple[int, ...]]]]]:
-    return [(place, [(name, tuple(value.shape)) for name, value in of.items()]) for place, of in state.items()]
+def _names(state: dict[int, dict[str, Tensor]]) -> list[tuple[int, list[tuple[str, tuple[int, ...], torch.dtype]]]]:
+    return [
+        (place, [(name, tuple(value.shape), value.dtype) for name, value in of.items()]) for place, of in state.items()
+    ]
 
 
 def adamw(groups: Sequence[dict[str, Any]], **settings: Any) -> torch.optim.AdamW:
