@@ -165,6 +165,14 @@ class Engine(ABC):
         """
         return None
 
+    def set_aside(self, note: Callable[[Any], None]) -> bool:
+        """Have what may be spent noted before it is, by a thread of the engine; false if there is no budget to keep."""
+        return False
+
+    def settle(self) -> Any:
+        """What has been spent, once everything that was asked is answered; see :meth:`set_aside`."""
+        return self.spent
+
     def close(self) -> None:  # noqa: B027 - most engines hold nothing
         """Free memory, connections and processes."""
 

@@ -251,6 +251,8 @@ class Client:
                     place.set_exception(AttemptError("budget", str(error), retry=False))
                 except NeverAllowedError as error:
                     place.set_exception(AttemptError("over_limit", str(error), retry=False))
+                except UserError as error:  # what it may cost could not be noted
+                    place.set_exception(error)
                 else:
                     if isinstance(answer, float):
                         if answer < math.inf:

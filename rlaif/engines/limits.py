@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +15,9 @@ from rlaif.config import BudgetConfig, PriceConfig
 
 WINDOW_S = 61.0
 """Length of the sliding window: a minute, and a second for requests that reach the server late."""
+
+AHEAD = 16
+"""Requests that are set aside of a budget at a time."""
 
 
 class Usage(NamedTuple):
@@ -125,7 +129,8 @@ class Limits:
     """What the next request has to wait for. Every request asks :meth:`admit` and ends with :meth:`done`.
 
     The budget counts a request with its worst case while it is in flight, so that it cannot be exceeded, and with
-    what the server says it used when it has ended. ``spent`` is what an earlier run has spent of the same budget.
+    what the server says it used when it has ended. ``spent`` is what an earlier run has spent of the same budget, or
+    had set aside when it was killed.
     """
 
     def __init__(
@@ -152,6 +157,9 @@ class Limits:
         self._sent = 0
         self._used = Usage()
         self._reserved = Usage()
+        self.set_aside: Callable[[Spend], None] | None = None
+        """With a budget: told what may be spent before it is, so that a later run knows, however this one ends."""
+        self._set_aside = Spend()
 
     @property
     def spent(self) -> Spend:
@@ -198,6 +206,7 @@ class Limits:
             raise NeverAllowedError(f"it may take {tokens} tokens, and labeler.tokens_per_minute={self._tokens.most}")
         if wait > 0:
             return wait
+        self._note(worst)
         self._requests.add(now, 1)
         self._sent += 1
         self._reserved = Usage(self._reserved.prompt + worst.prompt, self._reserved.completion + worst.completion)
@@ -216,6 +225,27 @@ class Limits:
         self._tokens.correct(now, ticket.entry, used.prompt + used.completion)
         self.concurrency.ended(ticket.started, now, overloaded or now - ticket.started > self._slow_s)
 
+    def settle(self) -> Spend:
+        """What has been spent, once nothing is in flight; what was set aside beyond that is free again."""
+        self._set_aside = Spend()
+        return self.spent
+
+    def _note(self, worst: Usage) -> None:
+        """Set aside what the next request can cost, and as much for some more."""
+        if self.set_aside is None or self._budget == BudgetConfig():
+            return
+        needed = self._with(worst, 1)
+        if any(new > old for new, old in zip(needed, self._set_aside, strict=True)):
+            ahead = self._with(worst, AHEAD)
+            total = needed if self._exceeded(ahead) else ahead
+            self.set_aside(total)
+            self._set_aside = total
+
+    def _with(self, worst: Usage, count: int) -> Spend:
+        """Everything so far and so many requests more."""
+        total = self._spend(Usage(worst.prompt * count, worst.completion * count))
+        return total._replace(requests=total.requests + count)
+
     def pause(self, until: float) -> None:
         """Send nothing before ``until``: the server has said so."""
         self._paused_until = max(self._paused_until, until)
@@ -224,8 +254,12 @@ class Limits:
         """Which budget one more request could exceed."""
         if self.used_up:
             return self.used_up.removeprefix("labeler.budget.").partition("=")[0]
-        total, budget = self._spend(worst), self._budget
-        if budget.requests is not None and total.requests + 1 > budget.requests:
+        return self._exceeded(self._with(worst, 1))
+
+    def _exceeded(self, total: Spend) -> str | None:
+        """Which budget that would be too much for."""
+        budget = self._budget
+        if budget.requests is not None and total.requests > budget.requests:
             return "requests"
         if budget.tokens is not None and total.prompt_tokens + total.completion_tokens > budget.tokens:
             return "tokens"

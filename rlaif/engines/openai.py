@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from rlaif.config import Endpoint, LabelerConfig
+from rlaif.config import BudgetConfig, Endpoint, LabelerConfig
 from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
 from rlaif.engines.client import Client, check_url, find_key
 from rlaif.engines.limits import Limits, Spend, Usage
@@ -195,6 +195,17 @@ class OpenAIEngine(Engine):
     def spent(self, before: Spend) -> None:
         """Set what earlier runs have spent of the same budget, before the first request."""
         self._limits.spent = before
+
+    def set_aside(self, note: Callable[[Any], None]) -> bool:
+        """Have what may be spent noted before it is; false without ``labeler.budget``."""
+        if self._config.budget == BudgetConfig():
+            return False
+        self._limits.set_aside = note
+        return True
+
+    def settle(self) -> Spend:
+        """What has been spent, once everything that was asked is answered."""
+        return self._limits.settle()
 
     def sample(self, requests: Iterable[SampleRequest]) -> Iterator[tuple[int, Sampled | Failure]]:
         """Sample a completion for each request; ``tokens`` is 0 where the server does not count them.

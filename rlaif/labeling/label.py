@@ -89,6 +89,7 @@ class Labeling:
         before = store.spent()
         if before is not None and engine.spent is not None and not engine.spent.requests:
             engine.spent = type(engine.spent)(*before)  # type: ignore[misc]
+        self._set_aside = engine.set_aside(store.set_aside)
         self._fingerprint = content_hash(
             self._identity,
             asdict(setup.constitution),
@@ -186,7 +187,8 @@ class Labeling:
             # Why it ended must not be hidden by what follows from it (a full disk).
             with contextlib.suppress(UserError):
                 self.store.commit()
-                self._account()
+                if not self._set_aside:  # else requests may still be sent, and what they can cost is noted
+                    self._account()
             raise
         finally:
             del self.engine.after_burst
@@ -200,10 +202,10 @@ class Labeling:
         """Remember what has been spent, for the budget of a later run."""
         self._accounted = time.monotonic()
         if self.engine.spent is not None:
-            self.store.spend(self.engine.spent)
+            self.store.spend(self.engine.settle())
 
     def _account_if_due(self) -> None:
-        if time.monotonic() - self._accounted > _ACCOUNT_S:
+        if not self._set_aside and time.monotonic() - self._accounted > _ACCOUNT_S:
             self._account()
 
     def _close_if_done(self, opened: _Open) -> None:

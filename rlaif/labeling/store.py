@@ -15,6 +15,7 @@ from rlaif.records import UserError
 _BATCH = 500
 _PUT = "INSERT OR REPLACE INTO verdicts VALUES (?, ?)"
 _FINISH = "INSERT OR IGNORE INTO finished VALUES (?)"
+_SPEND = "INSERT OR REPLACE INTO account VALUES (0, ?)"
 STORE = "store.sqlite"
 # A run that was killed leaves its newest verdicts in the write-ahead log.
 STORE_FILES = (STORE, f"{STORE}-wal")
@@ -27,6 +28,7 @@ class VerdictStore:
         self.path = path
         self._together: list[tuple[str, str]] = []
         self._finished: list[tuple[str]] = []
+        self._beside: sqlite3.Connection | None = None
         try:
             self.connection = sqlite3.connect(path, isolation_level=None, timeout=60)
             self.connection.execute("PRAGMA journal_mode=WAL")
@@ -105,7 +107,21 @@ class VerdictStore:
 
     def spend(self, value: Iterable[Any]) -> None:
         """Remember what all requests have cost."""
-        self._write("INSERT OR REPLACE INTO account VALUES (0, ?)", [(json.dumps(list(value)),)])
+        self._write(_SPEND, [(json.dumps(list(value)),)])
+
+    def set_aside(self, value: Iterable[Any]) -> None:
+        """As :meth:`spend`, from another thread (always the same one) and past what is put together.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        try:
+            if self._beside is None:
+                self._beside = sqlite3.connect(self.path, isolation_level=None, timeout=60, check_same_thread=False)
+                self._beside.execute("PRAGMA synchronous=NORMAL")
+            self._beside.execute(_SPEND, (json.dumps(list(value)),))
+        except sqlite3.Error as error:
+            raise UserError(f"{self.path}: what may be spent cannot be noted ({error})") from None
 
     def _read(self, statement: str, *values: str) -> list[Any]:
         self.commit()
@@ -129,6 +145,8 @@ class VerdictStore:
     def close(self) -> None:
         """Fold the write-ahead log into the file and close it."""
         self.commit()
+        if self._beside is not None:
+            self._beside.close()
         self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.connection.close()
 

@@ -235,3 +235,47 @@ def test_spent_read_while_a_request_ends_is_never_too_little() -> None:
     limits.ends = admitted(limits)
     assert limits.spent.prompt_tokens >= 7
     assert limits.spent.prompt_tokens == 7
+
+
+@given(seed=st.integers(0, 10_000), requests=st.none() | st.integers(1, 60), tokens=st.none() | st.integers(50, 2_000))
+@settings(deadline=None, max_examples=50)
+def test_what_is_noted_is_never_less_than_what_was_sent_and_within_the_budget(
+    seed: int, requests: int | None, tokens: int | None
+) -> None:
+    """A run that is killed at any moment has sent no more than it has noted."""
+    rng = random.Random(seed)
+    limits = Limits(8, budget=BudgetConfig(requests=requests, tokens=tokens))
+    notes: list[Spend] = []
+    limits.set_aside = notes.append
+    sent, cost = 0, 0
+    open_tickets: list[Ticket] = []
+    for _ in range(80):
+        worst = Usage(rng.randint(1, 30), rng.randint(1, 10))
+        try:
+            answer = limits.admit(0.0, worst)
+        except BudgetSpentError:
+            break
+        if isinstance(answer, Ticket):
+            sent, cost = sent + 1, cost + sum(worst)
+            open_tickets.append(answer)
+        elif open_tickets:
+            limits.done(0.0, open_tickets.pop(rng.randrange(len(open_tickets))), None)
+        if sent and (requests is not None or tokens is not None):
+            assert notes[-1].requests >= sent
+            assert notes[-1].prompt_tokens + notes[-1].completion_tokens >= cost
+            assert requests is None or notes[-1].requests <= requests
+            assert tokens is None or notes[-1].prompt_tokens + notes[-1].completion_tokens <= tokens
+    if requests is None and tokens is None:
+        assert not notes
+    elif sent > 20:
+        assert len(notes) < sent
+
+
+def test_what_is_settled_is_set_aside_anew() -> None:
+    limits = Limits(4, budget=BudgetConfig(requests=100))
+    notes: list[Spend] = []
+    limits.set_aside = notes.append
+    limits.done(0.0, admitted(limits), Usage(10, 1))
+    assert limits.settle() == Spend(1, 10, 1)
+    admitted(limits)
+    assert [note.requests for note in notes] == [16, 17]
