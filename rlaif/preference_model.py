@@ -13,10 +13,10 @@ import torch
 
 from rlaif.artifacts import input_hash
 from rlaif.chat import encode_chat
-from rlaif.config import EnsembleScore, ModelConfig, Tuning
+from rlaif.config import EnsembleScore, LoraSettings, ModelConfig, Tuning
 from rlaif.generation import left_pad_after
 from rlaif.models import adapter_base, inner, is_adapter, load_sequence_scorer, load_tokenizer, resolve_model
-from rlaif.policy import Policy, merged, under
+from rlaif.policy import Policy, load_policy, merged, under
 from rlaif.prefix import positions_after, read_after, shareable
 from rlaif.records import Message, UserError, read_json
 
@@ -65,10 +65,17 @@ def pm_identity(folder: Path) -> dict[str, str]:
 
 
 class Ensemble:
-    """Several PMs whose standardised scores become one (Coste et al. 2023, section 3)."""
+    """Several PMs whose standardised scores become one (Coste et al. 2023, section 3).
+
+    Members that are adapters on one base model stand on one copy of it.
+    """
 
     def __init__(self, members: Sequence[ModelConfig], combine: EnsembleScore, penalty: float) -> None:
-        self.members = [PreferenceModel(member) for member in members]
+        base = _common_base(members)
+        self.members = [
+            PreferenceModel(member) if base is None else AdapterPreferenceModel(member, base, f"member_{number}")
+            for number, member in enumerate(members)
+        ]
         # Scores have no unit: two PMs are compared in deviations from what they give reference completions.
         figures = [read_json(Path(str(member.name)) / CALIBRATION) for member in members]
         self.scales = [(row["score_mean"], max(row["score_std"], 1e-6)) for row in figures]
@@ -174,20 +181,20 @@ class AdapterPreferenceModel(PreferenceModel):
 
     ADAPTER = "preference_model"
 
-    def __init__(self, config: ModelConfig, policy: Policy) -> None:
-        self.policy = policy
+    def __init__(self, config: ModelConfig, policy: Policy, adapter: str = ADAPTER) -> None:
+        self.policy, self.adapter = policy, adapter
         super().__init__(config)
 
     def _load(self, config: ModelConfig) -> Any:
         folder, model = Path(str(config.name)), self.policy.model
-        add_beside(self.policy, folder, self.ADAPTER)
+        add_beside(self.policy, folder, self.adapter)
         device = next(model.parameters()).device
         self.weight, self.bias = (tensor.to(device) for tensor in read_head(folder))
         return model
 
     def score(self, examples: Sequence[Example]) -> list[float]:
         """The score of each (prompt, completion)."""
-        with under(self.model, self.ADAPTER), merged(self.model):
+        with under(self.model, self.adapter), merged(self.model):
             return super().score(examples)
 
     def _head_scores(self, ids: torch.Tensor, mask: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
@@ -227,6 +234,20 @@ def fits_beside(folder: Path | str, policy: Policy) -> bool:
         return False
     same = adapter_base(folder) == (resolve_model(policy.start.name), policy.start.revision)
     return same and _is_plain_lora(str(folder))
+
+
+def _common_base(members: Sequence[ModelConfig]) -> Policy | None:
+    """The base model of PMs that are all adapters on the same one."""
+    folders = [str(member.name) for member in members]
+    if not all(is_adapter(folder) and _is_plain_lora(folder) for folder in folders):
+        return None
+    bases = {adapter_base(folder) for folder in folders}
+    if len(bases) > 1:
+        return None
+    name, revision = bases.pop()
+    start = replace(members[0], name=name, adapter=None, revision=revision)
+    # A policy's adapter is what those of PMs stand beside.
+    return load_policy(start, Tuning.lora, LoraSettings(r=1))
 
 
 def check_same_base(folder: Path, start: ModelConfig) -> None:

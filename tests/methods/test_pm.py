@@ -126,7 +126,9 @@ def test_an_ensemble_has_members_that_differ_and_one_score(tmp_path: Path) -> No
         (EnsembleScore.min, 1.0, min),
         (EnsembleScore.uncertainty, 2.0, lambda row: statistics.fmean(row) - 2 * statistics.pstdev(row)),
     ):
-        found = load_scorer(config, combine, penalty).score(examples)
+        scorer = load_scorer(config, combine, penalty)
+        assert len({id(member.model) for member in scorer.members}) == 1  # one base model for all
+        found = scorer.score(examples)
         assert found == pytest.approx([reduce(column) for column in columns], abs=1e-5)
     metrics = json.loads((tmp_path / "pm_metrics.json").read_text())
     assert metrics["ensemble"] == 3
