@@ -8,15 +8,12 @@ prompt can move that prompt's cluster, because it changes the cluster.
 from __future__ import annotations
 
 import hashlib
-import re
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 from rlaif.config import DataConfig, Split
+from rlaif.near_duplicates import near_duplicate_clusters, words_of
 from rlaif.records import Prompt, UserError, bounded_examples, read_prompts
-
-_WORD = re.compile(r"\w+")
 
 
 def assign_splits(prompts: Sequence[Prompt], data: DataConfig) -> dict[str, Split]:
@@ -28,7 +25,7 @@ def assign_splits(prompts: Sequence[Prompt], data: DataConfig) -> dict[str, Spli
     clusters = near_duplicate_clusters([prompt.text for prompt in prompts], data.near_duplicate_threshold)
     keys: dict[int, str] = {}
     for prompt, cluster in zip(prompts, clusters, strict=True):
-        text = " ".join(_words(prompt.text))
+        text = " ".join(words_of(prompt.text))
         keys[cluster] = min(keys.get(cluster, text), text)
     points = {cluster: _point(key) for cluster, key in keys.items()}
     splits = {}
@@ -85,57 +82,6 @@ def check_no_leak(prompts: Sequence[Prompt], splits: dict[str, str], threshold: 
             f"the given splits put near-duplicate prompts on both sides: {bounded_examples(leaks, 3)}; "
             "remove `split` from the lines and they will be split for you"
         )
-
-
-def near_duplicate_clusters(texts: Sequence[str], threshold: float) -> list[int]:
-    """A cluster number for each text; texts with word-set Jaccard similarity >= threshold share one.
-
-    Exact: candidates come from an inverted index under the prefix filter (Bayardo et al. 2007): two sets that
-    similar must share one of their rarest words.
-    """
-    sets = [frozenset(_words(text)) for text in texts]
-    parent = list(range(len(sets)))
-
-    def find(index: int) -> int:
-        while parent[index] != index:
-            parent[index] = parent[parent[index]]
-            index = parent[index]
-        return index
-
-    first_with: dict[frozenset[str], int] = {}
-    frequency: dict[str, int] = defaultdict(int)
-    for index, words in enumerate(sets):
-        if words in first_with:
-            parent[find(index)] = find(first_with[words])
-        else:
-            first_with[words] = index
-            for word in words:
-                frequency[word] += 1
-    index_of: dict[str, list[int]] = defaultdict(list)
-    for index in sorted(first_with.values(), key=lambda i: len(sets[i])):
-        words = sets[index]
-        if not words or threshold <= 0:
-            continue
-        rare = sorted(words, key=lambda word: (frequency[word], word))
-        prefix = rare[: len(words) - _ceil(threshold * len(words)) + 1]
-        others = {other for word in prefix for other in index_of[word]}
-        for other in others:
-            if len(sets[other]) < threshold * len(words) - 1e-9 or find(other) == find(index):
-                continue
-            shared = len(words & sets[other])
-            if shared / (len(words) + len(sets[other]) - shared) >= threshold - 1e-9:
-                parent[find(index)] = find(other)
-        for word in prefix:
-            index_of[word].append(index)
-    return [find(index) for index in range(len(sets))]
-
-
-def _ceil(value: float) -> int:
-    return -int(-(value - 1e-9) // 1)
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
 
 
 def _point(key: str) -> float:

@@ -1,15 +1,18 @@
 """Splits keep near-duplicates together, stay put, and are exact."""
 
 import random
+import time
 from collections import Counter, defaultdict
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlaif import near_duplicates
 from rlaif.config import DataConfig, Split
+from rlaif.near_duplicates import near_duplicate_clusters
 from rlaif.records import Prompt, UserError
-from rlaif.splits import assign_splits, check_no_leak, near_duplicate_clusters
+from rlaif.splits import assign_splits, check_no_leak, read_split
 
 WORDS = [f"w{number}" for number in range(3000)]
 
@@ -78,6 +81,57 @@ small_texts = st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=6).map(" "
 @given(small_texts, st.sampled_from([0.01, 0.2, 0.25, 1 / 3, 0.4, 0.5, 0.6, 2 / 3, 0.7, 0.75, 0.8, 1.0]))
 def test_clusters_equal_brute_force(texts, threshold):
     assert same(near_duplicate_clusters(texts, threshold), brute_force(texts, threshold))
+
+
+@pytest.fixture(params=["alone", "blocks"])
+def sizes(request, monkeypatch):
+    """Both ways of comparing, and bounds so small that few texts reach them."""
+    monkeypatch.setattr(near_duplicates, "_FEW", 2**30 if request.param == "alone" else 0)
+    monkeypatch.setattr(near_duplicates, "_MANY", 3)
+    monkeypatch.setattr(near_duplicates, "_CELLS", 20)
+    near_duplicates._clusters.cache_clear()
+    yield
+    near_duplicates._clusters.cache_clear()
+
+
+@pytest.mark.parametrize("threshold", [1e-6, 0.01, 0.1, 0.3, 0.5, 0.6, 2 / 3, 0.7, 0.8, 0.9, 1.0])
+@pytest.mark.parametrize("kind", ["few words", "templates", "long"])
+def test_every_way_of_comparing_equals_brute_force(kind, threshold, sizes):
+    rng = random.Random(0)
+    if kind == "few words":
+        texts = [" ".join(rng.choices(WORDS[:30], k=rng.randint(0, 9))) for _ in range(150)]
+    elif kind == "templates":
+        starts = ["a b c d e f g h", "a b c d i j k", "l m n", "", "o p q r s t u v w x y z"]
+        texts = [" ".join([rng.choice(starts), *rng.choices(WORDS[:40], k=rng.randint(0, 3))]) for _ in range(150)]
+    else:
+        texts = [" ".join(word for word in WORDS[:130] if rng.random() < 0.75) for _ in range(80)]
+    assert same(near_duplicate_clusters(texts, threshold), brute_force(texts, threshold))
+
+
+def test_nothing_has_no_clusters():
+    assert near_duplicate_clusters([], 0.7) == ()
+    assert same(near_duplicate_clusters(["", "?!"], 0.7), [0, 0])
+
+
+@pytest.mark.parametrize("start", ["tell me about", "please write a short funny poem in rhyme about the name"])
+def test_the_number_of_prompts_costs_no_square(start):
+    """Comparing every pair that shares a word took over a minute; so does one template that all prompts come from."""
+    rng = random.Random(0)
+    slots = 8 if start.startswith("tell") else 1
+    texts = [" ".join([start, *rng.choices(WORDS[:400], k=slots), str(i)]) for i in range(50_000)]
+    before = time.process_time()
+    clusters = near_duplicate_clusters(texts, 0.7)
+    assert time.process_time() - before < 20
+    assert len(set(clusters)) == (50_000 if slots == 8 else 1)
+
+
+def test_a_file_is_compared_once(tmp_path, monkeypatch):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f'{{"prompt": "{p.text}"}}\n' for p in random_prompts(100, seed=1)))
+    train = read_split(file, DataConfig(), Split.train)
+    monkeypatch.setattr(near_duplicates._Sets, "connect", None)
+    test = read_split(file, DataConfig(), Split.test)
+    assert not {p.text for p in train} & {p.text for p in test}
 
 
 def test_near_duplicates_share_a_split():
