@@ -251,6 +251,33 @@ def test_twenty_kills_change_nothing_and_repeat_nothing(
 
 
 @pytest.mark.slow
+def test_kills_between_batches_change_nothing(
+    inputs: Path, token_ids: Line, server: FakeServer, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    command = arguments(inputs, server.url, output, *TOKEN_IDS, "labeler.concurrency=2")
+    server.default = slow(0.03, token_ids.oracle)
+    draw, lost, inside = random.Random(7), [], 0
+    for _ in range(5):
+        calls, known = len(server.bodies), committed(output)
+        process = start(command)
+        wanted = draw.randint(7, 14)
+        wait(lambda calls=calls, wanted=wanted: len(server.bodies) - calls >= wanted, process)
+        time.sleep(draw.uniform(0, 0.03))
+        process.kill()
+        process.communicate()
+        time.sleep(0.1)  # what the server has not read yet
+        stored = committed(output) - known
+        inside += 0 < stored < VERDICTS - known
+        lost.append(len(token_ids.asked(server.bodies[calls:])) - stored)
+    assert inside >= 3
+    finish(command)
+    assert all(0 <= verdicts <= 2 * 2 * token_ids.most for verdicts in lost), lost
+    assert len(token_ids.asked(server.bodies)) == VERDICTS + sum(lost)
+    assert dataset(output) == token_ids.dataset
+
+
+@pytest.mark.slow
 def test_a_budget_holds_over_all_runs_into_a_folder(inputs: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     server = serve(slow(0.01))
     command = [*arguments(inputs, server.url, tmp_path / "out"), "labeler.max_retries=0"]
@@ -344,7 +371,6 @@ FAULTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", ["chat"], indirect=True)
 def test_a_server_that_fails_three_calls_in_ten_gives_the_same_dataset(
     inputs: Path, line: Line, server: FakeServer, tmp_path: Path
 ) -> None:
