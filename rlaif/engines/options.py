@@ -117,6 +117,7 @@ UNDECIDED = 0.05
 _SPACES = re.compile(r"^[\s▁Ġ]+")
 
 
+@functools.lru_cache(maxsize=2**16)
 def token_text(token: str) -> str:
     """A listed token as text: one space for whatever marks the beginning of a word."""
     return _SPACES.sub(" ", token)
@@ -179,7 +180,8 @@ def option_masses(
 
 def observed_mass(listed: Sequence[tuple[str, float]], options: Sequence[Sequence[str]]) -> float:
     """Probability of the listed tokens that spell an option: what the options have for certain."""
-    return sum(map(sum, _found(listed, accepted_tokens(options))[1]))
+    accepted = frozenset().union(*accepted_tokens(options))
+    return sum(math.exp(min(logprob, 0.0)) for token, logprob in listed if token_text(token) in accepted)
 
 
 def _found(
