@@ -24,19 +24,20 @@ _LONGEST = 192
 """Keys up to which plain products were faster in both precisions; the fused kernel wins from about 250 on."""
 
 
-@contextlib.contextmanager
-def plain_attention(model: Any) -> Iterator[None]:
+def plain_attention(model: Any) -> contextlib.AbstractContextManager[None]:
     """Within the block, passes over several tokens of short rows on a CPU are products that hold all scores."""
-    with attending_by(_attend) if inner(model).device.type == "cpu" else contextlib.nullcontext():
-        yield
+    return attending_by(_attend, model)
 
 
 @contextlib.contextmanager
-def attending_by(function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
-    """Within the block, a function in place of transformers' ``sdpa``.
+def attending_by(function: Callable[..., tuple[Tensor, None]], model: Any) -> Iterator[None]:
+    """Within the block, a function in place of transformers' ``sdpa``, if the model is on a CPU.
 
     The models' settings stay as they are: some build their masks by the name of their attention.
     """
+    if inner(model).device.type != "cpu":
+        yield
+        return
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
     ALL_ATTENTION_FUNCTIONS["sdpa"] = function
     try:

@@ -7,7 +7,6 @@ head that shares them. With many rows this takes a third of a step; with long pr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F  # noqa: N812
@@ -16,7 +15,6 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlaif.attention import attending_by
-from rlaif.models import inner
 
 _ROOM = 128
 """Tokens for which room is made at most; where more come, it is made anew."""
@@ -76,11 +74,9 @@ def with_room(cache: Any, tokens: int) -> Any:
     return cache
 
 
-@contextlib.contextmanager
-def grouped_heads(model: Any) -> Iterator[None]:
+def grouped_heads(model: Any) -> contextlib.AbstractContextManager[None]:
     """Within the block, steps of one token on a CPU read keys and values that several heads share where they are."""
-    with attending_by(_attend) if inner(model).device.type == "cpu" else contextlib.nullcontext():
-        yield
+    return attending_by(_attend, model)
 
 
 def _attend(

@@ -123,7 +123,7 @@ def test_blocks_within_blocks_put_back_what_was_there():
     model = load_causal_lm(ModelConfig(name="tiny", device="cpu"))
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
     with plain_attention(model):
-        with pytest.raises(KeyError), attention.attending_by(sdpa_attention_forward):
+        with pytest.raises(KeyError), attention.attending_by(sdpa_attention_forward, model):
             raise KeyError
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is _attend
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
