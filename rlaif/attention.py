@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlaif.models import inner
 
-_LONGEST = 192
+LONGEST = 192
 """Keys up to which plain products were faster in both precisions; the fused kernel wins from about 250 on."""
 
 
@@ -58,7 +58,7 @@ def _attend(
             attention_mask = torch.ones(1, 1, width, length, dtype=torch.bool, device=query.device).tril()
     elif attention_mask.requires_grad or attention_mask.shape[-2:] != (width, length):
         unusual = True
-    if unusual or width == 1 or length > _LONGEST or attention_mask is None or query.device.type != "cpu":
+    if unusual or width == 1 or length > LONGEST or attention_mask is None or query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (each.to(torch.get_autocast_dtype("cpu")) for each in (query, key, value))
@@ -67,38 +67,57 @@ def _attend(
     return output.transpose(1, 2).contiguous(), None
 
 
+def weigh(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(Q K' scale + mask) V, and the softmax: products whose results are scores are float32.
+
+    Heads that share keys stand as queries below each other.
+
+    Args:
+        queries: (B K, G T, D).
+        keys: (B K, S, D), as are ``values``.
+        mask: (B, H or 1, T, S), true for what is seen, or to be added to scores; (1, 1, T, S) for all.
+        scale: of scores.
+    """
+    scores = torch.bmm(queries.float(), keys.float().transpose(1, 2)).mul_(scale)
+    by_head = scores.view(len(mask), -1, *mask.shape[2:])
+    if mask.dtype == torch.bool:
+        # Not -inf: rows of padding see nothing, and must not become NaN.
+        by_head.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+    else:
+        by_head.add_(mask)
+    weights = torch.softmax(scores, -1, out=scores).to(queries.dtype)
+    return torch.bmm(weights, values), weights
+
+
+def weigh_back(
+    gradient: Tensor, queries: Tensor, keys: Tensor, values: Tensor, weights: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values for one (B K, G T, D) of what :func:`weigh` gave."""
+    of_values = torch.bmm(weights.transpose(1, 2), gradient)
+    of_weights = torch.bmm(gradient.float(), values.float().transpose(1, 2))
+    of_scores = torch._softmax_backward_data(of_weights, weights.float(), -1, torch.float32)
+    of_scores = of_scores.mul_(scale).to(weights.dtype)
+    return torch.bmm(of_scores, keys), torch.bmm(of_scores.transpose(1, 2), queries), of_values
+
+
 class _Attention(torch.autograd.Function):
-    """softmax(Q K' scale + mask) V. Products whose results are scores are float32, whatever the inputs are."""
+    """Attention by :func:`weigh`, whatever autocast is in place."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
         with torch.autocast("cpu", enabled=False):
-            # Heads that share keys stand as queries below each other: (B K, G T, D).
             queries = query.reshape(-1, query.shape[1] // key.shape[1] * query.shape[2], query.shape[3])
             keys, values = (each.reshape(-1, *each.shape[2:]) for each in (key, value))
-            scores = torch.bmm(queries.float(), keys.float().transpose(1, 2)).mul_(scale)
-            by_head = scores.view(*query.shape[:3], -1)
-            if mask.dtype == torch.bool:
-                # Not -inf: rows of padding see nothing, and must not become NaN.
-                by_head.masked_fill_(~mask, torch.finfo(scores.dtype).min)
-            else:
-                by_head.add_(mask)
-            weights = torch.softmax(scores, -1, out=scores).to(query.dtype)
-            ctx.save_for_backward(queries, keys, values, weights)
-            ctx.scale, ctx.shapes = scale, (query.shape, key.shape, value.shape)
-            return torch.bmm(weights, values).view(*query.shape[:3], -1)
+            output, weights = weigh(queries, keys, values, mask.expand(len(query), -1, -1, -1), scale)
+        ctx.save_for_backward(queries, keys, values, weights)
+        ctx.scale, ctx.shapes = scale, (query.shape, key.shape, value.shape)
+        return output.view(*query.shape[:3], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         queries, keys, values, weights = ctx.saved_tensors
-        query_shape, key_shape, value_shape = ctx.shapes
         with torch.autocast("cpu", enabled=False):
-            (gradient,) = gradients
-            gradient = gradient.reshape(*queries.shape[:2], -1)
-            of_values = torch.bmm(weights.transpose(1, 2), gradient)
-            of_weights = torch.bmm(gradient.float(), values.float().transpose(1, 2))
-            of_scores = torch._softmax_backward_data(of_weights, weights.float(), -1, torch.float32)
-            of_scores = of_scores.mul_(ctx.scale).to(weights.dtype)
-            of_queries, of_keys = torch.bmm(of_scores, keys), torch.bmm(of_scores.transpose(1, 2), queries)
-        return of_queries.view(query_shape), of_keys.view(key_shape), of_values.view(value_shape), None, None
+            found = weigh_back(gradient.reshape(*queries.shape[:2], -1), queries, keys, values, weights, ctx.scale)
+        query, key, value = (each.view(shape) for each, shape in zip(found, ctx.shapes, strict=True))
+        return query, key, value, None, None

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rlaif.config import LoraSettings, ModelConfig, Tuning
 from rlaif.generation import left_pad_after
-from rlaif.lora import lean
+from rlaif.in_line import Line, in_line, read_in_line
+from rlaif.lora import lean, rounded_once
 from rlaif.losses import token_logps
 from rlaif.models import inner, is_adapter, load_causal_lm, load_tokenizer, lora_config, merge
 from rlaif.prefix import positions_after, read_after, shareable
@@ -29,6 +30,7 @@ class Packed:
     ``prefix``: (L,), tokens before every row, which stand in none of the others; positions count them.
     ``trunk``: (B, P + T, H), what the first ``trunk_layers`` layers put out for the rows (:mod:`rlaif.trunk`), and
     ``prefix_trunk``: (1, L, H), for the prefix.
+    ``in_line``: whether a pass may take the rows behind each other (:mod:`rlaif.in_line`).
     """
 
     ids: Tensor
@@ -40,6 +42,7 @@ class Packed:
     trunk: Tensor | None = None
     prefix_trunk: Tensor | None = None
     trunk_layers: int = 0
+    in_line: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -58,6 +61,7 @@ class Packed:
             None if self.trunk is None else self.trunk[rows, columns],
             self.prefix_trunk,
             self.trunk_layers,
+            self.in_line,
         )
 
     def whole(self) -> Packed:
@@ -74,6 +78,10 @@ class Packed:
         ids = torch.cat([prefix, self.ids], dim=1)
         ids, mask, positions = (each.gather(1, order) for each in (ids, mask, positions))
         return Packed(ids, mask, positions, self.tokens, self.completion_mask)
+
+    def longest(self) -> int:
+        """Tokens of the longest row, with the prefix."""
+        return int(self.mask.sum(dim=1).max()) + (0 if self.prefix is None else len(self.prefix))
 
     @property
     def prompt_width(self) -> int:
@@ -111,6 +119,7 @@ def pack(
         tokens=tokens,
         completion_mask=mask.float(),
         prefix=prefix,
+        in_line=share,
     )
 
 
@@ -134,6 +143,12 @@ def completion_states(model: Any, batch: Packed) -> Tensor:
     """Hidden states that the output head turns into those logits: (B, T, H). No logits are made."""
     keep = batch.tokens.shape[1] + 1
     backbone = inner(model).base_model
+    if batch.in_line and in_line(model, batch.longest()):
+        line, trunk, before = Line(batch.prefix, batch.mask), batch.trunk, batch.prefix_trunk
+        if trunk is not None:
+            trunk = line.flat(trunk, trunk[0, :0] if before is None else before[0])
+        with starting_at(model, trunk, batch.trunk_layers):
+            return read_in_line(backbone, line, batch.ids, batch.positions)[:, -keep:-1]
     arguments = _arguments(model, batch, backbone)
     with starting_at(model, batch.trunk, batch.trunk_layers):
         output = backbone(**arguments)
@@ -266,7 +281,8 @@ def merged(model: Any) -> Iterator[Any]:
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not layers or not all(_is_sum(layer) for layer in layers):
-        yield model
+        with rounded_once(model):
+            yield model
         return
     kept: list[tuple[Any, Tensor]] = []
     try:

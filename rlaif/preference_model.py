@@ -15,6 +15,7 @@ from rlaif.artifacts import input_hash
 from rlaif.chat import encode_chat
 from rlaif.config import EnsembleScore, LoraSettings, ModelConfig, Tuning
 from rlaif.generation import left_pad_after
+from rlaif.in_line import Line, in_line, read_in_line
 from rlaif.models import adapter_base, inner, is_adapter, load_sequence_scorer, load_tokenizer, resolve_model
 from rlaif.policy import Policy, load_policy, merged, under
 from rlaif.prefix import positions_after, read_after, shareable
@@ -323,6 +324,8 @@ def last_hidden(model: Any, ids: torch.Tensor, mask: torch.Tensor, prefix: torch
     in transformers' classification models) would stop one token early.
     """
     backbone = inner(model).base_model
+    if prefix is not None and not torch.is_grad_enabled() and in_line(model, int(mask.sum(dim=1).max()) + len(prefix)):
+        return read_in_line(backbone, Line(prefix, mask), ids, positions_after(prefix, mask))[:, -1]
     return backbone(**read_after(model, prefix, ids, mask, positions_after(prefix, mask), backbone))[0][:, -1]
 
 

@@ -202,7 +202,11 @@ def _names(state: dict[int, dict[str, Tensor]]) -> list[tuple[int, list[tuple[st
 
 
 def adamw(groups: Sequence[dict[str, Any]], **settings: Any) -> torch.optim.AdamW:
-    """AdamW; where accelerate is configured for ZeRO, the processes share its state, without DeepSpeed's engine."""
+    """AdamW in one kernel for all weights, unless FSDP has spread some of them.
+
+    Where accelerate is configured for ZeRO, the processes share its state, without DeepSpeed's engine.
+    """
+    settings["fused"] = not spreads_weights()
     if shares_optimizer():
         return SharedAdamW(groups, **settings)
     return torch.optim.AdamW(groups, **settings)

@@ -20,6 +20,7 @@ LAYERS = [
         "models",
         "decoding",
         "generation",
+        "in_line",
         "lora",
         "artifacts",
         "engines",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlaif.config import LoraSettings, ModelConfig, Tuning
-from rlaif.lora import lean
+from rlaif.lora import lean, product, rounded_once
 from rlaif.models import load_causal_lm
 from rlaif.policy import load_policy, merged
 from tests.adapters import fill
@@ -125,9 +127,67 @@ def test_a_copy_has_weights_of_its_own() -> None:
     assert not torch.allclose(twin(input_ids=IDS).logits, before)
 
 
-def test_no_wide_product_is_made_beside_the_layers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def products_of(run: Callable[[], Any]) -> list[tuple[int, ...]]:
+    """Shapes of the results of all products, by which anything is computed in the meantime."""
+    shapes: list[tuple[int, ...]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), settings: Any = None) -> Any:
+            result = function(*arguments, **(settings or {}))
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+                shapes.append(tuple(result.shape))
+            return result
+
+    with Watch():
+        run()
+    return shapes
+
+
+def test_no_wide_product_is_made_beside_the_layers_own() -> None:
     policy = load_policy(TINY, Tuning.lora, LoraSettings(r=4, alpha=8))
     layer = next(module for module in policy.model.modules() if isinstance(module, Linear))
-    monkeypatch.setattr(type(layer.lora_B["default"]), "forward", None)
-    layer.base_layer.forward = lambda x: torch.zeros(*x.shape[:-1], layer.out_features)
-    assert layer(torch.randn(2, 3, layer.in_features)).shape == (2, 3, layer.out_features)
+    x = torch.randn(2, 3, layer.in_features)
+    wide = (6, layer.out_features)
+    # The thin product, the layer's own, and the second factor's, which is added to it.
+    assert products_of(lambda: layer(x)) == [(6, 4), wide, wide]
+    # What does not train has no gradient made.
+    result = layer(x)
+    back = products_of(lambda: result.sum().backward())
+    assert sorted(back) == sorted([(6, 4), (4, layer.in_features), (layer.out_features, 4)])
+
+
+def test_adapters_are_rounded_once_while_nothing_trains() -> None:
+    model = lean(peft_model())
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("default")
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        model.set_adapter("other")
+        another = model(input_ids=IDS).logits
+        model.set_adapter("default")
+        with rounded_once(model):
+            assert torch.equal(model(input_ids=IDS).logits, expected)
+            model.set_adapter("other")
+            assert torch.equal(model(input_ids=IDS).logits, another)
+            model.set_adapter("default")
+            [first, _] = layers[0].rounded["default"]
+            assert first.dtype is torch.bfloat16
+        assert not any("rounded" in vars(layer) for layer in layers)
+        filled(model)
+        assert not torch.equal(model(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 512, 513, 1025, 1699, 1700])
+@pytest.mark.parametrize(("depth", "width"), [(24, 512), (24, 1024), (40, 96)])
+def test_a_product_in_parts_is_that_of_torch(rows: int, depth: int, width: int, dtype: torch.dtype) -> None:
+    left, right, bias = (torch.randn(shape).to(dtype) for shape in ((rows, depth), (depth, width), (width,)))
+    exact = left.double() @ right.double()
+    close = {"rtol": 1e-2, "atol": 0.1} if dtype is torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    for weight in (right, right.t().contiguous().t()):
+        torch.testing.assert_close(product(left, weight).double(), exact, **close)
+        torch.testing.assert_close(product(left, weight, bias).double(), exact + bias.double(), **close)

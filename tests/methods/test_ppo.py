@@ -356,8 +356,7 @@ def test_gradient_checkpointing_runs_layers_again_and_changes_no_number(tmp_path
         for number, layer in enumerate(layers):
 
             def note(_: Any, inputs: Any, number: int = number, calls: list[int] = calls) -> None:
-                if len(inputs[0]) > 1:  # Not the pass over the prefix, which is one row.
-                    calls.append(number)
+                calls.append(number)
 
             layer.mlp.register_forward_pre_hook(note)
         advantages = torch.ones_like(rollouts.logps)
@@ -366,7 +365,7 @@ def test_gradient_checkpointing_runs_layers_again_and_changes_no_number(tmp_path
         assert calls == ([1, 1] if again else [1])
         assert all("forward" not in vars(layer) for layer in layers)
         found[again] = statistics, [parameter.grad.clone() for parameter in ppo.parameters]  # type: ignore[union-attr]
-    assert found[True][0] == pytest.approx(found[False][0], rel=1e-6)
+    assert found[True][0] == pytest.approx(found[False][0], rel=1e-5)
     for one, other in zip(found[True][1], found[False][1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 

@@ -110,7 +110,7 @@ def test_layers_that_run_again_change_no_gradient(tmp_path: Path) -> None:
         ppo.minibatch(torch.arange(4), rollouts, advantages, rollouts.values + 1, train_policy=True)
         found.append([value.grad.clone() for value in (*ppo.parameters, *ppo.value_parameters)])  # type: ignore[union-attr]
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_in_the_warm_up_only_the_value_function_trains(tmp_path: Path) -> None:
