@@ -156,6 +156,21 @@ def test_a_margin_asks_for_more(tmp_path: Path, margin: float) -> None:
     assert first["loss"] == pytest.approx(expected, abs=1e-3)
 
 
+def test_centring_holds_the_scores_of_a_pair_around_zero(tmp_path: Path) -> None:
+    data = preferences(48)
+    off = {}
+    for coefficient in (0.0, 1.0):
+        folder = tmp_path / str(coefficient)
+        target = train_pm(settings(center_coefficient=coefficient), TINY, data, data[:8], folder, seed=0)
+        model = PreferenceModel(ModelConfig(name=str(target), device="cpu"))
+        chosen, rejected = (
+            model.score([(row.prompt, getattr(row, side)) for row in data]) for side in ("chosen", "rejected")
+        )
+        assert sum(one > other for one, other in zip(chosen, rejected, strict=True)) > 40
+        off[coefficient] = statistics.fmean((one + other) ** 2 for one, other in zip(chosen, rejected, strict=True))
+    assert off[1.0] < 0.3 * off[0.0]
+
+
 def test_accumulated_steps_are_those_of_a_whole_batch(tmp_path: Path) -> None:
     losses = []
     for batch_size, accumulation in ((8, 1), (4, 2)):

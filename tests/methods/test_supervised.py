@@ -199,6 +199,50 @@ def test_bfloat16_trains_like_float32(method: str, tuning: Tuning, tmp_path: Pat
     assert losses[1] == pytest.approx(losses[0], abs=0.1)
 
 
+@pytest.mark.parametrize("tuning", [Tuning.lora, Tuning.full])
+@pytest.mark.parametrize("method", ["sft", "pm", "dpo"])
+def test_gradient_checkpointing_runs_layers_again_and_changes_no_loss(
+    method: str, tuning: Tuning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    data = [
+        Preference(f"p{i}", ({"role": "user", "content": "ab" * i},), "a" * (1 + i), "z" * 5, "0", "1", 0.9, "people",
+                   "human")
+        for i in range(8)
+    ]  # fmt: skip
+    runs: dict[bool, int] = dict.fromkeys((False, True), 0)
+    forward = LlamaMLP.forward
+    losses = {}
+    for again in runs:
+
+        def counted(layer: Any, x: torch.Tensor, again: bool = again) -> torch.Tensor:
+            runs[again] += layer.training
+            return forward(layer, x)
+
+        monkeypatch.setattr(LlamaMLP, "forward", counted)
+        shared = {
+            "batch_size": 4,
+            "max_steps": 3,
+            "tuning": tuning,
+            "learning_rate": 1e-3,
+            "gradient_checkpointing": again,
+        }
+        folder = tmp_path / str(again)
+        if method == "pm":
+            train_pm(PMConfig(**shared), TINY, data, data, folder, seed=0)
+        elif method == "dpo":
+            train_dpo(DPOConfig(**shared), TINY, data, folder, seed=0)
+        else:
+            train_sft(
+                SFTConfig(**shared), TINY, [Demonstration(row.prompt, row.chosen) for row in data], folder, seed=0
+            )
+        losses[again] = [json.loads(line)["loss"] for line in (folder / "training.jsonl").read_text().splitlines()]
+    assert losses[True] == pytest.approx(losses[False], abs=1e-4)
+    assert losses[True][-1] != losses[True][0]
+    assert runs[True] > runs[False] > 0
+
+
 @pytest.mark.parametrize("method", ["pm", "dpo"])
 def test_training_in_parts_is_training_in_one(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Below adapted layers that start in the middle, and after a system message that all prompts share."""
