@@ -123,12 +123,13 @@ def read_in_line(run: Callable[..., Any], line: Line, ids: Tensor, positions: Te
 
 
 def in_line(model: Any, longest: int) -> bool:
-    """Whether :func:`read_in_line` gives rows of up to so many tokens the states of rows side by side, and pays.
+    """Whether :func:`read_in_line` gives rows of up to so many tokens the states that they get side by side.
 
-    Whether the model takes its tokens so is tried, once a model.
+    Not in training mode, in which attention may drop out. Whether the model takes its tokens so is tried, once a model.
     """
     core = inner(model)
-    if longest > LONGEST or core.device.type != "cpu" or core.config._attn_implementation != "sdpa":
+    on_cpu = core.device.type == "cpu" and core.config._attn_implementation == "sdpa"
+    if longest > LONGEST or core.training or not on_cpu:
         return False
     if core not in _IN_LINE:
         _IN_LINE[core] = shareable(core) and _same_states(core)
@@ -162,7 +163,7 @@ def _attend(
     """As transformers' own: queries (1, H, N, D), keys and values (1, K, N, D) -> (1, N, H, D)."""
     unusual = any(settings.get(name) is not None for name in ("position_bias", "cache")) or settings.get("dropout")
     if unusual or {query.shape[2], key.shape[2]} != {line.tokens}:
-        raise NotImplementedError("attention of more than queries to keys, or with a cache")
+        raise NotImplementedError("attention with more than queries, keys and values")
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (each.to(torch.get_autocast_dtype("cpu")) for each in (query, key, value))
     output: Tensor = _Attention.apply(query, key, value, line, settings.get("scaling") or query.shape[-1] ** -0.5)

@@ -27,7 +27,7 @@ def lean(model: Any) -> Any:
     from peft.tuners.lora import Linear
 
     for module in model.modules():
-        if type(module) is Linear and not _is_lean(module):
+        if type(module) is Linear and "forward" not in vars(module):
             module.forward = partial(_forward, module, module.forward)
     return model
 
@@ -51,12 +51,12 @@ def _forward(layer: Any, usual: Callable[..., Tensor], x: Tensor, *arguments: An
 
 @contextlib.contextmanager
 def rounded_once(model: Any) -> Iterator[None]:
-    """Within the block, in which nothing trains and no adapter is changed, A and B are rounded once, not every pass."""
+    """Within the block A and B are rounded once, not every pass. For passes without gradients, between changes."""
     layers = [module for module in model.modules() if _is_lean(module) and len(module.active_adapters) == 1]
     try:
         for layer in layers:
             (name,), dtype = layer.active_adapters, layer.base_layer.weight.dtype
-            if name in layer.lora_A:
+            if name in layer.lora_A and layer.lora_A[name].weight.dtype != dtype:
                 parts = (part[name].weight.detach().to(dtype) for part in (layer.lora_A, layer.lora_B))
                 layer.rounded = {name: tuple(parts)}
         yield
@@ -77,7 +77,7 @@ class _LoRA(torch.autograd.Function):
         result = product(rows, weight.t(), bias).addmm_(thin, wide.t())
         ctx.save_for_backward(rows, weight, short, wide, thin)
         ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (first.dtype, second.dtype)
-        return result.view(*x.shape[:-1], -1)
+        return result.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -105,11 +105,17 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
         layer.base_layer,
         *(part[name] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout)),
     )
-    if not all(type(each) is nn.Linear and not each._forward_pre_hooks for each in (base, first, second)):
-        return False  # FSDP may have spread them by themselves.
+    if not all(map(_is_bare, (base, first, second))):
+        return False
     same = x.dtype == base.weight.dtype and first.weight.dtype in (x.dtype, torch.float32)
     frozen = not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
     return same and frozen and second.bias is None and (isinstance(dropout, nn.Identity) or not dropout.training)
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether all that a call of the module does is to multiply: FSDP or others may have wrapped it by itself."""
+    hooked = module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or "forward" in vars(module)
+    return type(module) is nn.Linear and not hooked
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

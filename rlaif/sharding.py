@@ -202,11 +202,12 @@ def _names(state: dict[int, dict[str, Tensor]]) -> list[tuple[int, list[tuple[st
 
 
 def adamw(groups: Sequence[dict[str, Any]], **settings: Any) -> torch.optim.AdamW:
-    """AdamW in one kernel for all weights, unless FSDP has spread some of them.
+    """AdamW, in one kernel for many weights unless FSDP may have spread some of them.
 
     Where accelerate is configured for ZeRO, the processes share its state, without DeepSpeed's engine.
     """
-    settings["fused"] = not spreads_weights()
+    if not spreads_weights():
+        settings["fused"] = True
     if shares_optimizer():
         return SharedAdamW(groups, **settings)
     return torch.optim.AdamW(groups, **settings)
@@ -229,7 +230,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, found: dict[str, Any]
         for place, of in found["state"].items()
         if not isinstance(optimizer, SharedAdamW) or optimizer.owners[place] == rank()
     }
-    optimizer.load_state_dict(found | {"state": state})
+    # The kernel is this run's choice, not that of the run that wrote the checkpoint.
+    groups = [
+        saved | {"fused": own["fused"]}
+        for saved, own in zip(found["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict(found | {"state": state, "param_groups": groups})
 
 
 def gather_weights(model: Any) -> None:

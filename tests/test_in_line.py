@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlaif.attention import LONGEST
-from rlaif.config import LoraSettings, ModelConfig, Tuning
+from rlaif.config import Dtype, LoraSettings, ModelConfig, Tuning
 from rlaif.in_line import _STEP, Line, in_line, read_in_line
 from rlaif.models import load_causal_lm
 from rlaif.policy import completion_states, load_policy, pack
 from rlaif.prefix import positions_after
+from rlaif.trunk import with_trunk
+from tests.adapters import fill
 from tests.methods.families import FAMILIES, family
 
 TINY = ModelConfig(name="tiny", device="cpu")
@@ -122,6 +126,43 @@ def test_a_batch_is_read_in_line_only_where_rows_are_short():
     seen.clear()
     completion_states(policy.model, pack(prompts, [[20], [21, 22]], 256, CPU, False))
     assert seen == [2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("top_layers", [1.0, 0.5])
+def test_a_policys_states_and_gradients_in_any_precision(dtype, top_layers):
+    """Also above a trunk, with a completion of no token, and as part of a batch."""
+    precision = "bfloat16" if dtype == "bfloat16" else "float32"
+    tuning = Tuning.full if dtype == "autocast" else Tuning.lora
+    start = ModelConfig(name="tiny", device="cpu", dtype=Dtype(precision))
+    policy = load_policy(start, tuning, LoraSettings(r=4, alpha=8, top_layers=top_layers))
+    fill(policy.trainable(), 0.2)
+    prompts = [[*PREFIX.tolist(), *rest] for rest in ([5, 6, 7], [8], [9, 10, 11, 12], [13, 14])]
+    batch = pack(prompts, [[20, 21, 22], [], [23], [24, 25]], 256, CPU, True)
+    rows = torch.tensor([0, 1, 2])
+    batch = with_trunk(policy.model, batch, [torch.arange(4)])
+    found = []
+    for part in (batch.select(rows), dataclasses.replace(batch.select(rows), in_line=False)):
+        policy.model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+            states = completion_states(policy.model, part)
+        real = states[part.completion_mask.bool()].float()
+        (real * torch.linspace(-1, 1, real.shape[-1])).sum().backward()
+        gradients = {name: value.grad for name, value in policy.trainable() if value.grad is not None}
+        found.append((real.detach(), gradients))
+    (one, slopes), (other, again) = found
+    bound = 1e-5 if dtype == "float32" else 0.03
+    assert (one - other).norm() <= bound * other.norm()
+    assert slopes.keys() == again.keys()
+    for name, slope in again.items():
+        assert (slopes[name] - slope).norm() <= bound * slope.norm() + 1e-6, name
+
+
+def test_a_model_in_training_mode_is_read_side_by_side():
+    model = load_causal_lm(TINY)
+    assert in_line(model, 17)
+    assert not in_line(model.train(), 17)
+    assert in_line(model.eval(), 17)
 
 
 def test_another_attention_is_left_alone():

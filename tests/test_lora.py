@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from rlaif.lora import lean, product, rounded_once
 from rlaif.models import load_causal_lm
 from rlaif.policy import load_policy, merged
 from tests.adapters import fill
+from tests.methods.families import family
 
 TINY = ModelConfig(name="tiny", device="cpu")
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -154,6 +156,47 @@ def test_no_wide_product_is_made_beside_the_layers_own() -> None:
     result = layer(x)
     back = products_of(lambda: result.sum().backward())
     assert sorted(back) == sorted([(6, 4), (4, layer.in_features), (layer.out_features, 4)])
+
+
+def test_what_others_have_wrapped_is_called() -> None:
+    """Hooks on a factor or on the base, and another forward in place of the layer's own."""
+    model = peft_model()
+    layer = next(module for module in model.modules() if isinstance(module, Linear))
+    x = torch.randn(2, 3, layer.in_features)
+    calls: list[str] = []
+    own = layer.forward
+    layer.forward = lambda *arguments, **settings: (calls.append("forward"), own(*arguments, **settings))[1]
+    lean(model)
+    layer(x)
+    assert calls == ["forward"]
+    ours = lean(peft_model())
+    layer = next(module for module in ours.modules() if isinstance(module, Linear))
+    layer.base_layer.register_forward_hook(lambda *_: calls.append("base"))
+    layer.lora_A["default"].register_forward_pre_hook(lambda *_: calls.append("A"))
+    layer(x)
+    assert set(calls) == {"forward", "base", "A"}
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (5,)])
+def test_any_number_of_rows(shape: tuple[int, ...]) -> None:
+    layer = next(module for module in lean(peft_model()).modules() if isinstance(module, Linear))
+    assert layer(torch.randn(*shape, layer.in_features)).shape == (*shape, layer.out_features)
+
+
+def test_a_base_with_a_bias_and_rows_that_do_not_lie_side_by_side(tmp_path: Path) -> None:
+    """Qwen2 has biases in its attention."""
+    base = load_causal_lm(ModelConfig(name=str(family("qwen2", tmp_path)), device="cpu"))
+    plain = filled(get_peft_model(base, LoraConfig(r=4, lora_alpha=12, target_modules="all-linear")))
+    ours = lean(copy.deepcopy(plain))
+    (expected, wanted), (found, gradients) = run(plain), run(ours)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for name in wanted:
+        torch.testing.assert_close(gradients[name], wanted[name], rtol=1e-4, atol=1e-6)
+    pairs = zip(plain.modules(), ours.modules(), strict=True)
+    one, other = next(both for both in pairs if isinstance(both[0], Linear))
+    assert one.base_layer.bias is not None
+    x = torch.randn(one.in_features, 6, 2).transpose(0, 2)
+    torch.testing.assert_close(other(x), one(x), rtol=1e-5, atol=1e-5)
 
 
 def test_adapters_are_rounded_once_while_nothing_trains() -> None:
