@@ -88,9 +88,9 @@ def recorded(engine: VLLMEngine) -> Jobs:
 
 
 class Bare:
-    """vLLM's own offline class in a process of its own."""
+    """vLLM's own offline class in a process of its own, which has its libraries loaded before it is needed."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-c", _BARE],
             stdin=subprocess.PIPE,
@@ -99,6 +99,9 @@ class Bare:
             text=True,
             start_new_session=True,
         )
+
+    def start(self, settings: dict[str, Any]) -> None:
+        """Start the engine."""
         self._ask(settings)
 
     def _ask(self, message: Any) -> Any:
@@ -201,12 +204,13 @@ def main() -> None:
         type=LabelerType.vllm, model="embedded", vllm=VLLMConfig(enforce_eager=bool(arguments.quick))
     )
 
-    first = ours(rounds, config)
-    our_costs = [[cost] for cost, _ in first]
-    bare_costs: list[list[Cost]] = [[] for _ in first]
-    settings = dict(VLLMEngine(config).process.arguments)
-    del settings["enable_log_requests"]  # not an argument of the offline class
-    with Bare(settings) as bare:
+    with Bare() as bare:
+        first = ours(rounds, config)
+        our_costs = [[cost] for cost, _ in first]
+        bare_costs: list[list[Cost]] = [[] for _ in first]
+        settings = dict(VLLMEngine(config).process.arguments)
+        del settings["enable_log_requests"]  # not an argument of the offline class
+        bare.start(settings)
         for again in range(1 if arguments.quick else 2):
             if again:
                 bare.forget()
