@@ -9,7 +9,7 @@ attention, and closer gradients in bfloat16.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """As transformers' own: queries (B, H, T, D), keys and values (B, K, S, D) -> (B, T, H, D)."""
     width, length = query.shape[2], key.shape[2]
-    unusual = any(settings.get(name) is not None for name in ("position_bias", "cache")) or settings.get("dropout")
+    unusual = is_unusual(settings)
     if attention_mask is None:
         causal = settings.get("is_causal")
         if width == length and (getattr(module, "is_causal", True) if causal is None else causal):
@@ -60,11 +60,25 @@ def _attend(
         unusual = True
     if unusual or width == 1 or length > LONGEST or attention_mask is None or query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value = (each.to(torch.get_autocast_dtype("cpu")) for each in (query, key, value))
-    scale = settings.get("scaling") or query.shape[-1] ** -0.5
-    output: Tensor = _Attention.apply(query, key, value, attention_mask, scale)
+    output: Tensor = _Attention.apply(*as_autocast(query, key, value), attention_mask, scale_of(query, settings))
     return output.transpose(1, 2).contiguous(), None
+
+
+def is_unusual(settings: Mapping[str, Any]) -> bool:
+    """Whether a model asks for more than products of queries, keys and values: a bias, a cache, dropout."""
+    return any(settings.get(name) is not None for name in ("position_bias", "cache")) or bool(settings.get("dropout"))
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the precision of autocast, where it is in place."""
+    if not torch.is_autocast_enabled("cpu"):
+        return tensors
+    return tuple(each.to(torch.get_autocast_dtype("cpu")) for each in tensors)
+
+
+def scale_of(query: Tensor, settings: Mapping[str, Any]) -> float:
+    """What scores are multiplied by."""
+    return float(settings.get("scaling") or query.shape[-1] ** -0.5)
 
 
 def weigh(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rlaif.attention import LONGEST, attending_by, weigh, weigh_back
+from rlaif.attention import LONGEST, as_autocast, attending_by, is_unusual, scale_of, weigh, weigh_back
 from rlaif.models import inner
 from rlaif.prefix import agree, positions_after, shareable
 
@@ -161,12 +161,9 @@ def _attend(
     line: Line, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
     """As transformers' own: queries (1, H, N, D), keys and values (1, K, N, D) -> (1, N, H, D)."""
-    unusual = any(settings.get(name) is not None for name in ("position_bias", "cache")) or settings.get("dropout")
-    if unusual or {query.shape[2], key.shape[2]} != {line.tokens}:
+    if is_unusual(settings) or {query.shape[2], key.shape[2]} != {line.tokens}:
         raise NotImplementedError("attention with more than queries, keys and values")
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value = (each.to(torch.get_autocast_dtype("cpu")) for each in (query, key, value))
-    output: Tensor = _Attention.apply(query, key, value, line, settings.get("scaling") or query.shape[-1] ** -0.5)
+    output: Tensor = _Attention.apply(*as_autocast(query, key, value), line, scale_of(query, settings))
     return output, None
 
 

@@ -323,10 +323,10 @@ def last_hidden(model: Any, ids: torch.Tensor, mask: torch.Tensor, prefix: torch
     Read from the backbone by position, not by searching for padding: where pad equals eos, such a search (the one
     in transformers' classification models) would stop one token early.
     """
-    backbone = inner(model).base_model
+    backbone, positions = inner(model).base_model, positions_after(prefix, mask)
     if prefix is not None and not torch.is_grad_enabled() and in_line(model, int(mask.sum(dim=1).max()) + len(prefix)):
-        return read_in_line(backbone, Line(prefix, mask), ids, positions_after(prefix, mask))[:, -1]
-    return backbone(**read_after(model, prefix, ids, mask, positions_after(prefix, mask), backbone))[0][:, -1]
+        return read_in_line(backbone, Line(prefix, mask), ids, positions)[:, -1]
+    return backbone(**read_after(model, prefix, ids, mask, positions, backbone))[0][:, -1]
 
 
 def training_scores(
