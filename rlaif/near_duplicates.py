@@ -14,9 +14,11 @@ compared:
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +26,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 _WORD = re.compile(r"\w+")
-_CELLS = 2**17
+_CELLS = 2**18
 """Pairs compared at once: their intermediate results stay in the cache of a core."""
 _FEW = 2**13
 """Words that suggest fewer pairs than this are not worth a step of their own; they are taken together."""
@@ -47,8 +49,12 @@ def near_duplicate_clusters(texts: Sequence[str], threshold: float) -> tuple[int
 # A command asks for the splits of its prompts more than once.
 @lru_cache(maxsize=2)
 def _clusters(texts: tuple[str, ...], threshold: float) -> tuple[int, ...]:
-    number_of: dict[str, int] = {}
-    numbers = [number_of.setdefault(" ".join(sorted(set(words_of(text)))), len(number_of)) for text in texts]
+    number_of: dict[tuple[int, ...], int] = {}
+    ids: dict[str, int] = {}
+    numbers = []
+    for text in texts:
+        words = tuple(sorted({ids.setdefault(word, len(ids)) for word in words_of(text)}))
+        numbers.append(number_of.setdefault(words, len(number_of)))
     if threshold <= 0 or not number_of:
         return tuple(numbers)
     distinct = _Sets(list(number_of), threshold)
@@ -59,14 +65,11 @@ def _clusters(texts: tuple[str, ...], threshold: float) -> tuple[int, ...]:
 class _Sets:
     """Distinct word sets, from small to large, and the clusters found so far."""
 
-    def __init__(self, sets: list[str], threshold: float) -> None:
+    def __init__(self, sets: list[tuple[int, ...]], threshold: float) -> None:
         self.threshold = threshold
         floor = threshold - 1e-9
-        ids: dict[str, int] = {}
-        sizes = np.array([text.count(" ") + 1 if text else 0 for text in sets])
-        words = np.array(
-            [ids.setdefault(word, len(ids)) for text in sets if text for word in text.split(" ")], np.int64
-        )
+        sizes = np.array([len(words) for words in sets])
+        words = np.fromiter(itertools.chain.from_iterable(sets), np.int64, sizes.sum())
         self.order = np.argsort(sizes, kind="stable")
         place = np.empty_like(self.order)
         place[self.order] = np.arange(len(sets))
@@ -80,7 +83,8 @@ class _Sets:
         self.sizes = sizes[self.order]
         self.starts = np.cumsum(self.sizes) - self.sizes
         self.parents = np.arange(len(sets))
-        self.signatures = self._signatures(len(count))
+        self.vocabulary = len(count)
+        self.signatures = self._signatures()
         # Similar sets x, y share at least this part of |x| + |y|, and of each of |x| and |y| the part `floor`.
         self.part = max(floor / (1 + floor), 0)
         left = np.repeat(self.sizes, self.sizes) - (np.arange(len(keys)) - self.starts[owners])
@@ -105,10 +109,10 @@ class _Sets:
         self.smaller = smaller
         self.bounds = np.append(np.flatnonzero(np.diff(word, prepend=-1)), len(word))
 
-    def _signatures(self, vocabulary: int) -> NDArray[np.uint64]:
+    def _signatures(self) -> NDArray[np.uint64]:
         """Bits by set: of each bit whether an odd number of the set's words fall on it."""
         length = int(np.clip(self.sizes.mean() // 32 + 1, 1, 16))
-        bits = np.random.default_rng(0).integers(0, 64 * length, vocabulary)[self.words]
+        bits = np.random.default_rng(0).integers(0, 64 * length, self.vocabulary)[self.words]
         signatures = np.zeros((length, len(self.sizes)), np.uint64)
         filled = self.sizes > 0
         for row in range(length):
@@ -145,14 +149,18 @@ class _Sets:
             start = some.stop
 
     def _connect_pairs(self, larger: Ints, smaller: Ints) -> None:
-        needed = self.part * (self.sizes[self.owners[larger]] + self.sizes[self.owners[smaller]]) - _SLACK
-        early = np.minimum(self.left[larger], self.left[smaller]) >= needed
-        x, y = self.owners[larger[early]], self.owners[smaller[early]]
+        x, y = self.owners[larger], self.owners[smaller]
         differ = np.zeros(len(x), np.int64)
         for signature in self.signatures:
             differ += np.bitwise_count(signature[x] ^ signature[y])
-        near = differ <= (1 - 2 * self.part) * (self.sizes[x] + self.sizes[y]) + _SLACK
+        near = self._may_be_near(larger, smaller, differ)
         self._compare(x[near], y[near])
+
+    def _may_be_near(self, larger: Ints, smaller: Ints, differ: NDArray[Any]) -> NDArray[np.bool_]:
+        """Whether enough words can follow these entries of the index, and signatures so different be near."""
+        sizes = self.sizes[self.owners[larger]] + self.sizes[self.owners[smaller]]
+        early = np.minimum(self.left[larger], self.left[smaller]) >= self.part * sizes - _SLACK
+        return early & (differ <= (1 - 2 * self.part) * sizes + _SLACK)
 
     def _connect_word(self, larger: Ints) -> None:
         """Compare the sets that share a word, which are many, in blocks."""
@@ -181,24 +189,22 @@ class _Sets:
     def _connect_block(self, larger: Ints, smaller: Ints) -> None:
         if not len(larger) or not len(smaller):
             return
-        y = self.owners[smaller]
-        size, left = self.sizes[y].astype(np.float32), self.left[smaller].astype(np.float32)
-        signatures = self.signatures[:, y]
-        # float32 takes half the time, and rounds more.
-        part, slack = np.float32(self.part), np.float32(0.01 + 1e-6 * self.sizes[-1])
+        # The larger they are, the more are smaller: most of the blocks need not compare with all.
+        signatures = self.signatures[:, self.owners[smaller]]
         rows = max(1, _CELLS // len(smaller))
         for start in range(0, len(larger), rows):
             some = larger[start : start + rows]
             x = self.owners[some]
-            differ = np.zeros((len(some), len(smaller)), np.uint16)
-            for mine, theirs in zip(self.signatures[:, x], signatures, strict=True):
+            end = int(np.searchsorted(smaller, some.max()))
+            differ = np.zeros((len(some), end), np.uint16)
+            for mine, theirs in zip(self.signatures[:, x], signatures[:, :end], strict=True):
                 differ += np.bitwise_count(mine[:, None] ^ theirs)
-            sizes = self.sizes[x, None].astype(np.float32)
-            near = differ <= (1 - 2 * part) * sizes + ((1 - 2 * part) * size + slack)
-            near &= self.left[some, None].astype(np.float32) - part * sizes + slack >= part * size
-            near &= left - part * size + slack >= part * sizes
-            row, column = np.nonzero(near)
-            self._compare(x[row], y[column])
+            # The other is no larger, or the two meet in its row.
+            limits = np.minimum((1 - 2 * self.part) * 2 * self.sizes[x] + _SLACK, 2**16 - 1).astype(np.uint16)
+            row, column = np.divmod(np.flatnonzero(differ <= limits[:, None]), max(end, 1))
+            near = self._may_be_near(some[row], smaller[column], differ[row, column])
+            row, column = row[near], column[near]
+            self._compare(x[row], self.owners[smaller[column]])
 
     def _compare(self, x: Ints, y: Ints) -> None:
         """Connect those pairs that are near-duplicates."""
@@ -223,10 +229,9 @@ class _Sets:
         owners = np.concatenate([x, y])
         pair = np.repeat(np.tile(np.arange(len(x)), 2), self.sizes[owners])
         words = self.words[_ranges(self.starts[owners], self.sizes[owners])]
-        vocabulary = int(self.words.max()) + 1
-        keys = pair * vocabulary + words
+        keys = pair * self.vocabulary + words
         keys.sort()
-        return np.bincount(keys[1:][keys[1:] == keys[:-1]] // vocabulary, minlength=len(x))
+        return np.bincount(keys[1:][keys[1:] == keys[:-1]] // self.vocabulary, minlength=len(x))
 
     def _find(self, sets: Ints) -> Ints:
         """The clusters of these sets: each the number of its smallest set."""

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlaif.config import LabelingConfig
+from rlaif.config import LabelingConfig, LabelMode
 from rlaif.constitution import Constitution
 from rlaif.engines.base import (
     CompletionRequest,
@@ -99,7 +99,7 @@ class Labeling:
             "finished",
             _code(),
             # And what other modules contribute to the wording, as an example shows it.
-            [self.key(request) for request in next(setup.talk(_EXAMPLE))],
+            [self.key(request, self._near(_EXAMPLE)) for request in next(setup.talk(_EXAMPLE))],
         )
 
     def ask(self, expected: int, prompts: int = 0) -> None:
@@ -220,11 +220,12 @@ class Labeling:
             missing: the answer to whatever is not known; without it the talk stops there.
         """
         talk = self.setup.talk(line)
+        near = self._near(line)
         sound = True
         try:
             requests = next(talk)
             while True:
-                keys = [self.key(request) for request in requests]
+                keys = [self.key(request, near) for request in requests]
                 known = self._known(keys)
                 unknown = [(key, request) for key, request in zip(keys, requests, strict=True) if key not in known]
                 if unknown and missing is None:
@@ -255,8 +256,16 @@ class Labeling:
             )
         return superseded
 
-    def key(self, request: Request) -> str:
-        """Hash of everything that can change the answer."""
+    def _near(self, line: Candidates) -> str:
+        """What keys of this line's requests start with, so that the store holds them next to each other.
+
+        Else each of a million verdicts would be written to, and read from, another page of the file. Empty where
+        requests may leave the conversation out: those of two prompts can be the same.
+        """
+        return "" if self.setup.config.mode is LabelMode.pointwise else content_hash(line.prompt.messages)[:8]
+
+    def key(self, request: Request, near: str = "") -> str:
+        """Hash of everything that can change the answer, after ``near``."""
         scripted = self.engine.identity["engine"] == "scripted"
         content: tuple[Any, ...]
         if isinstance(request, OptionRequest):
@@ -265,7 +274,7 @@ class Labeling:
             content = ("likelihood", request.messages, request.completion, request.meta if scripted else None)
         else:
             content = ("sample", *asdict(request).values())
-        return content_hash(self._identity, self.setup.seed, *content)
+        return near + content_hash(self._identity, self.setup.seed, *content)
 
 
 @dataclass(frozen=True)

@@ -276,6 +276,27 @@ def test_equal_requests_of_one_line_are_asked_once(store):
     assert store.connection.execute("SELECT count(*) FROM finished").fetchone() == (3,)
 
 
+def test_the_verdicts_of_a_line_lie_together_in_the_store(store):
+    labeler = Recording(engine())
+    label_candidates(lines(5), CONSTITUTION, labeler, PAIRWISE, store)
+    stored = [key for (key,) in store.connection.execute("SELECT key FROM verdicts ORDER BY key")]
+    assert len(stored) == len(labeler.asked) == 60
+    together = [{key[:8] for key in stored[start : start + 12]} for start in range(0, 60, 12)]
+    assert [len(starts) for starts in together] == [1] * 5
+    # The conversation is told apart by its text, not by its name.
+    renamed = [replace(line, prompt=replace(line.prompt, prompt_id=f"new {i}")) for i, line in enumerate(lines(5))]
+    label_candidates(renamed, CONSTITUTION, labeler, PAIRWISE, store)
+    assert len(labeler.asked) == 60
+
+
+def test_a_question_without_the_conversation_is_asked_once_for_all_prompts(store):
+    alone = Constitution("test", "1", "d", (replace(KIND, ask="What is the tone of this text?"),))
+    same = [replace(line, candidates=lines(1)[0].candidates) for line in lines(5)]
+    labeler = Recording(engine())
+    assert len(label_candidates(same, alone, labeler, POINTWISE, store)) == 20
+    assert len(labeler.asked) == 4
+
+
 class Costing(Recording):
     """An engine that costs a request each, and may break down."""
 
