@@ -22,6 +22,30 @@ def assign_splits(prompts: Sequence[Prompt], data: DataConfig) -> dict[str, Spli
     Raises:
         UserError: if a split that was asked for gets no prompt.
     """
+    splits, groups = _splits(prompts, data)
+    present = set(splits.values())
+    wanted = {Split.train: 1.0, Split.validation: data.validation_fraction, Split.test: data.test_fraction}
+    missing = [split.value for split, share in wanted.items() if share > 0 and split not in present]
+    if missing:
+        raise UserError(
+            f"{len(prompts)} prompts in {groups} groups are too few to split: nothing falls into "
+            f"{', '.join(missing)}; give more prompts or change data.validation_fraction / data.test_fraction"
+        )
+    return splits
+
+
+def validation_ids(prompts: Sequence[Prompt], data: DataConfig) -> frozenset[str]:
+    """The ids of those that fall into the validation split; none where all others would, or too few prompts are there.
+
+    A prompt of a preference dataset falls where it falls in a file of prompts.
+    """
+    splits, _ = _splits(prompts, data)
+    held_out = frozenset(name for name, split in splits.items() if split is Split.validation)
+    return held_out if len(held_out) < len(splits) else frozenset()
+
+
+def _splits(prompts: Sequence[Prompt], data: DataConfig) -> tuple[dict[str, Split], int]:
+    """The split of each prompt id, and the number of clusters."""
     clusters = near_duplicate_clusters([prompt.text for prompt in prompts], data.near_duplicate_threshold)
     keys: dict[int, str] = {}
     for prompt, cluster in zip(prompts, clusters, strict=True):
@@ -38,15 +62,7 @@ def assign_splits(prompts: Sequence[Prompt], data: DataConfig) -> dict[str, Spli
         else:
             split = Split.train
         splits[prompt.prompt_id] = split
-    present = set(splits.values())
-    wanted = {Split.train: 1.0, Split.validation: data.validation_fraction, Split.test: data.test_fraction}
-    missing = [split.value for split, share in wanted.items() if share > 0 and split not in present]
-    if missing:
-        raise UserError(
-            f"{len(prompts)} prompts in {len(points)} groups are too few to split: nothing falls into "
-            f"{', '.join(missing)}; give more prompts or change data.validation_fraction / data.test_fraction"
-        )
-    return splits
+    return splits, len(points)
 
 
 def read_split(file: Path, data: DataConfig, split: Split) -> list[Prompt]:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlaif.cli import _normalise
-from rlaif.config import AnnotatorConfig, Feedback, ModelConfig, Selection, TrainConfig
+from rlaif.config import AnnotatorConfig, DataConfig, Feedback, ModelConfig, Selection, Split, TrainConfig
 from rlaif.gold import gold_score
 from rlaif.labeling.aggregate import PairLabel, logit, sigmoid
 from rlaif.methods.stages import Arm
@@ -26,6 +26,7 @@ from rlaif.preferences import (
     simulated_human_pairs,
 )
 from rlaif.records import Candidates, Completion, Preference, Prompt, UserError
+from rlaif.splits import assign_splits
 
 USER = ({"role": "user", "content": "q"},)
 
@@ -77,6 +78,55 @@ def test_splits_of_other_names(tmp_path):
         arm(train="train_prefs", validation="dev").preferences("train")
     with pytest.raises(ValueError, match="names train and validation, not dev"):
         TrainConfig(splits={"dev": "x"})
+
+
+def test_a_dataset_without_a_validation_split_holds_prompts_out_for_one(tmp_path, caplog):
+    """By prompt, where a file of prompts puts them, and never silently."""
+    prompts = [Prompt(f"p{n}", ({"role": "user", "content": f"{n} w{7 * n} v{3 * n}"},)) for n in range(60)]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    rows = [
+        {"prompt_id": prompt.prompt_id, "prompt": list(prompt.messages), "chosen": f"good {n}", "rejected": "bad"}
+        for prompt in prompts
+        for n in range(2)
+    ]
+    lines = "".join(json.dumps({**row, "chosen": row["chosen"]}) + "\n" for row in rows)
+    lines = lines.replace('"chosen": "', '"chosen": "a ')
+    (tmp_path / "one" / "train.jsonl").write_text(lines)
+    (tmp_path / "two" / "train.jsonl").write_text(lines)
+    (tmp_path / "two" / "validation.jsonl").write_text(json.dumps(ULTRAFEEDBACK) + "\n")
+
+    def arm(folder, **data):
+        config = TrainConfig(preferences=str(tmp_path / folder), feedback=Feedback.human, data=DataConfig(**data))
+        return Arm(config, tmp_path, ModelConfig(name="tiny"))
+
+    splits = assign_splits(prompts, DataConfig(validation_fraction=0.3))
+    expected = {name for name, split in splits.items() if split is Split.validation}
+    assert 8 < len(expected) < 30
+    caplog.set_level("INFO", "rlaif")
+    found = arm("one", validation_fraction=0.3)
+    train, held_out = found.preferences("train"), found.preferences("validation")
+    assert {row.prompt_id for row in held_out} == expected
+    assert {row.prompt_id for row in train} == {prompt.prompt_id for prompt in prompts} - expected
+    assert len(train) + len(held_out) == 120
+    assert f"{len(held_out)} of its 120 preferences are held out" in caplog.text
+    # Another share makes other training data, and a stage is made anew for it.
+    assert found.preference_inputs != arm("one", validation_fraction=0.2).preference_inputs
+
+    whole = arm("one", validation_fraction=0.0)
+    assert (len(whole.preferences("train")), whole.preferences("validation")) == (120, [])
+    given = arm("two", validation_fraction=0.3)
+    assert (len(given.preferences("train")), len(given.preferences("validation"))) == (120, 1)
+    assert "preferences/held_out" not in given.preference_inputs
+
+
+def test_too_few_prompts_hold_nothing_out(tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps(ULTRAFEEDBACK) + "\n")
+    for share in (0.1, 0.99):
+        data = DataConfig(validation_fraction=share, test_fraction=0.0)
+        config = TrainConfig(preferences=str(tmp_path), feedback=Feedback.human, data=data)
+        arm = Arm(config, tmp_path, ModelConfig(name="tiny"))
+        assert (len(arm.preferences("train")), arm.preferences("validation")) == (1, [])
 
 
 def test_lists_that_begin_with_the_prompt_beside_them():

@@ -136,7 +136,7 @@ def _write_metrics(
     if validation:
         metrics |= preference_metrics(load_scorer(pm_config(start, target)), validation, gold)
     else:
-        log.warning("pm: the preference dataset has no validation split; the PM is not measured")
+        log.warning("pm: there are no validation preferences; the PM is not measured")
     write_json(folder / "pm_metrics.json", metrics)
 
 

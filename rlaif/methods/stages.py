@@ -27,7 +27,7 @@ from rlaif.records import (
     write_jsonl,
 )
 from rlaif.rewards import LabelerReward, PMReward, RewardSource, known_scores
-from rlaif.splits import read_split
+from rlaif.splits import read_split, validation_ids
 
 log = logging.getLogger("rlaif")
 
@@ -110,15 +110,46 @@ class Arm:
     def preferences(self, split: str) -> list[Preference]:
         """One split of the preferences; no rows without a dataset.
 
+        A dataset without a validation split holds out ``data.validation_fraction`` of its prompts for one.
+
         Raises:
             UserError: if the training split is empty.
         """
         if self.source is None:
             return []
-        rows = read_preferences(self.source, self.config.splits.get(split, split), self.config.columns)
+        if split == "test" or not self._holds_out:
+            rows = read_preferences(self.source, self.config.splits.get(split, split), self.config.columns)
+        else:
+            rows = self._parts[split]
         if not rows and split == "train":
             raise UserError(f"{self.source}: the training split is empty")
         return rows
+
+    @property
+    def _holds_out(self) -> bool:
+        if self.source is None or not self.config.data.validation_fraction:
+            return False
+        return not _has_split(self.source, self.config.splits.get("validation", "validation"))
+
+    @cached_property
+    def _parts(self) -> dict[str, list[Preference]]:
+        assert self.source is not None
+        data = self.config.data
+        rows = read_preferences(self.source, self.config.splits.get("train", "train"), self.config.columns)
+        held_out = validation_ids(prompts_of(rows), data)
+        parts: dict[str, list[Preference]] = {"train": [], "validation": []}
+        for row in rows:
+            parts["validation" if row.prompt_id in held_out else "train"].append(row)
+        if held_out:
+            log.info(
+                "%s has no validation split: %d of its %d preferences are held out for one "
+                "(data.validation_fraction=%g; splits={validation: NAME} takes another split, 0 holds nothing out)",
+                self.source,
+                len(parts["validation"]),
+                len(rows),
+                data.validation_fraction,
+            )
+        return parts
 
     @property
     def preference_inputs(self) -> Inputs:
@@ -131,7 +162,13 @@ class Arm:
             for split in ("train", "validation")
             for ending in ENDINGS
         }
-        return {role: file for role, file in files.items() if file.is_file()}
+        inputs: Inputs = {role: file for role, file in files.items() if file.is_file()}
+        if self._holds_out:
+            data = self.config.data
+            inputs["preferences/held_out"] = (
+                f"{data.validation_fraction} after {data.test_fraction}, alike from {data.near_duplicate_threshold}"
+            )
+        return inputs
 
     def prompts(self) -> tuple[list[Prompt], Inputs]:
         """Training prompts: those of ``prompts``, else those of the preferences; and where they come from.
@@ -157,8 +194,8 @@ class Arm:
         found = prompts_of(self.preferences("validation"))
         if not found:
             raise UserError(
-                f"ppo.eval_every={self.config.ppo.eval_every}: {self.source} has no validation split; "
-                "give prompts=FILE, or 0"
+                f"ppo.eval_every={self.config.ppo.eval_every}: {self.source} has no validation split, nor enough "
+                "prompts to hold some out for one; give prompts=FILE, or 0"
             )
         return found
 
