@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,36 +18,17 @@ PROMPTS = REPO / "data" / "everyday_prompts.jsonl"
 Result = subprocess.CompletedProcess[str]
 
 
-@pytest.fixture(scope="session")
-def command_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment of every command: offline, without keys, with a model cache of its own."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "HF_", "RLAIF_"))}
-    return env | {
-        "PYTHONPATH": str(REPO),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(tmp_path_factory.mktemp("hf")),
-        "RLAIF_CACHE": str(tmp_path_factory.mktemp("models")),
-        "RLAIF_AUTO_DTYPE": "float32",  # on every CPU
-        "CUDA_VISIBLE_DEVICES": "",
-        "MPLBACKEND": "agg",
-        # Tiny models gain nothing from a second thread, and its busy waiting starves the test that watches them.
-        "OMP_NUM_THREADS": "1",
-    }
-
-
 def _arguments(command: str, overrides: tuple[Any, ...]) -> list[str]:
     return [sys.executable, "-m", f"rlaif.{command}", *map(str, overrides)]
 
 
 @pytest.fixture(scope="session")
-def run_command(command_env: dict[str, str]) -> Callable[..., Result]:
+def run_command(command_env: dict[str, str], preloaded: Preloaded) -> Callable[..., Result]:
     """``run_command("train", "seed=1", ..., expect=0)``: run to the end and check the exit status.
 
     With ``env`` (may be empty), ``prefix`` or other arguments it is a process from scratch; else one that need not
     import everything, and has the same order of sets as others: what compares two runs has one of them from scratch.
     """
-    preloaded = Preloaded(command_env)
 
     def run(
         command: str,

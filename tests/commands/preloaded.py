@@ -1,6 +1,7 @@
-"""Commands in processes forked from one that has imported the libraries, which takes most of a short command's time.
+"""Commands and scripts in processes forked from one that has imported the libraries, which takes most of their time.
 
-Apart from that they are what ``python -m rlaif.COMMAND`` is: a process of its own, with its own standard error.
+Apart from that they are what ``python -m rlaif.COMMAND`` or ``python SCRIPT.py`` is: a process of its own, with its own
+standard error.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+REPO = Path(__file__).parents[2]
+TIMEOUT = 300
 LIBRARIES = [
     *("datasets", "hydra", "matplotlib.pyplot", "pandas", "peft", "torch", "transformers"),
     *(f"rlaif.methods.{name}" for name in ("dpo", "online", "pm", "ppo", "sft")),
@@ -24,12 +29,30 @@ LIBRARIES = [
 
 
 class Preloaded:
-    """Runs commands; ``env`` is the environment of all of them, and of the libraries while they are imported."""
+    """Runs commands, and scripts by their path.
+
+    ``env`` is the environment of all of them, and of the libraries while they are imported.
+    """
 
     def __init__(self, env: dict[str, str]) -> None:
         self.env = env
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(LIBRARIES)
+
+    def start(self, command: str, arguments: list[str], cwd: Path, **own: str) -> Started:
+        """Start one, with ``own`` in its environment too."""
+        folder = tempfile.TemporaryDirectory()
+        out, err = (Path(folder.name) / name for name in ("out", "err"))
+        process = self._context.Process(target=_run, args=(command, arguments, cwd, self.env | own, out, err))
+        before = dict(os.environ)
+        os.environ.clear()
+        os.environ.update(self.env)
+        try:
+            process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        return Started(process, [command, *arguments], folder)
 
     def run(self, command: str, arguments: list[str], cwd: Path, timeout: float) -> subprocess.CompletedProcess[str]:
         """Run one to its end.
@@ -37,24 +60,41 @@ class Preloaded:
         Raises:
             subprocess.TimeoutExpired: if it takes longer than ``timeout`` seconds.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            out, err = Path(folder) / "out", Path(folder) / "err"
-            process = self._context.Process(target=_run, args=(command, arguments, cwd, self.env, out, err))
-            before = dict(os.environ)
-            os.environ.clear()
-            os.environ.update(self.env)
-            try:
-                process.start()
-            finally:
-                os.environ.clear()
-                os.environ.update(before)
-            process.join(timeout)
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-                raise subprocess.TimeoutExpired(command, timeout)
-            texts = [file.read_text(encoding="utf-8") if file.exists() else "" for file in (out, err)]
-        return subprocess.CompletedProcess([command, *arguments], process.exitcode, *texts)
+        return self.start(command, arguments, cwd).ended(timeout)
+
+
+@dataclass
+class Started:
+    """A process that runs."""
+
+    process: Any
+    arguments: list[str]
+    folder: tempfile.TemporaryDirectory[str]
+
+    def ended(self, timeout: float) -> subprocess.CompletedProcess[str]:
+        """Wait for its end.
+
+        Raises:
+            subprocess.TimeoutExpired: if that takes longer than ``timeout`` seconds.
+        """
+        with self.folder as folder:
+            self.process.join(timeout)
+            if self.process.exitcode is None:
+                self.process.kill()
+                self.process.join()
+                raise subprocess.TimeoutExpired(self.arguments, timeout)
+            files = (Path(folder) / name for name in ("out", "err"))
+            texts = [file.read_text(encoding="utf-8") if file.exists() else "" for file in files]
+        return subprocess.CompletedProcess(self.arguments, self.process.exitcode, *texts)
+
+
+def run_script(preloaded: Preloaded | None, script: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a script in a preloaded process, or in one from scratch: what compares two runs has one of each."""
+    if preloaded is not None:
+        return preloaded.run(str(script), arguments, REPO, TIMEOUT)
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPO, env=env, timeout=TIMEOUT, check=False)
 
 
 def _run(command: str, arguments: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path) -> None:
@@ -68,7 +108,10 @@ def _run(command: str, arguments: list[str], cwd: Path, env: dict[str, str], out
     os.environ.update(env)
     sys.argv = [command, *arguments]
     try:
-        runpy.run_module(f"rlaif.{command}", run_name="__main__", alter_sys=True)
+        if command.endswith(".py"):
+            runpy.run_path(command, run_name="__main__")
+        else:
+            runpy.run_module(f"rlaif.{command}", run_name="__main__", alter_sys=True)
     finally:
         # Processes of multiprocessing leave without it.
         atexit._run_exitfuncs()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from preloaded import REPO, TIMEOUT, Preloaded
 from safetensors.torch import load_file
 
 from tests.methods.test_ppo_resume import lines
@@ -74,15 +74,33 @@ save_file(trainer.weights(), folder / f"weights-{rank()}.safetensors")
 """
 
 
-def start(folder: Path, processes: int, expect: int = 0, **changes: Any) -> str:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    script = folder.with_suffix(".py")
-    script.write_text(SCRIPT, encoding="utf-8")
-    command = [sys.executable, *(launcher if processes > 1 else []), str(script), str(folder), json.dumps(changes)]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False)
-    assert (result.returncode == 0) == (expect == 0), result.stderr[-4000:]
-    return result.stderr
+@pytest.fixture
+def start(preloaded: Preloaded) -> Callable[..., str]:
+    """Runs the script in so many processes; returns what they say."""
+
+    def start(folder: Path, processes: int, expect: int = 0, **changes: Any) -> str:
+        script = folder.with_suffix(".py")
+        script.write_text(SCRIPT, encoding="utf-8")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        # As torchrun names them.
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+        started = [
+            preloaded.start(
+                str(script),
+                [str(folder), json.dumps(changes)],
+                REPO,
+                **(group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}),
+            )
+            for rank in range(processes)
+        ]
+        ended = [process.ended(TIMEOUT) for process in started]
+        said = "".join(process.stderr for process in ended)
+        assert [process.returncode == 0 for process in ended] == [expect == 0] * processes, said[-4000:]
+        return said
+
+    return start
 
 
 @pytest.mark.slow
@@ -97,7 +115,7 @@ def start(folder: Path, processes: int, expect: int = 0, **changes: Any) -> str:
     ],
     ids=["lora", "trunk", "full", "value-adapter", "zero"],
 )
-def test_two_processes_are_one(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_two_processes_are_one(tmp_path: Path, start: Callable[..., str], changes: dict[str, Any]) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     # Micro-batches belong to a process: of another size, they show that the gradient does not depend on them either.
     start(one, 1, **changes, micro_batch_size=4)
@@ -124,7 +142,9 @@ def test_two_processes_are_one(tmp_path: Path, changes: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [False, True])
-def test_two_processes_go_on_after_a_kill_to_the_same_bits(tmp_path: Path, zero: bool) -> None:
+def test_two_processes_go_on_after_a_kill_to_the_same_bits(
+    tmp_path: Path, start: Callable[..., str], zero: bool
+) -> None:
     whole, cut, alone = tmp_path / "whole", tmp_path / "cut", tmp_path / "alone"
     start(whole, 2, zero=zero)
     start(cut, 2, expect=1, kill_after=6, zero=zero)
@@ -145,7 +165,7 @@ def test_two_processes_go_on_after_a_kill_to_the_same_bits(tmp_path: Path, zero:
 
 
 @pytest.mark.slow
-def test_what_is_not_finite_in_one_process_stops_all(tmp_path: Path) -> None:
+def test_what_is_not_finite_in_one_process_stops_all(tmp_path: Path, start: Callable[..., str]) -> None:
     text = start(tmp_path / "out", 2, expect=1, nan_after=2)
     assert text.count("UserError: ppo: iteration 2 gave score") == 2
     assert len(lines(tmp_path / "out" / "training.jsonl")) == 2

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from preloaded import Preloaded, run_script
 from safetensors.torch import load_file
 
 from rlaif.config import Tuning
@@ -51,9 +50,10 @@ train_ppo(config, ModelConfig(name="tiny", device="cpu"), prompts, score, folder
 """
 
 
-def start(folder: Path, tuning: Tuning, kill_after: int = 0) -> int:
-    command = [sys.executable, "-c", SCRIPT, str(folder), tuning.value, str(kill_after)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+def start(preloaded: Preloaded | None, folder: Path, tuning: Tuning, kill_after: int = 0) -> int:
+    script = folder.with_suffix(".py")
+    script.write_text(SCRIPT, encoding="utf-8")
+    result = run_script(preloaded, script, [str(folder), tuning.value, str(kill_after)])
     assert result.returncode in (0, -signal.SIGKILL), result.stderr
     return result.returncode
 
@@ -70,17 +70,17 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tuning", [Tuning.lora, Tuning.full])
-def test_40_steps_are_20_then_a_kill_then_20(tmp_path: Path, tuning: Tuning) -> None:
+def test_40_steps_are_20_then_a_kill_then_20(tmp_path: Path, preloaded: Preloaded, tuning: Tuning) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert start(whole, tuning) == 0
+    assert start(None, whole, tuning) == 0
     # Three rounds of work after the checkpoint are lost; relative rewards score each round's baselines too.
-    assert start(cut, tuning, kill_after=24) == -signal.SIGKILL
+    assert start(preloaded, cut, tuning, kill_after=24) == -signal.SIGKILL
     assert [path.name for path in sorted((cut / "checkpoints").glob("iteration-*"))] == ["iteration-000020"]
     assert not (cut / "policy").exists()
     assert len(lines(cut / "training.jsonl")) > 20
     # Killed again at once, before there is anything new.
-    assert start(cut, tuning, kill_after=1) == -signal.SIGKILL
-    assert start(cut, tuning) == 0
+    assert start(preloaded, cut, tuning, kill_after=1) == -signal.SIGKILL
+    assert start(preloaded, cut, tuning) == 0
 
     left, right = tensors(whole), tensors(cut)
     assert left.keys() == right.keys()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from preloaded import Preloaded, run_script
 from safetensors.torch import load_file
 
 from rlaif.config import LoraSettings, ModelConfig, PMConfig, Tuning
@@ -113,9 +112,10 @@ def test_a_curve_is_whole_before_or_after_it_is_shortened(tmp_path: Path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["training.jsonl"]
 
 
-def start(folder: Path, method: str, tuning: Tuning, kill_after: int = 0) -> int:
-    command = [sys.executable, "-c", SCRIPT, str(folder), method, tuning.value, str(kill_after)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+def start(preloaded: Preloaded | None, folder: Path, method: str, tuning: Tuning, kill_after: int = 0) -> int:
+    script = folder.with_suffix(".py")
+    script.write_text(SCRIPT, encoding="utf-8")
+    result = run_script(preloaded, script, [str(folder), method, tuning.value, str(kill_after)])
     assert result.returncode in (0, -signal.SIGKILL), result.stderr
     return result.returncode
 
@@ -127,14 +127,16 @@ def curve(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("tuning", [Tuning.lora, Tuning.full])
 @pytest.mark.parametrize(("method", "result"), [("pm", "preference_model"), ("dpo", "policy")])
-def test_40_steps_are_20_then_a_kill_then_the_rest(tmp_path: Path, method: str, result: str, tuning: Tuning) -> None:
+def test_40_steps_are_20_then_a_kill_then_the_rest(
+    tmp_path: Path, preloaded: Preloaded, method: str, result: str, tuning: Tuning
+) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert start(whole, method, tuning) == 0
+    assert start(None, whole, method, tuning) == 0
     # Checkpoints are written every eighth step: four steps of work are lost.
-    assert start(cut, method, tuning, kill_after=20) == -signal.SIGKILL
+    assert start(preloaded, cut, method, tuning, kill_after=20) == -signal.SIGKILL
     assert (cut / "checkpoints" / "checkpoint-16").is_dir()
     assert not (cut / result).exists()
-    assert start(cut, method, tuning) == 0
+    assert start(preloaded, cut, method, tuning) == 0
 
     left, right = (
         {path.name: load_file(path) for path in (root / result).glob("*.safetensors")} for root in (whole, cut)
