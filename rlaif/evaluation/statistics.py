@@ -87,6 +87,8 @@ def clustered_share(values: Sequence[float], clusters: Sequence[Any]) -> Estimat
 
 
 _MOST_CLUSTERS = 10_000
+_AT_ONCE = 16
+"""Resamples drawn at once: so many clusters of so many take 4 megabytes."""
 
 
 class ClusteredMean:
@@ -121,8 +123,8 @@ class ClusteredMean:
         sums, counts = np.bincount(groups, weights=sums), np.bincount(groups, weights=counts)
         generator = np.random.default_rng(seed)
         means = np.empty(resamples)
-        for start in range(0, resamples, 256):
-            draws = generator.integers(0, len(sums), size=(min(256, resamples - start), len(sums)))
+        for start in range(0, resamples, _AT_ONCE):
+            draws = generator.integers(0, len(sums), size=(min(_AT_ONCE, resamples - start), len(sums)))
             means[start : start + len(draws)] = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
         low, high = np.percentile(means, [2.5, 97.5])
         return Estimate(mean, n, float(low), float(high))
