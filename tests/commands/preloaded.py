@@ -10,6 +10,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -86,6 +87,13 @@ class Started:
             files = (Path(folder) / name for name in ("out", "err"))
             texts = [file.read_text(encoding="utf-8") if file.exists() else "" for file in files]
         return subprocess.CompletedProcess(self.arguments, self.process.exitcode, *texts)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def run_script(preloaded: Preloaded | None, script: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from preloaded import TIMEOUT, Preloaded, free_port
 from safetensors.torch import load_file
 
 from rlaif.labeling.store import STORE, VerdictStore
@@ -35,6 +36,8 @@ def arguments(method: str, inputs: Path, output: Path, batch_size: int) -> list[
     own += [f"{method}.tuning=full"] if method == "sft" else [f"{method}.lora.r=4"]
     if method in ("rloo", "grpo"):
         own += [*REWARD, f"{method}.generations=4", f"{method}.max_new_tokens=8", f"prompts={inputs}/prompts.jsonl"]
+    # Nothing is held out: batches are full, so two processes have the same.
+    own += ["data.validation_fraction=0"]
     return [*COMMON, f"method={method}", f"preferences={inputs}/mixed", f"output_dir={output}", *own]
 
 
@@ -51,18 +54,69 @@ def systems(inputs: Path) -> None:
                 file.write(json.dumps(line | {"prompt": prompt}) + "\n")
 
 
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "rlaif.train"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ACCELERATE = ["accelerate.commands.launch", "--main_process_port=0"]
-FLAGS = [*ACCELERATE, "--multi_gpu", "--num_processes=2", "-m", "rlaif.train"]
+FLAGS = [*ACCELERATE, "--multi_gpu", "--num_processes=2"]
+TRAIN = ["-m", "rlaif.train"]
+SPREAD_ON_CPU = str(Path(__file__).with_name("spread_on_cpu.py"))
+# Writes down what a launcher gives a process.
+ENVIRONMENT = """
+import json, os, sys
+with open(os.path.join(sys.argv[1], os.environ["RANK"]), "w") as file:
+    json.dump(dict(os.environ), file)
+"""
 
 
-def launch(env: dict[str, str], *overrides: str, expect: int = 0, by: Sequence[str] = FLAGS) -> str:
-    command = [sys.executable, "-m", *by]
+def launch(
+    env: dict[str, str], *overrides: str, expect: int = 0, by: Sequence[str] = FLAGS, what: Sequence[str] = TRAIN
+) -> str:
+    """Two processes from scratch, by a launcher."""
     result = subprocess.run(
-        [*command, *overrides], env=env, cwd=REPO, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-m", *by, *what, *overrides],
+        env=env,
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert (result.returncode == 0) == (expect == 0), result.stderr[-4000:]
     return result.stderr
+
+
+@pytest.fixture(scope="module")
+def forked(
+    command_env: dict[str, str], preloaded: Preloaded, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., str]:
+    """As ``launch``, in processes that have the libraries: in the environments that the launcher gives its own."""
+    known: dict[tuple[str, ...], list[dict[str, str]]] = {}
+
+    def environments(by: Sequence[str]) -> list[dict[str, str]]:
+        # What a launcher's file says counts, not its name.
+        key = tuple(Path(part[len("--config_file=") :]).read_text() if "config_file" in part else part for part in by)
+        if key not in known:
+            folder = tmp_path_factory.mktemp("environments")
+            script = folder / "environment.py"
+            script.write_text(ENVIRONMENT, encoding="utf-8")
+            launch(command_env, str(folder), by=by, what=[str(script)])
+            given = [json.loads((folder / str(rank)).read_text(encoding="utf-8")) for rank in (0, 1)]
+            known[key] = [
+                # The launcher is no longer there to be met by its processes.
+                {name: value for name, value in each.items() if not name.startswith("TORCHELASTIC_")}
+                for each in given
+            ]
+        return known[key]
+
+    def run(*overrides: str, by: Sequence[str] = FLAGS, what: str = "train") -> str:
+        given = environments(by)
+        port = str(free_port())
+        started = [preloaded.start(what, list(overrides), REPO, **each | {"MASTER_PORT": port}) for each in given]
+        ended = [process.ended(TIMEOUT) for process in started]
+        said = "".join(process.stderr for process in ended)
+        assert [process.returncode for process in ended] == [0, 0], said[-4000:]
+        return said
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +139,10 @@ def alone(
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "pm", "dpo", "rloo", "grpo"])
 def test_two_processes_are_one_with_twice_the_batch(
-    method: str, inputs: Path, command_env: dict[str, str], alone: Callable[..., Path], tmp_path: Path
+    method: str, inputs: Path, forked: Callable[..., str], alone: Callable[..., Path], tmp_path: Path
 ) -> None:
     folders = alone(method), tmp_path
-    launch(command_env, *arguments(method, inputs, tmp_path, 4))
+    forked(*arguments(method, inputs, tmp_path, 4))
     close(*(folder / result_of(method) for folder in folders))
     provenance = json.loads((tmp_path / method / "provenance.json").read_text())
     assert provenance["config"]["processes"] == 2
@@ -128,7 +182,7 @@ def test_other_ways_to_start_them(
 ) -> None:
     file = tmp_path / "accelerate.yaml"
     file.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 2\n")
-    start = TORCHRUN if by == "torchrun" else [*ACCELERATE, f"--config_file={file}", "-m", "rlaif.train"]
+    start = TORCHRUN if by == "torchrun" else [*ACCELERATE, f"--config_file={file}"]
     settings = arguments("dpo", inputs, tmp_path / "two", 4)
     launch(command_env, *settings, by=start)
     close(alone("dpo") / result_of("dpo"), tmp_path / "two" / result_of("dpo"))
@@ -187,7 +241,7 @@ def spread(what: str, folder: Path, more: str = "") -> list[str]:
     """What starts two processes between which the training is spread, with more settings of that kind."""
     file = folder / "accelerate.yaml"
     file.write_text(f"compute_environment: LOCAL_MACHINE\nnum_processes: 2\n{SPREAD[what][:-1]}{more}}}\n")
-    return [*ACCELERATE, f"--config_file={file}", str(Path(__file__).with_name("spread_on_cpu.py"))]
+    return [*ACCELERATE, f"--config_file={file}"]
 
 
 @pytest.mark.slow
@@ -206,6 +260,7 @@ def test_training_that_is_spread_over_processes_is_that_of_one(
     settings: str,
     inputs: Path,
     command_env: dict[str, str],
+    forked: Callable[..., str],
     alone: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
@@ -213,7 +268,12 @@ def test_training_that_is_spread_over_processes_is_that_of_one(
     method, *own = settings.format(inputs=inputs).split()
     one, two = alone(method, *own), tmp_path / "two"
     by = spread(what, tmp_path)
-    launch(env, *arguments(method, inputs, two, 4), *own, by=by)
+    asked = [*arguments(method, inputs, two, 4), *own]
+    if what == "deepspeed":
+        # Where the libraries were imported it was not beside them.
+        launch(env, *asked, by=by, what=[SPREAD_ON_CPU])
+    else:
+        forked(*asked, by=by, what=SPREAD_ON_CPU)
     close(one / result_of(method), two / result_of(method))
 
 
@@ -242,7 +302,7 @@ def test_ppo_that_is_spread_over_processes_is_that_of_one(
     settings: str,
     more: str,
     inputs: Path,
-    command_env: dict[str, str],
+    forked: Callable[..., str],
     run_command: Callable[..., Any],
     alone: Callable[..., Path],
     tmp_path: Path,
@@ -251,7 +311,7 @@ def test_ppo_that_is_spread_over_processes_is_that_of_one(
     own = settings.format(pm=alone("pm") / result_of("pm") if "{pm}" in settings else None).split()
     shared = [*COMMON, *PPO, f"prompts={inputs}/prompts.jsonl", "method=ppo", *own]
     run_command("train", *shared, f"output_dir={one}")
-    said = launch(command_env, *shared, f"output_dir={two}", by=spread("fsdp", tmp_path, more))
+    said = forked(*shared, f"output_dir={two}", by=spread("fsdp", tmp_path, more), what=SPREAD_ON_CPU)
     held, total = map(int, re.search(r"holds (\d+) of (\d+) weights of \w*CausalLM", said).groups())
     assert total == 66576
     assert held == pytest.approx(total / 2, rel=0.1)
@@ -273,7 +333,7 @@ def test_ppo_whose_optimizer_is_shared_is_that_of_one(
     shared = [*COMMON, *PPO, f"prompts={inputs}/prompts.jsonl", "method=ppo", "ppo.tuning=full"]
     shared += ["ppo.learning_rate=1e-4"]
     run_command("train", *shared, f"output_dir={one}")
-    said = launch(env, *shared, f"output_dir={two}", by=spread("deepspeed", tmp_path))
+    said = launch(env, *shared, f"output_dir={two}", by=spread("deepspeed", tmp_path), what=[SPREAD_ON_CPU])
     held, total = map(int, re.search(r"ZeRO, by rlaif itself: .* state of (\d+) of (\d+) weights", said).groups())
     assert held == pytest.approx(total / 2, rel=0.1)
     close(one / "ppo" / "policy", two / "ppo" / "policy")
@@ -287,9 +347,9 @@ def test_ppo_whose_weights_are_spread_goes_on_where_it_was_killed(
     shared += ["ppo.save_every=1", "ppo.keep=best", "ppo.eval_every=1", "ppo.eval_prompts=3"]
     shared += ["data.validation_fraction=0.3"]
     by = spread("fsdp", tmp_path)
-    launch(command_env, *shared, f"output_dir={tmp_path / 'one'}", by=by)
+    launch(command_env, *shared, f"output_dir={tmp_path / 'one'}", by=by, what=[SPREAD_ON_CPU])
     two = tmp_path / "two"
-    command = [sys.executable, "-m", *by, *shared, f"output_dir={two}"]
+    command = [sys.executable, "-m", *by, SPREAD_ON_CPU, *shared, f"output_dir={two}"]
     process = psutil.Popen(command, env=command_env, cwd=REPO, stderr=subprocess.DEVNULL)
     while not list(two.rglob("iteration-0000*[1-9]")):
         assert process.poll() is None
@@ -298,7 +358,8 @@ def test_ppo_whose_weights_are_spread_goes_on_where_it_was_killed(
     for each in killed:
         each.kill()
     psutil.wait_procs(killed)
-    assert "going on from iteration" in launch(command_env, *shared, f"output_dir={two}", by=by)
+    said = launch(command_env, *shared, f"output_dir={two}", by=by, what=[SPREAD_ON_CPU])
+    assert "going on from iteration" in said
     left, right = (load_file(folder / "ppo" / "policy" / "model.safetensors") for folder in (tmp_path / "one", two))
     assert left.keys() == right.keys()
     assert all(torch.equal(left[key], right[key]) for key in left)
@@ -307,7 +368,7 @@ def test_ppo_whose_weights_are_spread_goes_on_where_it_was_killed(
 @pytest.mark.slow
 @pytest.mark.parametrize("critic", ["policy", "labeler"])
 def test_processes_share_the_critiques_and_revisions(
-    critic: str, inputs: Path, command_env: dict[str, str], run_command: Callable[..., Any], tmp_path: Path
+    critic: str, inputs: Path, forked: Callable[..., str], run_command: Callable[..., Any], tmp_path: Path
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     shared = [*COMMON, "method=critique_revision", "constitution=harmless", f"prompts={inputs}/prompts.jsonl"]
@@ -319,7 +380,7 @@ def test_processes_share_the_critiques_and_revisions(
     ]
     shared += ["critique_revision.max_steps=2", "critique_revision.learning_rate=1e-3"]
     run_command("train", *shared, "critique_revision.batch_size=8", f"output_dir={one}")
-    launch(command_env, *shared, "critique_revision.batch_size=4", f"output_dir={two}")
+    forked(*shared, "critique_revision.batch_size=4", f"output_dir={two}")
     revisions = [folder / "critique_revision" / "revisions.jsonl" for folder in (one, two)]
     assert revisions[0].read_text() == revisions[1].read_text()
     close(one / "critique_revision" / "policy", two / "critique_revision" / "policy")
@@ -336,7 +397,7 @@ def test_processes_share_the_critiques_and_revisions(
 def test_processes_share_the_samples_of_an_evaluation(
     reward: str,
     inputs: Path,
-    command_env: dict[str, str],
+    forked: Callable[..., str],
     run_command: Callable[..., Any],
     alone: Callable[..., Path],
     tmp_path: Path,
@@ -346,7 +407,7 @@ def test_processes_share_the_samples_of_an_evaluation(
     shared += ["eval.max_prompts=3", "eval.max_new_tokens=6"]
     shared += REWARD if reward == "labeler" else [f"preference_model={alone('pm') / result_of('pm')}"]
     run_command("train", *shared, f"output_dir={one}")
-    said = launch(command_env, *shared, f"output_dir={two}")
+    said = forked(*shared, f"output_dir={two}")
     for name in ("samples.jsonl", "metrics.json"):
         assert (one / "evaluation" / name).read_text() == (two / "evaluation" / name).read_text()
     assert said.count("evaluate: done") == 1

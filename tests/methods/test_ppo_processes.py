@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from preloaded import REPO, TIMEOUT, Preloaded
+from preloaded import REPO, TIMEOUT, Preloaded, free_port
 from safetensors.torch import load_file
 
 from tests.methods.test_ppo_resume import lines
@@ -81,11 +80,8 @@ def start(preloaded: Preloaded) -> Callable[..., str]:
     def start(folder: Path, processes: int, expect: int = 0, **changes: Any) -> str:
         script = folder.with_suffix(".py")
         script.write_text(SCRIPT, encoding="utf-8")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         # As torchrun names them.
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
         started = [
             preloaded.start(
                 str(script),
