@@ -244,18 +244,30 @@ _LABELER_SPEED = {
     *("requests_per_minute", "tokens_per_minute", "budget", "price"),
 }
 """Settings of a labeler that change how fast answers come, not what they are; the audit's file is an input."""
+_LABELER_MODEL = {"model", "revision", "dtype", "tokenizer"}
+"""Settings of a labeler that its inputs say: a folder counts by what it holds."""
+_ENGINE_SPEED = {
+    *("tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization", "enforce_eager", "python"),
+    "delay_s",
+}
 
 
 def labeler_settings(labeler: LabelerConfig) -> dict[str, Any]:
-    """What a labeler's settings contribute to a fingerprint."""
-    return {name: value for name, value in plain(x=labeler)["x"].items() if name not in _LABELER_SPEED}
+    """What a labeler's settings contribute to a fingerprint, beside :func:`labeler_inputs`."""
+    settings = plain(x=labeler)["x"]
+    found = {name: value for name, value in settings.items() if name not in _LABELER_SPEED | _LABELER_MODEL}
+    for engine in ("vllm", "scripted"):
+        found[engine] = {name: value for name, value in settings[engine].items() if name not in _ENGINE_SPEED}
+    return found
 
 
 def labeler_inputs(labeler: LabelerConfig) -> dict[str, Path | str | None]:
     """What a labeler's model and server contribute to a fingerprint."""
     model = ModelConfig(name=labeler.model, revision=labeler.revision, dtype=labeler.dtype)
+    tokenizer = labeler.tokenizer
     return {
         **model_inputs("labeler", model),
+        "labeler_tokenizer": Path(tokenizer) if tokenizer and Path(tokenizer).is_dir() else tokenizer,
         # Where labeler.base_url is unset this decides which server is asked.
         "openai_base_url": os.environ.get("OPENAI_BASE_URL") if labeler.type is LabelerType.openai else None,
     }

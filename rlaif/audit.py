@@ -168,7 +168,9 @@ def main(config: AuditConfig, output: Path) -> None:
             setup = Setup(constitution, engine.name, config.labeling, config.seed)
             measure(comparisons, setup, engine, store, folder, config.labeler.price, others)
 
-    settings = plain(labeler=labeler_settings(config.labeler), labeling=config.labeling, max_pairs=config.max_pairs)
+    # Prices change no label, but what an audit says.
+    settings = plain(labeler=labeler_settings(config.labeler), labeling=config.labeling, price=config.labeler.price)
+    settings |= plain(max_pairs=config.max_pairs)
     inputs = {
         "comparisons": file,
         "constitution": find_constitution(config.constitution),

@@ -183,7 +183,7 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
 
                 audit = measure(comparisons, setup, engine, store, folder / "audit", config.labeler.price)
                 tell(audit)
-                _check_agreement(audit, config)
+                _check_agreement(audit, config, folder / "audit")
             truth = agreement_with_gold(config.gold) if config.gold is not None else None
             labeling = Labeling(lines, setup, engine, store, truth)
             started = time.perf_counter()
@@ -345,14 +345,14 @@ def _combine(lines: CandidatesFile, config: LabelConfig, output: Path) -> None:
     run_stage("label", output, settings, inputs, make, config.seed, carry_over=STORE_FILES)
 
 
-def _check_agreement(audit: Mapping[str, Any], config: LabelConfig) -> None:
-    """Stop before anything is paid for if the labeler is not good enough."""
+def _check_agreement(audit: Mapping[str, Any], config: LabelConfig, folder: Path) -> None:
+    """Stop before anything is paid for if the labeler is not good enough; ``folder`` has the audit."""
     wanted, found = config.labeler.min_agreement, audit.get("agreement")
     if wanted is not None and (found is None or found < wanted or not audit["trainable"]):
         measured = "no label at all" if found is None else f"{found:.1%} of {audit['n_labelled']} pairs"
         raise UserError(
             f"labeler.min_agreement={wanted}: {audit['labeler']} agrees with {config.labeler.audit} on {measured}. "
-            f"{audit['verdict']}"
+            f"{audit['verdict']} (the audit: {folder / 'audit.md'})"
         )
 
 

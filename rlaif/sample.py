@@ -42,7 +42,8 @@ def run_sample(config: SampleConfig, output: Path) -> Path:
         with HFEngine(config.policy, batch_size=config.sampling.batch_size) as engine:
             sample_candidates(wanted, splits, engine, config.sampling, folder, config.seed)
 
-    settings = plain(policy=config.policy, sampling=config.sampling, data=config.data)
+    # The policy is an input.
+    settings = plain(sampling=config.sampling, data=config.data, trust_remote_code=config.policy.trust_remote_code)
     run_stage("sample", output, settings, {"prompts": file, **model_inputs("policy", config.policy)}, make, config.seed)
     return output / "candidates.jsonl"
 

@@ -45,9 +45,9 @@ Train on preferences or principles: a preference model (pm), or a policy by one 
   policy.name=MODEL               hub name, folder, or `embedded`; also the reference
   preferences=DIR                 train.parquet (and validation.parquet), or train.jsonl in TRL's or Anthropic HH's
                                   format; or a folder with one such folder per feedback: ai/, human/, simulated_human/
-  columns={chosen: good, rejected: bad}
+  'columns={chosen: good, rejected: bad}'
                                   what another dataset calls the columns
-  splits={train: train_prefs, validation: test_prefs}
+  'splits={train: train_prefs, validation: test_prefs}'
                                   and the splits
   feedback=ai                     which of the folders
   demonstrations=FILE             sft: JSONL of messages, prompt and completion, or text; default: chosen completions

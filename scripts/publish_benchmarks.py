@@ -19,11 +19,13 @@ HEAD = """<!-- made by scripts/publish_benchmarks.py -->
 
 # Benchmarks
 
-`make bench` runs them all, `python -m benchmarks.NAME` one of them, `--quick` a short form that writes no result. Each
-compares side by side in one run, in turns, and writes its ratios, every single measurement, the machine and the
-versions to `benchmarks/results/NAME.json`. Timings depend on the machine; ratios less so. Where a command says
-`--repeats 1` they come from one run of each side, without an interval, and want care: such runs of `preference_model`
-differed by a fifth within two hours, while TRL's own speed moved by half.
+`make bench` runs them all, `python -m benchmarks.NAME` one of them, `--quick` a short form that writes no result;
+`ppo`, `preference_model` and `dpo` compute in float32 unless `--dtype bfloat16` is given, which writes a result of
+its own. The command of each result stands under its table. Each compares side by side in one run, in turns, and
+writes its ratios, every single measurement, the machine and the versions to `benchmarks/results/NAME.json`. Timings
+depend on the machine; ratios less so. Where a command says `--repeats 1` they come from one run of each side, without
+an interval, and want care: such runs of `preference_model` differed by a fifth within two hours, while TRL's own
+speed moved by half.
 """
 
 # Benchmark: what it is about, and what each of its figures says.

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from rlaif.artifacts import FAILED, MARKER, PROVENANCE, environment, run_stage
+from rlaif.artifacts import (
+    FAILED,
+    MARKER,
+    PROVENANCE,
+    environment,
+    input_hash,
+    labeler_inputs,
+    labeler_settings,
+    run_stage,
+)
+from rlaif.config import LabelerConfig, LabelerType, ScriptedConfig, VLLMConfig
 from rlaif.records import UserError
 
 
@@ -127,3 +137,37 @@ def test_provenance_names_either_build_of_vllm(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr("importlib.metadata.version", version)
     assert environment()["versions"][build] == "9.9"
+
+
+def of_labeler(**settings: Any) -> Any:
+    """What a labeler contributes to a fingerprint."""
+    labeler = LabelerConfig(**{"type": LabelerType.vllm, "model": "judge"} | settings)
+    return labeler_settings(labeler), {role: input_hash(value) for role, value in labeler_inputs(labeler).items()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "counts"),
+    [
+        ({"vllm": VLLMConfig(python="/x", gpu_memory_utilization=0.5, tensor_parallel_size=2)}, False),
+        ({"vllm": VLLMConfig(enforce_eager=True)}, False),
+        ({"scripted": ScriptedConfig(delay_s=1.0)}, False),
+        ({"concurrency": 3}, False),
+        ({"vllm": VLLMConfig(max_model_len=100)}, True),
+        ({"scripted": ScriptedConfig(noise=1.0)}, True),
+        ({"model": "other"}, True),
+        ({"tokenizer": "other"}, True),
+    ],
+)
+def test_how_fast_a_labeler_is_makes_nothing_again(settings: dict[str, Any], counts: bool) -> None:
+    assert (of_labeler(**settings) != of_labeler()) == counts
+
+
+def test_a_labelers_folder_counts_by_what_it_holds(tmp_path: Path) -> None:
+    for name in ("here", "there", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"other": 1}' if name == "other" else "{}")
+    here, there, other = (
+        of_labeler(model=str(tmp_path / name), tokenizer=str(tmp_path / name)) for name in ("here", "there", "other")
+    )
+    assert here == there
+    assert here != other

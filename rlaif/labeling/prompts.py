@@ -128,7 +128,11 @@ def rationale_prompt(
 
 def after_rationale(asked: Sequence[Message], rationale: str, principle: Principle) -> tuple[Message, ...]:
     """The second step: the rationale as the labeler's own turn, then the question."""
-    return (*asked, {"role": "assistant", "content": rationale}, {"role": "user", "content": _question(principle)})
+    return (
+        *asked,
+        {"role": "assistant", "content": clean(rationale)},
+        {"role": "user", "content": _question(principle)},
+    )
 
 
 def _head(task: str, principle: Principle) -> str:

@@ -139,7 +139,8 @@ def group_comparisons(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         key = (row["prompt_id"], tuple(row["prompt_ids"]))
         group = open_groups.get(key)
-        if group is None or len(group["sequences"]) > _GROUP - 2:
+        pair = [row["chosen_ids"], row["rejected_ids"]]
+        if group is None or len(group["sequences"]) + sum(new not in group["sequences"] for new in pair) > _GROUP:
             group = {"prompt_ids": row["prompt_ids"], "sequences": [], "chosen": [], "rejected": [], "p_chosen": []}
             open_groups[key] = group
             groups.append(group)

@@ -156,5 +156,10 @@ PREFERENCE_MODEL: Terms = (
     ),
     ("train_pairs", "training pairs", "", True),
     ("dropped_long", "dropped (too long)", "Pairs too long for the PM.", True),
-    ("temperature", "temperature", "Scores are divided by it for calibration.", True),
+    (
+        "temperature",
+        "temperature",
+        "Score differences divided by it would be calibrated; it is reported, not applied.",
+        True,
+    ),
 )

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from rlaif.constitution import Exemplar, Principle
 from rlaif.labeling.prompts import (
+    after_rationale,
     clean,
     contrastive_prompt,
     letter_spellings,
@@ -125,6 +126,14 @@ def test_invisible_characters_are_removed(character):
     assert clean(f"a{character}b") == "ab"
     assert character not in pairwise(f"a{character}", f"{character}b")
     assert character not in pointwise_prompt(ASKING, USER, f"a{character}")[0]["content"]
+
+
+def test_a_rationale_is_shown_back_without_what_is_invisible():
+    asked = rationale_prompt(KIND, USER, "a", "b")
+    *before, said, question = after_rationale(asked, "Reply A\u202e is\u200b kinder.", KIND)
+    assert tuple(before) == asked
+    assert said == {"role": "assistant", "content": "Reply A is kinder."}
+    assert question["content"].startswith(KIND.question)
 
 
 def test_ordinary_text_is_left_alone():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,14 @@ def test_three_completions_are_three_sequences_in_three_pairs() -> None:
     # Two prompts, half the weight each, whatever their number of pairs.
     assert batch["weight"].tolist() == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 2])
     assert batch["prompts"] == [[97]] * 3 + [[98]] * 2
+
+
+@pytest.mark.parametrize(("completions", "examples"), [(15, 1), (16, 1), (17, 3)])
+def test_all_pairs_of_up_to_16_completions_are_one_example(completions: int, examples: int) -> None:
+    pairs = itertools.combinations(range(completions), 2)
+    groups = group_comparisons([row("a", [one], [other]) for one, other in pairs])
+    assert len(groups) == examples
+    assert max(len(group["sequences"]) for group in groups) <= 16
 
 
 def test_one_id_for_two_prompts_keeps_them_apart() -> None:
