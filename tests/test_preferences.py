@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlaif.cli import _normalise
-from rlaif.config import AnnotatorConfig, DataConfig, Feedback, ModelConfig, Selection, Split, TrainConfig
+from rlaif.config import AnnotatorConfig, DataConfig, Feedback, Method, ModelConfig, Selection, Split, TrainConfig
 from rlaif.gold import gold_score
 from rlaif.labeling.aggregate import PairLabel, logit, sigmoid
 from rlaif.methods.stages import Arm
@@ -96,8 +96,9 @@ def test_a_dataset_without_a_validation_split_holds_prompts_out_for_one(tmp_path
     (tmp_path / "two" / "train.jsonl").write_text(lines)
     (tmp_path / "two" / "validation.jsonl").write_text(json.dumps(ULTRAFEEDBACK) + "\n")
 
-    def arm(folder, **data):
-        config = TrainConfig(preferences=str(tmp_path / folder), feedback=Feedback.human, data=DataConfig(**data))
+    def arm(folder, method=Method.pm, **data):
+        source = str(tmp_path / folder)
+        config = TrainConfig(method=method, preferences=source, feedback=Feedback.human, data=DataConfig(**data))
         return Arm(config, tmp_path, ModelConfig(name="tiny"))
 
     splits = assign_splits(prompts, DataConfig(validation_fraction=0.3))
@@ -113,8 +114,10 @@ def test_a_dataset_without_a_validation_split_holds_prompts_out_for_one(tmp_path
     # Another share makes other training data, and a stage is made anew for it.
     assert found.preference_inputs != arm("one", validation_fraction=0.2).preference_inputs
 
-    whole = arm("one", validation_fraction=0.0)
-    assert (len(whole.preferences("train")), whole.preferences("validation")) == (120, [])
+    assert arm("one", Method.ppo, validation_fraction=0.3).preferences("train") == train
+    # DPO measures nothing on them.
+    for whole in (arm("one", validation_fraction=0.0), arm("one", Method.dpo, validation_fraction=0.3)):
+        assert (len(whole.preferences("train")), whole.preferences("validation")) == (120, [])
     given = arm("two", validation_fraction=0.3)
     assert (len(given.preferences("train")), len(given.preferences("validation"))) == (120, 1)
     assert "preferences/held_out" not in given.preference_inputs
@@ -124,7 +127,7 @@ def test_too_few_prompts_hold_nothing_out(tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps(ULTRAFEEDBACK) + "\n")
     for share in (0.1, 0.99):
         data = DataConfig(validation_fraction=share, test_fraction=0.0)
-        config = TrainConfig(preferences=str(tmp_path), feedback=Feedback.human, data=data)
+        config = TrainConfig(method=Method.pm, preferences=str(tmp_path), feedback=Feedback.human, data=data)
         arm = Arm(config, tmp_path, ModelConfig(name="tiny"))
         assert (len(arm.preferences("train")), arm.preferences("validation")) == (1, [])
 

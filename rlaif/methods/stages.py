@@ -110,7 +110,8 @@ class Arm:
     def preferences(self, split: str) -> list[Preference]:
         """One split of the preferences; no rows without a dataset.
 
-        A dataset without a validation split holds out ``data.validation_fraction`` of its prompts for one.
+        Where a PM is trained or a policy on prompts, a dataset without a validation split holds out
+        ``data.validation_fraction`` of its prompts for one; SFT and DPO measure nothing on it.
 
         Raises:
             UserError: if the training split is empty.
@@ -127,7 +128,8 @@ class Arm:
 
     @property
     def _holds_out(self) -> bool:
-        if self.source is None or not self.config.data.validation_fraction:
+        measures = self.config.method in (Method.pm, *REWARDED)
+        if self.source is None or not measures or not self.config.data.validation_fraction:
             return False
         return not _has_split(self.source, self.config.splits.get("validation", "validation"))
 

@@ -36,7 +36,7 @@ def arguments(method: str, inputs: Path, output: Path, batch_size: int) -> list[
     own += [f"{method}.tuning=full"] if method == "sft" else [f"{method}.lora.r=4"]
     if method in ("rloo", "grpo"):
         own += [*REWARD, f"{method}.generations=4", f"{method}.max_new_tokens=8", f"prompts={inputs}/prompts.jsonl"]
-    # Nothing is held out: batches are full, so two processes have the same.
+    # Nothing is held out for the PM: batches are full, so two processes have the same.
     own += ["data.validation_fraction=0"]
     return [*COMMON, f"method={method}", f"preferences={inputs}/mixed", f"output_dir={output}", *own]
 
