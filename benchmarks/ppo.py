@@ -8,7 +8,7 @@ in the cache. Its value model is a whole second model, as it needs one; ``trl_le
 trains its head alone, as ours does. The processes take turns, and the first round of each is not counted.
 On a GPU, memory is what torch had allocated on it at most. ``fraction_of_peak`` is of the operations a second that a
 large product reaches on the device. ``--maths`` only compares our losses, advantages and rewards with what TRL's own
-training loop computed.
+training loop computed. ``--quick`` leaves that, ``trl_lean`` and the cost by the number of prompts out.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def work(task: str, settings: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
 
-def compare(settings: dict[str, Any], repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def compare(settings: dict[str, Any], repeats: int, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Speed and memory of ours, TRL's and TRL's lean variant."""
-    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": [], "trl_lean": []}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("ours", "trl", "trl_lean")[: 2 if quick else 3]}
     for _ in range(repeats):
         for name, found in runs.items():
             started = time.perf_counter()
@@ -73,13 +73,12 @@ def compare(settings: dict[str, Any], repeats: int) -> tuple[dict[str, Any], dic
     memory = {name: statistics.median(one["peak_mb"] for one in found) for name, found in runs.items()}
     one = runs["ours"][0]
     parts = one["parts"]
+    peers = list(runs)[1:]
     ratios = {
         "episodes_per_s": round(rate["ours"], 3),
-        "episodes_per_s_vs_trl": round(rate["ours"] / rate["trl"], 2),
-        "episodes_per_s_vs_trl_lean": round(rate["ours"] / rate["trl_lean"], 2),
+        **{f"episodes_per_s_vs_{name}": round(rate["ours"] / rate[name], 2) for name in peers},
         "peak_memory_mb": memory["ours"],
-        "peak_memory_vs_trl": round(memory["ours"] / memory["trl"], 3),
-        "peak_memory_vs_trl_lean": round(memory["ours"] / memory["trl_lean"], 3),
+        **{f"peak_memory_vs_{name}": round(memory["ours"] / memory[name], 3) for name in peers},
         "fraction_of_peak": round(
             runs["ours"][0]["operations"]
             / settings["rollouts"]
@@ -92,8 +91,8 @@ def compare(settings: dict[str, Any], repeats: int) -> tuple[dict[str, Any], dic
     return ratios, {"runs": runs}
 
 
-def start_up(folder: Path, count: int, settings: dict[str, Any]) -> float:
-    """Seconds that ``rlaif.train method=ppo`` takes for all but its one small round; the second time counts."""
+def start_up(folder: Path, count: int, settings: dict[str, Any], times: int) -> float:
+    """Seconds that ``rlaif.train method=ppo`` takes for all but its one small round; the last time counts."""
     prompts = folder / f"prompts-{count}.jsonl"
     rng = random.Random(0)
     words = [f"{first}{second}" for first in ("ba", "de", "fi", "go", "lu") for second in "bcdfghjklmnpqrstvwxyz"]
@@ -105,7 +104,7 @@ def start_up(folder: Path, count: int, settings: dict[str, Any]) -> float:
     command += [f"policy.dtype={settings['dtype']}", f"policy.device={settings['device']}", "eval.enabled=false"]
     command += [f"preference_model={folder / 'pm'}", f"prompts={prompts}", "ppo.rollouts=4", "ppo.minibatch_size=4"]
     command += ["ppo.max_new_tokens=4", "ppo.report_to=[]"]
-    for turn in range(2):
+    for turn in range(times):
         output = folder / f"start-{count}-{turn}"
         started = time.perf_counter()
         subprocess.run([*command, f"output_dir={output}"], check=True, capture_output=True)
@@ -125,21 +124,24 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=3, help="processes of each, taking turns")
     arguments.add_argument("--rounds", type=int, default=3, help="of 64 episodes that count, in each process")
     options = arguments.parse_args()
-    ratios: dict[str, Any] = {"maths_difference_to_trl": work("trl_maths", {})}
+    ratios: dict[str, Any] = {}
+    if options.maths or not options.quick:
+        ratios["maths_difference_to_trl"] = work("trl_maths", {})
     if options.maths:
         say(json.dumps(ratios))
         return
-    ratios |= work("prompts", {"counts": [1_000, 100_000], "rounds": 5 if options.quick else 30})
+    if not options.quick:
+        ratios |= work("prompts", {"counts": [1_000, 100_000], "rounds": 30})
     settings: dict[str, Any] = {"rollouts": 64, "max_new_tokens": 32, "minibatch_size": 16}
     settings["iterations"] = options.rounds + 1
     if options.quick:
-        settings = {"rollouts": 8, "max_new_tokens": 8, "iterations": 2, "minibatch_size": 4}
+        settings = {"rollouts": 4, "max_new_tokens": 4, "iterations": 2, "minibatch_size": 4}
     with tempfile.TemporaryDirectory() as folder:
         settings |= {"folder": folder, "dtype": options.dtype, "device": options.device}
         work("make_pm", settings)
-        speed, details = compare(settings, 1 if options.quick else options.repeats)
+        speed, details = compare(settings, 1 if options.quick else options.repeats, options.quick)
         for name, count in ({"": 1_000} | ({} if options.quick else {"_100k": 100_000})).items():
-            speed[f"command_start_s{name}"] = start_up(Path(folder), count, settings)
+            speed[f"command_start_s{name}"] = start_up(Path(folder), count, settings, 1 if options.quick else 2)
     packages = ("torch", "transformers", "peft", "accelerate")
     details |= {"settings": {name: value for name, value in settings.items() if name != "folder"}, "trl_version": TRL}
     finish("ppo", speed | ratios, details, packages, options.quick, options.dtype)
