@@ -262,7 +262,10 @@ class Labeling:
         Else each of a million verdicts would be written to, and read from, another page of the file. Empty where
         requests may leave the conversation out: those of two prompts can be the same.
         """
-        return "" if self.setup.config.mode is LabelMode.pointwise else content_hash(line.prompt.messages)[:8]
+        pointwise = self.setup.config.mode is LabelMode.pointwise
+        if pointwise and any(principle.ask is not None for principle in self.setup.constitution.principles):
+            return ""
+        return content_hash(line.prompt.messages)[:8]
 
     def key(self, request: Request, near: str = "") -> str:
         """Hash of everything that can change the answer, after ``near``."""

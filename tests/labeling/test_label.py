@@ -276,17 +276,18 @@ def test_equal_requests_of_one_line_are_asked_once(store):
     assert store.connection.execute("SELECT count(*) FROM finished").fetchone() == (3,)
 
 
-def test_the_verdicts_of_a_line_lie_together_in_the_store(store):
+@pytest.mark.parametrize(("config", "each"), [(PAIRWISE, 12), (POINTWISE, 4)], ids=["pairwise", "pointwise"])
+def test_the_verdicts_of_a_line_lie_together_in_the_store(store, config, each):
     labeler = Recording(engine())
-    label_candidates(lines(5), CONSTITUTION, labeler, PAIRWISE, store)
+    label_candidates(lines(5), CONSTITUTION, labeler, config, store)
     stored = [key for (key,) in store.connection.execute("SELECT key FROM verdicts ORDER BY key")]
-    assert len(stored) == len(labeler.asked) == 60
-    together = [{key[:8] for key in stored[start : start + 12]} for start in range(0, 60, 12)]
+    assert len(stored) == len(labeler.asked) == 5 * each
+    together = [{key[:8] for key in stored[start : start + each]} for start in range(0, 5 * each, each)]
     assert [len(starts) for starts in together] == [1] * 5
     # The conversation is told apart by its text, not by its name.
     renamed = [replace(line, prompt=replace(line.prompt, prompt_id=f"new {i}")) for i, line in enumerate(lines(5))]
-    label_candidates(renamed, CONSTITUTION, labeler, PAIRWISE, store)
-    assert len(labeler.asked) == 60
+    label_candidates(renamed, CONSTITUTION, labeler, config, store)
+    assert len(labeler.asked) == 5 * each
 
 
 def test_a_question_without_the_conversation_is_asked_once_for_all_prompts(store):
