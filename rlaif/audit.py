@@ -169,8 +169,12 @@ def main(config: AuditConfig, output: Path) -> None:
             measure(comparisons, setup, engine, store, folder, config.labeler.price, others)
 
     # Prices change no label, but what an audit says.
-    settings = plain(labeler=labeler_settings(config.labeler), labeling=config.labeling, price=config.labeler.price)
-    settings |= plain(max_pairs=config.max_pairs)
+    settings = plain(
+        labeler=labeler_settings(config.labeler),
+        labeling=config.labeling,
+        max_pairs=config.max_pairs,
+        price=config.labeler.price,
+    )
     inputs = {
         "comparisons": file,
         "constitution": find_constitution(config.constitution),

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,18 @@ class Preloaded:
         """
         return self.start(command, arguments, cwd).ended(timeout)
 
+    def run_group(
+        self, command: str, arguments: list[str], environments: Sequence[Mapping[str, str]]
+    ) -> list[subprocess.CompletedProcess[str]]:
+        """Run one in each of these environments at the same time; they meet at a port of their own.
+
+        Raises:
+            subprocess.TimeoutExpired: if one takes longer than ``TIMEOUT`` seconds.
+        """
+        port = str(_free_port())
+        started = [self.start(command, arguments, REPO, **{**own, "MASTER_PORT": port}) for own in environments]
+        return [process.ended(TIMEOUT) for process in started]
+
 
 @dataclass
 class Started:
@@ -89,7 +102,7 @@ class Started:
         return subprocess.CompletedProcess(self.arguments, self.process.exitcode, *texts)
 
 
-def free_port() -> int:
+def _free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from preloaded import TIMEOUT, Preloaded, free_port
+from preloaded import TIMEOUT, Preloaded
 from safetensors.torch import load_file
 
 from rlaif.labeling.store import STORE, VerdictStore
@@ -77,7 +77,7 @@ def launch(
         cwd=REPO,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=TIMEOUT,
         check=False,
     )
     assert (result.returncode == 0) == (expect == 0), result.stderr[-4000:]
@@ -108,10 +108,7 @@ def forked(
         return known[key]
 
     def run(*overrides: str, by: Sequence[str] = FLAGS, what: str = "train") -> str:
-        given = environments(by)
-        port = str(free_port())
-        started = [preloaded.start(what, list(overrides), REPO, **each | {"MASTER_PORT": port}) for each in given]
-        ended = [process.ended(TIMEOUT) for process in started]
+        ended = preloaded.run_group(what, list(overrides), environments(by))
         said = "".join(process.stderr for process in ended)
         assert [process.returncode for process in ended] == [0, 0], said[-4000:]
         return said

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from preloaded import REPO, TIMEOUT, Preloaded, free_port
+from preloaded import Preloaded
 from safetensors.torch import load_file
 
 from tests.methods.test_ppo_resume import lines
@@ -81,17 +81,10 @@ def start(preloaded: Preloaded) -> Callable[..., str]:
         script = folder.with_suffix(".py")
         script.write_text(SCRIPT, encoding="utf-8")
         # As torchrun names them.
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
-        started = [
-            preloaded.start(
-                str(script),
-                [str(folder), json.dumps(changes)],
-                REPO,
-                **(group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}),
-            )
-            for rank in range(processes)
-        ]
-        ended = [process.ended(TIMEOUT) for process in started]
+        group = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(processes)}
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)]
+        given = [str(folder), json.dumps(changes)]
+        ended = preloaded.run_group(str(script), given, [group | rank for rank in ranks])
         said = "".join(process.stderr for process in ended)
         assert [process.returncode == 0 for process in ended] == [expect == 0] * processes, said[-4000:]
         return said
