@@ -67,6 +67,9 @@ Label candidate completions by written principles; build the preference dataset.
   combine=[DIR1,DIR2]             combine the labels of earlier runs on the same candidates; asks nobody
   gold=vader                      measure the labels against a programmatic gold judge
   feedback=simulated_human        labels drawn from the gold judge instead of a labeler (no people involved)
+  feedback=style_order style_order=[warm,plain,gloomy]
+                                  control: the styles of the candidates decide, the best first
+  feedback=shuffled shuffle=DIR   control: the labels of an earlier run, each turned round by a fair coin
 
 A rerun asks only what is not in store.sqlite yet, requests that failed included.
 """
@@ -106,6 +109,10 @@ def run_label(config: LabelConfig, output: Path) -> Path:
         _label_with_ai(lines, config, output)
     elif config.feedback is Feedback.simulated_human:
         _label_with_annotator(lines, config, output)
+    elif config.feedback is Feedback.style_order:
+        _label_by_style(lines, config, output)
+    elif config.feedback is Feedback.shuffled:
+        _shuffle(lines, config, output)
     else:
         raise UserError(
             "feedback=human needs no labeling: give your preference dataset to rlaif.train as preferences=DIR"
@@ -381,6 +388,55 @@ def _label_with_annotator(lines: CandidatesFile, config: LabelConfig, output: Pa
         feedback=config.feedback,
     )
     run_stage("label", output, settings, {"candidates": lines.path}, make, config.seed, carry_over=STORE_FILES)
+
+
+def _label_by_style(lines: CandidatesFile, config: LabelConfig, output: Path) -> None:
+    from rlaif.labeling.controls import style_order_pairs
+
+    # Whether every candidate has a style that is named shows before anything is written.
+    for line in lines():
+        style_order_pairs(line, config.style_order)
+
+    def make(folder: Path) -> None:
+        pairs = ((line, style_order_pairs(line, config.style_order)) for line in lines())
+        figures = {"mode": "style_order", "style_order": config.style_order}
+        _write_dataset(
+            folder, pairs, Counter(), lambda: figures, f"style_order({', '.join(config.style_order)})", config
+        )
+
+    settings = plain(
+        style_order=config.style_order,
+        selection=config.labeling.selection,
+        data=config.data,
+        gold=config.gold,
+        feedback=config.feedback,
+    )
+    run_stage("label", output, settings, {"candidates": lines.path}, make, config.seed, carry_over=STORE_FILES)
+
+
+def _shuffle(lines: CandidatesFile, config: LabelConfig, output: Path) -> None:
+    from rlaif.labeling.combine import LABELS, Combination, open_source
+    from rlaif.labeling.controls import shuffled_pairs
+
+    assert config.shuffle is not None
+    source = open_source(config.shuffle, 1.0, lines.digest, "shuffle")
+
+    def make(folder: Path) -> None:
+        combination = Combination(lines(), [source])
+        pairs = ((line, shuffled_pairs(found, config.seed)) for line, _, found in combination)
+        figures = {"mode": "shuffled", "shuffled": source.labeler}
+        _write_dataset(folder, pairs, combination.dropped, lambda: figures, f"shuffled({source.labeler})", config)
+
+    settings = plain(
+        source=source.config,
+        selection=config.labeling.selection,
+        min_margin=config.labeling.min_margin,
+        data=config.data,
+        gold=config.gold,
+        feedback=config.feedback,
+    )
+    inputs = {"candidates": lines.path, "shuffle": source.folder / LABELS}
+    run_stage("label", output, settings, inputs, make, config.seed, carry_over=STORE_FILES)
 
 
 def _write_dataset(

@@ -68,8 +68,10 @@ def main(config: RunConfig, output: Path) -> None:
         ),
         output / "candidates",
     )
-    for feedback in sorted(used_labels(config) - {Feedback.human}):
-        run_label(label_config(config, candidates, feedback), output / "labels" / feedback.value)
+    labels = output / "labels"
+    # In the order of the enum: shuffled labels are made of the AI's.
+    for feedback in sorted(used_labels(config) - {Feedback.human}, key=list(Feedback).index):
+        run_label(label_config(config, candidates, feedback, labels), labels / feedback.value)
     arms = {name: train_config(config, arm, output) for name, arm in config.arms.items()}
     trained = {name: fit(arm, output / "arms" / name) for name, arm in arms.items() if arm.method is not None}
     pm = report_pm(arms, {name: arm.pm for name, arm in trained.items()})
@@ -139,11 +141,12 @@ def used_labels(config: RunConfig) -> set[Feedback]:
     from rlaif.methods.stages import needs_preferences
 
     arms = [arm for arm in config.arms.values() if arm.method is not None]
-    return {arm.feedback for arm in arms if needs_preferences(train_config(config, arm, Path()))}
+    used = {arm.feedback for arm in arms if needs_preferences(train_config(config, arm, Path()))}
+    return used | {Feedback.ai} if Feedback.shuffled in used else used
 
 
-def label_config(config: RunConfig, candidates: Path, feedback: Feedback) -> LabelConfig:
-    """The labeling stage's configuration."""
+def label_config(config: RunConfig, candidates: Path, feedback: Feedback, labels: Path) -> LabelConfig:
+    """The labeling stage's configuration; ``labels`` holds a folder for each feedback."""
     return LabelConfig(
         candidates=str(candidates),
         constitution=config.constitution,
@@ -152,6 +155,8 @@ def label_config(config: RunConfig, candidates: Path, feedback: Feedback) -> Lab
         labeling=config.labeling,
         annotator=config.annotator,
         gold=config.gold,
+        style_order=config.style_order,
+        shuffle=str(labels / Feedback.ai.value) if feedback is Feedback.shuffled else None,
         data=config.data,
         seed=config.seed,
     )

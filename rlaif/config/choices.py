@@ -56,11 +56,17 @@ class Selection(StrEnum):
 
 
 class Feedback(StrEnum):
-    """Where preference labels come from. ``simulated_human`` is a programmatic annotator, never people."""
+    """Where preference labels come from.
+
+    ``simulated_human`` is a programmatic annotator, never people. ``style_order`` and ``shuffled`` are controls: what
+    the styles that candidates were sampled in give away, and AI labels whose direction a coin decides.
+    """
 
     ai = "ai"
     human = "human"
     simulated_human = "simulated_human"
+    style_order = "style_order"
+    shuffled = "shuffled"
 
 
 class Method(StrEnum):

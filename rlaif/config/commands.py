@@ -57,7 +57,8 @@ class LabelConfig(CommandConfig):
     constitution: str | None = None
     """Name of a shipped constitution (harmless, helpful, ...) or a YAML file."""
     feedback: Feedback = Feedback.ai
-    """``ai`` asks the labeler; ``simulated_human`` draws labels from the gold judge."""
+    """``ai`` asks the labeler; ``simulated_human`` draws labels from the gold judge; two controls ask nobody:
+    ``style_order`` and ``shuffled``."""
     labeler: LabelerConfig = field(default_factory=LabelerConfig)
     labeling: LabelingConfig = field(default_factory=LabelingConfig)
     annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
@@ -67,6 +68,10 @@ class LabelConfig(CommandConfig):
     """Folders of earlier label runs on the same candidates: their labels are combined, and nobody is asked."""
     combine_weights: list[float] = field(default_factory=list)
     """Weight of each of them; empty: all the same."""
+    style_order: list[str] = field(default_factory=list)
+    """With ``feedback=style_order``: the styles of the candidates, the best first."""
+    shuffle: str | None = None
+    """With ``feedback=shuffled``: folder of an earlier label run, whose labels a coin turns round."""
     data: DataConfig = field(default_factory=DataConfig)
     experiment: Any = None
     """Chosen by ``experiment=NAME``: a file of ``conf/experiment`` that sets many keys at once."""
@@ -99,6 +104,11 @@ class LabelConfig(CommandConfig):
         require(
             not self.combine or self.feedback is Feedback.ai,
             f"feedback={self.feedback.value}: combine= takes labels of labelers, so only feedback=ai goes with it",
+        )
+        check_style_order(self.style_order, needed=self.feedback is Feedback.style_order)
+        require(
+            (self.shuffle is None) == (self.feedback is not Feedback.shuffled),
+            "feedback=shuffled and shuffle=DIR, the folder of the labels that a coin turns round, go together",
         )
 
 
@@ -253,6 +263,8 @@ class RunConfig(CommandConfig):
     labeler: LabelerConfig = field(default_factory=LabelerConfig)
     labeling: LabelingConfig = field(default_factory=LabelingConfig)
     annotator: AnnotatorConfig = field(default_factory=AnnotatorConfig)
+    style_order: list[str] = field(default_factory=list)
+    """For arms with ``feedback: style_order``: the styles of the candidates, the best first."""
     human_preferences: str | None = None
     """Preference dataset of human labels, for arms with feedback=human."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -279,6 +291,17 @@ class RunConfig(CommandConfig):
         super().__post_init__()
         check_likelihood(self.labeler, self.labeling)
         check_splits(self.splits)
+        check_style_order(
+            self.style_order, needed=any(arm.feedback is Feedback.style_order for arm in self.arms.values())
+        )
+
+
+def check_style_order(order: list[str], needed: bool) -> None:
+    require(len(set(order)) == len(order), f"style_order={order}: names a style twice")
+    require(
+        not needed or len(order) >= 2,
+        f"style_order={order}: feedback=style_order needs the styles of the candidates, at least two, the best first",
+    )
 
 
 def check_splits(splits: dict[str, str]) -> None:

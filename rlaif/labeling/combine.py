@@ -34,27 +34,28 @@ class Source:
     calibration: Calibration
 
 
-def open_source(folder: str, weight: float, candidates: str) -> Source:
+def open_source(folder: str, weight: float, candidates: str, key: str = "combine") -> Source:
     """Check a folder of ``rlaif.label``.
 
     Args:
         folder: as the user gave it.
         weight: of its logits.
         candidates: hash of the candidates that it must have labelled.
+        key: the setting that names the folder.
 
     Raises:
         UserError: naming the folder and what is wrong.
     """
-    path = existing_dir(folder, "combine")
-    existing_file(path / LABELS, "combine")
+    path = existing_dir(folder, key)
+    existing_file(path / LABELS, key)
     quality, provenance = read_json(path / "quality.json"), read_json(path / PROVENANCE)
     if "principles" not in quality or "candidates" not in quality:
         raise UserError(
-            f"combine={folder}: its quality.json does not say which principles and candidates it is of; run "
+            f"{key}={folder}: its quality.json does not say which principles and candidates it is of; run "
             "rlaif.label on that folder again (nothing is asked twice)"
         )
     if quality["candidates"] != candidates:
-        raise UserError(f"combine={folder}: labels other candidates than candidates=; all must be of the same file")
+        raise UserError(f"{key}={folder}: labels other candidates than candidates=")
     try:
         settings = OmegaConf.merge(OmegaConf.structured(LabelingConfig), provenance["config"]["labeling"])
         config = OmegaConf.to_object(settings)

@@ -78,7 +78,14 @@ def seeds_text(values: Sequence[float]) -> Safe:
 
 def feedback_text(feedback: str | None) -> str:
     """Where a row's preferences came from, in words; simulated people are never called people."""
-    known = {None: MISSING, "ai": "AI", "human": "human", "simulated_human": f"simulated_human, {SIMULATED}"}
+    known = {
+        None: MISSING,
+        "ai": "AI",
+        "human": "human",
+        "simulated_human": f"simulated_human, {SIMULATED}",
+        "style_order": "style order, a control without labels",
+        "shuffled": "shuffled AI labels, a control",
+    }
     return Safe(known[feedback]) if feedback in known else str(feedback)
 
 
