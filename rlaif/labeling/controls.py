@@ -18,7 +18,7 @@ def style_order_pairs(line: Candidates, order: Sequence[str]) -> list[PairLabel]
     Raises:
         UserError: naming the prompt and the style, if a candidate's style is unknown or not in ``order``.
     """
-    place = {style: number for number, style in enumerate(order)}
+    place: dict[str | None, int] = {style: number for number, style in enumerate(order)}
     styles = {candidate.candidate_id: candidate.style for candidate in line.candidates}
     for name, style in styles.items():
         if style not in place:
