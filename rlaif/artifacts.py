@@ -1,9 +1,10 @@
 """Output folders: complete or absent, skipped when up to date, and each with its provenance.
 
 A stage writes into ``.NAME.partial`` beside its output folder; the folder gets its name only when the stage is
-done. ``provenance.json`` inside records config, inputs, versions, commit, seed, wall time and device, and the
-*fingerprint* of everything that decides the content. A stage with the same fingerprint is skipped. An
-interrupted stage finds its partial folder again if the fingerprint is still the same.
+done. ``provenance.json`` inside records config, inputs, versions, commit, seed, wall time, device and files, and the
+*fingerprint* of everything that decides the content. A stage with the same fingerprint whose files are still as it
+wrote them is skipped. An interrupted stage finds its partial folder again if the fingerprint is still the same.
+One process at a time works on an output folder.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,16 +29,31 @@ from typing import Any
 
 import rlaif
 from rlaif.config import LabelerConfig, LabelerType, ModelConfig
+from rlaif.folders import (
+    MARKER,
+    MISSING,
+    PROVENANCE,
+    Places,
+    damage,
+    describe,
+    is_begun,
+    is_bookkeeping,
+    is_carried,
+    prepare_partial,
+    publish,
+    recorded,
+    remove,
+    sync,
+    top_names,
+    wall_s,
+    whole,
+)
+from rlaif.locks import exclusive
 from rlaif.processes import from_main, is_main, wait_for_all
 from rlaif.records import UserError, bounded_examples, content_hash, read_json, write_json
 
 log = logging.getLogger("rlaif")
 
-PROVENANCE = "provenance.json"
-FAILED = "failed.json"
-"""What a sweep leaves in the folder of a job that failed."""
-MARKER = ".fingerprint"
-"""In a partial folder: what it is being made from."""
 _HASHED_BYTES = 64 * 2**20
 _PACKAGES = (
     *("torch", "transformers", "trl", "peft", "datasets", "accelerate", "aiohttp", "hydra-core"),
@@ -63,113 +80,188 @@ def run_stage(
         config: JSON-able settings that decide the content (never secrets, never paths of inputs).
         inputs: files and folders that are read, by role.
         make: writes everything into the folder it is given; it may find there what an interrupted run left.
-        carry_over: files of an outdated output or partial folder that stay useful (a store of paid calls).
+        carry_over: patterns of files of an outdated output or partial folder that stay useful (a store of paid calls).
         unfinished: whether a complete output still has something to catch up on (calls that failed); it is then
             made again.
         together: several processes make it at once; one of them keeps the folders.
 
     Raises:
-        UserError: if ``output`` cannot be written, or holds files that no stage made.
+        UserError: if ``output`` cannot be written, holds files that no stage made, or another process works on it.
     """
     fingerprint = content_hash(stage, rlaif.__version__, config, seed, {k: input_hash(v) for k, v in inputs.items()})
     output = output.absolute()
-    partial = output.with_name(f".{output.name}.partial")
-    outdated = output.with_name(f".{output.name}.outdated")
+    with contextlib.ExitStack() as held:
 
-    def prepare() -> bool:
-        _finish_renames(partial, output, outdated, fingerprint)
-        recorded = _recorded(output)
-        if recorded and recorded.get("fingerprint") == fingerprint and not unfinished(output):
-            log.info("%s: up to date, skipped (%s)", stage, output)
-            return False
-        _check_replaceable(output, recorded, stage)
-        check_writable(output.parent)
-        _prepare_partial(partial, output, fingerprint, carry_over, remake=bool(recorded), stage=stage)
-        return True
+        def prepare() -> Places | None:
+            places = Places.of(output)
+            # Without a lock, which is a file: finished results may lie where nothing can be written.
+            found = _look(places, output, fingerprint, carry_over, unfinished)
+            if places.leftovers or not found.up_to_date:
+                held.enter_context(exclusive(places.lock, output))
+                _recover(places, output, fingerprint, stage, carry_over)
+                found = _look(places, output, fingerprint, carry_over, unfinished)
+            if found.up_to_date:
+                log.log(found.level, "%s: %s", stage, found.message)
+                return None
+            _check_replaceable(places, output, stage, carry_over)
+            check_writable(places.partial.parent, output)
+            if not prepare_partial(places, fingerprint, carry_over, stage) and found.message:
+                log.log(found.level, "%s: %s", stage, found.message)
+            return places
 
-    if not (from_main(prepare) if together else prepare()):
-        return output
-    if together and not is_main():
-        make(partial)
-        wait_for_all()
-        return output
-    started = time.time()
-    spent = float(read_json(partial / MARKER).get("wall_s", 0.0))
-    try:
-        make(partial)
-    except BaseException as error:
-        if not isinstance(error, Exception):
-            _note_time(partial, fingerprint, spent + time.time() - started)
+        places = from_main(prepare) if together else prepare()
+        if places is None:
+            return output
+        partial = places.partial
+        if together and not is_main():
+            make(partial)
+            wait_for_all()
+            return output
+        started = time.time()
+        spent = wall_s(partial)
+        try:
+            make(partial)
+        except BaseException as error:
+            _after_error(error, partial, output, fingerprint, spent + time.time() - started)
             raise
-        if _disk_full(error, partial):
-            raise UserError(f"{output}: no space left on the disk; free some and run the same command again") from error
-        if os.listdir(partial) == [MARKER]:
-            shutil.rmtree(partial)
-        else:
-            _note_time(partial, fingerprint, spent + time.time() - started)
-        raise
-    write_json(
-        partial / PROVENANCE,
-        {
-            "stage": stage,
-            "fingerprint": fingerprint,
-            "seed": seed,
-            "config": config,
-            "inputs": {k: None if v is None else str(v) for k, v in inputs.items()},
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-            "wall_s": round(spent + time.time() - started, 2),
-            "files": sorted(set(os.listdir(partial)) - {MARKER}),
-            **environment(),
-        },
-    )
-    _finish_renames(partial, output, outdated, fingerprint)
-    if together:
-        wait_for_all()
+        if not (partial / MARKER).is_file():
+            raise UserError(f"{partial}: was taken away while rlaif.{stage} worked in it; run the same command again")
+        files = describe(partial)
+        sync(partial)
+        write_json(
+            partial / PROVENANCE,
+            {
+                "stage": stage,
+                "fingerprint": fingerprint,
+                "seed": seed,
+                "config": config,
+                "inputs": {k: None if v is None else str(v) for k, v in inputs.items()},
+                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+                "wall_s": round(spent + time.time() - started, 2),
+                "files": files,
+                **environment(),
+            },
+        )
+        _publish(places, output, stage, carry_over)
+        if together:
+            wait_for_all()
     log.info("%s: done in %s (%s)", stage, duration(time.time() - started), output)
     return output
 
 
-def _note_time(partial: Path, fingerprint: str, seconds: float) -> None:
-    """Remember how long an interrupted stage has worked; what a kill leaves is not known and not counted."""
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What is to be said of an output folder; nothing of one that is not there."""
+
+    up_to_date: bool = False
+    message: str = ""
+    level: int = logging.INFO
+
+
+def _look(
+    places: Places,
+    output: Path,
+    fingerprint: str,
+    carry_over: Sequence[str],
+    unfinished: Callable[[Path], bool],
+) -> _Found:
+    """Whether an output is what would be made, and is all there."""
+    record = recorded(places.output)
+    if record is None:
+        return _Found()
+    if record["fingerprint"] != fingerprint:
+        return _Found(False, "inputs or settings changed; making it again")
+    broken = damage(places.output, record["files"])
+    told = bounded_examples([f"{name} {what}" for name, what in broken.items()])
+    if not all(is_carried(name, carry_over) for name in broken):
+        return _Found(False, f"{output}: {told}; making it again", logging.WARNING)
+    # Without what earlier requests gave, those that failed are not asked again: that would ask the others again too.
+    if MISSING not in broken.values() and unfinished(places.output):
+        return _Found(False, "requests failed last time; making it again")
+    if broken:
+        lost = f"{told}; the results are whole, but making them again asks again what is lost"
+        return _Found(True, f"up to date, skipped ({output}), but {lost}", logging.WARNING)
+    return _Found(True, f"up to date, skipped ({output})")
+
+
+def has_failures(summary: Path) -> bool:
+    """Whether a summary counts requests that failed, which a rerun may get an answer to, or cannot be read."""
+    try:
+        found = read_json(summary)
+    except UserError as error:
+        log.warning("%s", error)
+        return True
+    return not isinstance(found, dict) or bool(found.get("failed"))
+
+
+def _after_error(error: BaseException, partial: Path, output: Path, fingerprint: str, seconds: float) -> None:
+    """Keep what an interrupted stage has, if it has anything."""
+    if isinstance(error, Exception):
+        if _disk_full(error, partial.parent):
+            raise UserError(f"{output}: no space left on the disk; free some and run the same command again") from error
+        if partial.is_dir() and os.listdir(partial) == [MARKER]:
+            shutil.rmtree(partial)
+    # What a kill leaves is not known and not counted.
     with contextlib.suppress(OSError):
-        write_json(partial / MARKER, {"fingerprint": fingerprint, "wall_s": round(seconds, 2)})
+        if (partial / MARKER).is_file():
+            write_json(partial / MARKER, {"fingerprint": fingerprint, "wall_s": round(seconds, 2)})
 
 
-def _finish_renames(partial: Path, output: Path, outdated: Path, fingerprint: str) -> None:
-    """Give a complete partial folder its name; also what a kill between two renames left half done."""
-    if outdated.exists() and not output.exists():
-        os.replace(outdated, output)
-    done = _recorded(partial)
-    if done and done.get("fingerprint") == fingerprint:
-        (partial / MARKER).unlink(missing_ok=True)
-        if output.exists():
-            shutil.rmtree(outdated, ignore_errors=True)
-            os.replace(output, outdated)
-        os.replace(partial, output)
-    shutil.rmtree(outdated, ignore_errors=True)
+def _recover(places: Places, output: Path, fingerprint: str, stage: str, carry_over: Sequence[str]) -> None:
+    """Finish or undo what a kill while a result got its name has left half done."""
+    if places.outdated.exists() and not places.output.exists():
+        os.replace(places.outdated, places.output)
+    done = whole(places)
+    if done and (done["fingerprint"] == fingerprint or recorded(places.output) is None):
+        _publish(places, output, stage, carry_over)
+    elif is_begun(places) and not (places.partial / PROVENANCE).exists():
+        remove(places.partial)
+    _drop_outdated(places)
 
 
-def _check_replaceable(output: Path, recorded: dict[str, Any] | None, stage: str) -> None:
+def _publish(places: Places, output: Path, stage: str, carry_over: Sequence[str]) -> None:
+    if not is_begun(places):
+        _check_replaceable(places, output, stage, carry_over)
+    publish(places)
+    _drop_outdated(places)
+
+
+def _drop_outdated(places: Places) -> None:
+    shutil.rmtree(places.outdated, ignore_errors=True)
+    if places.outdated.exists():
+        log.warning("WARNING: %s, which has been replaced, cannot be deleted; delete it", places.outdated)
+
+
+def _check_replaceable(places: Places, output: Path, stage: str, carry_over: Sequence[str]) -> None:
     """Refuse to replace a folder unless this stage made everything in it."""
-    if not output.exists():
+    folder = places.output
+    if not folder.exists():
         return
-    found = set(os.listdir(output)) - {FAILED}
-    if not recorded:
-        if found:
-            raise UserError(f"output_dir={output}: the folder exists and was not made by rlaif.{stage}; choose another")
-        return
-    if recorded.get("stage") != stage:
+    found = {name for name in os.listdir(folder) if not is_bookkeeping(name, places.inside)}
+    recording = recorded(folder)
+    if recording is None:
+        # What was paid may be put into an empty folder, to be used there.
+        if all(is_carried(name, carry_over) for name in found):
+            return
+        if PROVENANCE in found:
+            kept = next((name for name in sorted(found) if is_carried(name, carry_over)), None)
+            raise UserError(
+                f"output_dir={output}: its {PROVENANCE} is broken, so nothing says what made the folder; move it away "
+                "or choose another" + (f" (a new folder that holds its {kept} alone goes on with it)" if kept else "")
+            )
+        raise UserError(f"output_dir={output}: the folder exists and was not made by rlaif.{stage}; choose another")
+    if recording.get("stage") != stage:
         raise UserError(
-            f"output_dir={output}: holds the output of stage {recorded.get('stage')}, which rlaif.{stage} would "
+            f"output_dir={output}: holds the output of stage {recording.get('stage')}, which rlaif.{stage} would "
             "replace; choose another"
         )
-    own = {PROVENANCE, *recorded.get("files", found)}
+    own = {PROVENANCE, *top_names(recording["files"])}
     # SQLite puts its log and index beside a database that somebody has open.
     foreign = sorted(name for name in found - own if name.removesuffix("-wal").removesuffix("-shm") not in own)
     if foreign:
         raise UserError(
-            f"output_dir={output}: inputs or settings changed, so rlaif.{stage} would make it again, but it also holds "
-            f"{bounded_examples(foreign)}; move that away or choose another folder"
+            f"output_dir={output}: rlaif.{stage} has to make it again, but it also holds {bounded_examples(foreign)}; "
+            "move that away or choose another folder"
         )
 
 
@@ -182,48 +274,6 @@ def _disk_full(error: BaseException | None, folder: Path) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return shutil.disk_usage(folder).free < 2**16
-
-
-def _recorded(output: Path) -> dict[str, Any] | None:
-    file = output / PROVENANCE
-    if not file.is_file():
-        return None
-    try:
-        value = read_json(file)
-    except UserError:
-        return None
-    return value if isinstance(value, dict) and "fingerprint" in value else None
-
-
-def _prepare_partial(
-    partial: Path, output: Path, fingerprint: str, carry_over: Sequence[str], remake: bool, stage: str
-) -> None:
-    marker, fresh = partial / MARKER, partial.with_name(f"{partial.name}.new")
-    resumable = marker.is_file() and read_json(marker).get("fingerprint") == fingerprint
-    if resumable:
-        # A kill may have left a copy beside it, which ages from here on.
-        _discard(fresh)
-        log.info("%s: going on where an interrupted run stopped", stage)
-        return
-    if remake:
-        log.info("%s: inputs or settings changed, or requests failed last time; making it again", stage)
-    # The marker is written last: with it the copy is whole, and what it was made from may be half deleted.
-    if not (fresh / MARKER).is_file():
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        source = partial if partial.exists() else output
-        for name in carry_over:
-            if (source / name).is_file():
-                shutil.copy2(source / name, fresh / name)
-    write_json(fresh / MARKER, {"fingerprint": fingerprint})
-    _discard(partial)
-    os.replace(fresh, partial)
-
-
-def _discard(folder: Path) -> None:
-    """Delete a partial folder, its marker first: what a kill leaves of it is not taken for the whole."""
-    (folder / MARKER).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def model_inputs(role: str, model: ModelConfig | None) -> dict[str, Path | str | None]:
@@ -273,19 +323,23 @@ def labeler_inputs(labeler: LabelerConfig) -> dict[str, Path | str | None]:
     }
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, output: Path | None = None) -> None:
     """Make ``folder`` and prove that a file can be written there.
+
+    Args:
+        folder: where to write.
+        output: what the user asked for, if that is something else.
 
     Raises:
         UserError: naming the folder and the reason.
     """
-    probe = folder / f".rlaif-write-test-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x" * 4096)
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x" * 4096)
     except OSError as error:
-        raise UserError(f"output_dir={folder}: cannot be written ({error.strerror})") from None
+        where = "" if output is None else f" {folder}"
+        raise UserError(f"output_dir={output or folder}:{where} cannot be written ({error.strerror})") from None
 
 
 def input_hash(source: Path | str | None) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlaif.artifacts import labeler_inputs, labeler_settings, plain, run_stage
+from rlaif.artifacts import has_failures, labeler_inputs, labeler_settings, plain, run_stage
 from rlaif.cli import launch
 from rlaif.config import AuditConfig, PriceConfig
 from rlaif.constitution import check_mode, find_constitution, load_constitution
@@ -139,11 +139,6 @@ def _logits(folder: Path) -> dict[str, float | None]:
     return dict(read_jsonl(folder / COMPARISONS, lambda line: (str(line["id"]), line["logit"])))
 
 
-def _has_failures(folder: Path) -> bool:
-    """Whether requests failed that a rerun may get an answer to."""
-    return bool(read_json(folder / "audit.json").get("failed"))
-
-
 def main(config: AuditConfig, output: Path) -> None:
     """Entry of the command."""
     from rlaif.labeling.audit import read_comparisons
@@ -181,7 +176,9 @@ def main(config: AuditConfig, output: Path) -> None:
         **{f"compare_{place}": folder / COMPARISONS for place, folder in enumerate(others)},
         **labeler_inputs(config.labeler),
     }
-    run_stage("audit", output, settings, inputs, make, config.seed, carry_over=STORE_FILES, unfinished=_has_failures)
+    run_stage(
+        "audit", output, settings, inputs, make, config.seed, STORE_FILES, lambda f: has_failures(f / "audit.json")
+    )
     tell(read_json(output / "audit.json"))
 
 

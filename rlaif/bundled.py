@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from rlaif.folders import sync
 from rlaif.records import UserError
 
 log = logging.getLogger("rlaif")
@@ -54,6 +55,7 @@ def _cached(name: str, build: Callable[[Path], None]) -> Path:
         raise UserError(f"{target.parent}: cannot be written ({error.strerror}); set RLAIF_CACHE") from None
     try:
         build(temporary)
+        sync(temporary)
         # Another process may have been faster; its result is the same.
         with contextlib.suppress(OSError):
             os.replace(temporary, target)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from rlaif.config import COMMANDS, CommandConfig, register
+from rlaif.folders import check_output
 from rlaif.processes import world_size
 from rlaif.records import UserError, shipped, write_json
 from rlaif.text import visible
@@ -178,8 +179,7 @@ def _output_dir(composed: Any, command: str, sweep: bool) -> Path:
         swept = set(_swept_keys(sys.argv[1:]))
         parts = [part for part in HydraConfig.get().overrides.task if part.split("=", 1)[0] in swept]
         output = output / ",".join(re.sub(r"[^\w=.,+@-]+", "_", part) for part in sorted(parts))
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output_dir={output}: is a file, expected a folder")
+    check_output(output)
     return output
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rlaif
-from rlaif.artifacts import labeler_inputs, labeler_settings, plain, run_stage
+from rlaif.artifacts import has_failures, labeler_inputs, labeler_settings, plain, run_stage
 from rlaif.cli import launch
 from rlaif.config import DataConfig, Feedback, LabelConfig, LabelMode, Principles, Selection, Split
 from rlaif.constitution import find_constitution, load_constitution
@@ -27,7 +27,6 @@ from rlaif.records import (
     existing_file,
     iterate_candidates,
     json_line,
-    read_json,
     write_json,
 )
 
@@ -247,7 +246,9 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
         "calibrate": Path(config.labeling.calibrate) if config.labeling.calibrate else None,
         **labeler_inputs(config.labeler),
     }
-    run_stage("label", output, settings, inputs, make, config.seed, carry_over=STORE_FILES, unfinished=_has_failures)
+    run_stage(
+        "label", output, settings, inputs, make, config.seed, STORE_FILES, lambda f: has_failures(f / "quality.json")
+    )
 
 
 @contextlib.contextmanager
@@ -361,11 +362,6 @@ def _check_agreement(audit: Mapping[str, Any], config: LabelConfig, folder: Path
             f"labeler.min_agreement={wanted}: {audit['labeler']} agrees with {config.labeler.audit} on {measured}. "
             f"{audit['verdict']} (the audit: {folder / 'audit.md'})"
         )
-
-
-def _has_failures(folder: Path) -> bool:
-    """Whether requests failed that a rerun may get an answer to."""
-    return bool(read_json(folder / "quality.json").get("failed"))
 
 
 def _label_with_annotator(lines: CandidatesFile, config: LabelConfig, output: Path) -> None:

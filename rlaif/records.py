@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import secrets
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -312,29 +312,27 @@ def json_line(value: dict[str, Any]) -> str:
 
 
 class atomic_file:  # noqa: N801 - used as a context manager function
-    """Open a text file for writing that replaces ``path`` only when the block ends without an error."""
+    """Open a text file for writing that replaces ``path``, once on the disk, if the block ends without an error."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __enter__(self) -> Any:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, self.temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        self.temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
         # Half of a surrogate pair has no UTF-8 form; in JSON its escape is right.
-        self.file = os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n")
+        self.file = self.temporary.open("x", encoding="utf-8", errors="backslashreplace", newline="\n")
         return self.file
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         try:
-            self.file.close()
             if kind is None:
-                mask = os.umask(0)
-                os.umask(mask)
-                os.chmod(self.temporary, 0o666 & ~mask)
+                self.file.flush()
+                os.fsync(self.file.fileno())
                 os.replace(self.temporary, self.path)
         finally:
-            if os.path.exists(self.temporary):
-                os.unlink(self.temporary)
+            self.temporary.unlink(missing_ok=True)
+            self.file.close()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -353,8 +351,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON (line {error.lineno}: {error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        where = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else error
+        raise UserError(f"{path}: not valid JSON ({where})") from None
 
 
 def _kind(value: Any) -> str:

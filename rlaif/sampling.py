@@ -85,7 +85,7 @@ def _read_journal(journal: Path) -> dict[int, Sampled]:
         for line in file:
             try:
                 number, text, finish_reason, tokens = json.loads(line)
-            except ValueError:
+            except (ValueError, TypeError):
                 break  # The last line of a killed run may be cut.
             done[number] = Sampled(text, finish_reason, tokens)
             good += len(line)

@@ -10,17 +10,9 @@ from typing import Any
 
 import pytest
 
-from rlaif.artifacts import (
-    FAILED,
-    MARKER,
-    PROVENANCE,
-    environment,
-    input_hash,
-    labeler_inputs,
-    labeler_settings,
-    run_stage,
-)
+from rlaif.artifacts import environment, input_hash, labeler_inputs, labeler_settings, run_stage
 from rlaif.config import LabelerConfig, LabelerType, ScriptedConfig, VLLMConfig
+from rlaif.folders import FAILED, MARKER, PROVENANCE
 from rlaif.records import UserError
 
 
@@ -96,7 +88,9 @@ def test_a_kill_while_the_store_is_copied_loses_nothing(tmp_path: Path, copy: st
     stage(tmp_path / "out", carry_over=("store",))
     provenance = json.loads((tmp_path / "out" / PROVENANCE).read_text())
     (tmp_path / "out" / "store").write_text("the whole store")
-    (tmp_path / "out" / PROVENANCE).write_text(json.dumps(provenance | {"files": [*provenance["files"], "store"]}))
+    (tmp_path / "out" / PROVENANCE).write_text(
+        json.dumps(provenance | {"files": {**provenance["files"], "store": None}})
+    )
     fresh = tmp_path / ".out.partial.new"
     fresh.mkdir()
     if copy is not None:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "rlaif"
 
 # Lowest first. A module may import from its own layer and from those before it, never from a later one.
 LAYERS = [
-    {"", "config", "records", "near_duplicates", "processes", "progress", "text"},
+    {"", "config", "records", "folders", "near_duplicates", "processes", "progress", "text"},
     {"gold", "constitution", "losses", "chat", "splits", "evaluation.statistics"},
     {
         "attention",
@@ -23,6 +23,7 @@ LAYERS = [
         "in_line",
         "lora",
         "artifacts",
+        "locks",
         "engines",
         "policy",
         "preference_model",
@@ -42,12 +43,14 @@ NARROW = {
     "near_duplicates": set(),
     "records": set(),
     "processes": set(),
+    "folders": {"records"},
+    "locks": {"records"},
     "progress": {"records"},
     "text": set(),
     "losses": set(),
     "gold": {"records"},
     "config": {*PARTS},
-    "cli": {"config", "processes", "records", "text"},
+    "cli": {"config", "folders", "processes", "records", "text"},
     "engines.base": {"config", "records"},
     "engines.limits": {"config"},
     "evaluation.statistics": set(),

@@ -12,9 +12,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlaif.artifacts import PROVENANCE
 from rlaif.config import LabelingConfig
 from rlaif.evaluation.statistics import ClusteredMean
+from rlaif.folders import PROVENANCE
 from rlaif.labeling.aggregate import Calibration, PairLabel, combine, or_tie
 from rlaif.labeling.calibration import read_calibration
 from rlaif.records import Candidates, Label, UserError, existing_dir, existing_file, read_json, read_jsonl

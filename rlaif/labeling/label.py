@@ -88,7 +88,7 @@ class Labeling:
         self._accounted = 0.0
         before = store.spent()
         if before is not None and engine.spent is not None and not engine.spent.requests:
-            engine.spent = type(engine.spent)(*before)  # type: ignore[misc]
+            engine.spent = type(engine.spent)(*before[: len(engine.spent)])  # type: ignore[misc]
         self._set_aside = engine.set_aside(store.set_aside)
         self._fingerprint = content_hash(
             self._identity,
@@ -327,8 +327,8 @@ def _to_json(answer: OptionMass | Sampled | Likelihood) -> dict[str, Any]:
 
 
 def _from_json(value: Mapping[str, Any]) -> Answer:
-    if "text" in value:
-        return Sampled(**value)
-    if "logp" in value:
-        return Likelihood(**value)
-    return OptionMass(**{**value, "masses": tuple(value["masses"])})
+    kind = Sampled if "text" in value else Likelihood if "logp" in value else OptionMass
+    known = {name: field for name, field in value.items() if name in kind.__dataclass_fields__}
+    if kind is OptionMass:
+        known["masses"] = tuple(known["masses"])
+    return kind(**known)

@@ -1,12 +1,19 @@
-"""Verdicts in one SQLite file, content-addressed: what was paid for once is never asked again."""
+"""Verdicts in one SQLite file, content-addressed: what was paid for once is never asked again.
+
+A row holds an answer: a JSON object with the fields of one of :mod:`rlaif.engines.base`, or a list with those of a
+text. Whatever else is found when the file is opened is dropped, and so asked again.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import math
+import os
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +25,45 @@ _FINISH = "INSERT OR IGNORE INTO finished VALUES (?)"
 _SPEND = "INSERT OR REPLACE INTO account VALUES (0, ?)"
 STORE = "store.sqlite"
 # A run that was killed leaves its newest verdicts in the write-ahead log.
-STORE_FILES = (STORE, f"{STORE}-wal")
+STORE_FILES = (STORE, f"{STORE}-wal", f"{STORE}.damaged*")
+
+
+log = logging.getLogger("rlaif")
+
+
+def _has(path: str, *types: str) -> str:
+    """SQL for a field of one of these types; the type ``absent`` lets it be missing."""
+    return f"coalesce(json_type(value, '$.{path}'), 'absent') IN ({', '.join(map(repr, types))})"
+
+
+_NUMBER = ("integer", "real")
+_OPTIONAL = (
+    *(_has(name, "text", "absent") for name in ("text", "reply", "finish_reason", "method")),
+    *(_has(name, "integer", "absent") for name in ("tokens", "prompt_tokens", "completion_tokens")),
+    *(_has(name, *_NUMBER, "absent") for name in ("logp", "latency_s", "observed")),
+)
+_KINDS = (
+    (_has("text", "text"), _has("finish_reason", "text"), _has("tokens", "integer")),
+    (_has("logp", *_NUMBER), _has("tokens", "integer")),
+    (_has("method", "text"), *(_has(f"masses[{place}]", *_NUMBER, "null") for place in (0, 1))),
+)
+# What was written is ASCII, whatever it says.
+_SOUND = f"""CASE
+    WHEN typeof(value) <> 'text' OR value GLOB '*[^ -~]*' OR length(value) <> length(CAST(value AS BLOB)) THEN 0
+    WHEN NOT json_valid(value) THEN 0
+    WHEN json_type(value) = 'array' THEN json_array_length(value) = 3 AND json_type(value, '$[0]') = 'text'
+        AND json_type(value, '$[1]') = 'text' AND json_type(value, '$[2]') = 'integer'
+    WHEN json_type(value) = 'object' THEN {" AND ".join(_OPTIONAL)}
+        AND ({" OR ".join(" AND ".join(kind) for kind in _KINDS)})
+    ELSE 0 END"""
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 class VerdictStore:
-    """Key -> verdict. What has been put (and committed, if together) survives the process, however it ends."""
+    """Key -> verdict. What has been put (and committed, if together) survives the process, however it ends.
+
+    A file that is damaged is set aside as ``NAME.damaged``; what can be read of it is taken over.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -30,16 +71,66 @@ class VerdictStore:
         self._finished: list[tuple[str]] = []
         self._beside: sqlite3.Connection | None = None
         try:
-            self.connection = sqlite3.connect(path, isolation_level=None, timeout=60)
-            self.connection.execute("PRAGMA journal_mode=WAL")
-            self.connection.execute("PRAGMA synchronous=NORMAL")
-            self.connection.execute(
+            try:
+                self.connection = self._open()
+                self._drop_broken_rows()
+            except sqlite3.DatabaseError as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
+                    raise
+                self._set_aside_damaged(error)
+        except (sqlite3.Error, OSError) as error:
+            raise UserError(f"{path}: the label store cannot be opened ({error})") from None
+
+    def _open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, isolation_level=None, timeout=60)
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+            connection.execute(
                 "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
             )
-            self.connection.execute("CREATE TABLE IF NOT EXISTS finished (key TEXT PRIMARY KEY) WITHOUT ROWID")
-            self.connection.execute("CREATE TABLE IF NOT EXISTS account (id INTEGER PRIMARY KEY, value TEXT NOT NULL)")
-        except sqlite3.Error as error:
-            raise UserError(f"{path}: the label store cannot be opened ({error})") from None
+            connection.execute("CREATE TABLE IF NOT EXISTS finished (key TEXT PRIMARY KEY) WITHOUT ROWID")
+            connection.execute("CREATE TABLE IF NOT EXISTS account (id INTEGER PRIMARY KEY, value TEXT NOT NULL)")
+            problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if problem != "ok":
+                raise _damaged(problem)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _drop_broken_rows(self) -> None:
+        broken = self.connection.execute(f"SELECT count(*) FROM verdicts WHERE NOT ({_SOUND})").fetchone()[0]
+        if broken:
+            self.connection.execute(f"DELETE FROM verdicts WHERE NOT ({_SOUND})")
+            # Of whom they are is unknown: every prompt is looked at again.
+            self.connection.execute("DELETE FROM finished")
+            log.warning("WARNING: %s: %d rows are no verdicts; they are dropped, and asked again", self.path, broken)
+
+    def _set_aside_damaged(self, error: sqlite3.Error) -> None:
+        """Go on in a new file with what can be read of a damaged one."""
+        if hasattr(self, "connection"):
+            self.connection.close()
+        kept = _free_name(self.path)
+        os.replace(self.path, kept)
+        for end in ("-wal", "-shm"):
+            if self.path.with_name(self.path.name + end).exists():
+                os.replace(self.path.with_name(self.path.name + end), kept.with_name(kept.name + end))
+        self.connection = self._open()
+        self.connection.execute("BEGIN")
+        for table in ("account", "verdicts"):
+            self.connection.executemany(f"INSERT OR IGNORE INTO {table} VALUES (?, ?)", _readable(kept, table))
+        self.connection.execute("COMMIT")
+        self._drop_broken_rows()
+        found = self.connection.execute("SELECT count(*) FROM verdicts").fetchone()[0]
+        log.warning(
+            "WARNING: %s: the label store was damaged (%s) and is kept as %s; %d verdicts could be read from it, the "
+            "others are asked again",
+            self.path,
+            str(error).splitlines()[-1],
+            kept.name,
+            found,
+        )
 
     def get(self, keys: Iterable[str]) -> dict[str, Any]:
         """The verdicts that are known.
@@ -103,7 +194,19 @@ class VerdictStore:
     def spent(self) -> list[Any] | None:
         """What all requests have cost so far, whatever was asked of whom, as :meth:`spend` was told."""
         rows = self._read("SELECT value FROM account")
-        return list(json.loads(rows[0][0])) if rows else None
+        if not rows:
+            return None
+        with contextlib.suppress(ValueError, TypeError):
+            found = json.loads(rows[0][0])
+            if isinstance(found, list) and all(type(each) in (int, float) and 0 <= each < math.inf for each in found):
+                return found
+        requests = self._read("SELECT count(*) FROM verdicts")[0][0]
+        log.warning(
+            "WARNING: %s: what was spent is not readable; %d requests are assumed, one for each verdict",
+            self.path,
+            requests,
+        )
+        return [requests]
 
     def spend(self, value: Iterable[Any]) -> None:
         """Remember what all requests have cost."""
@@ -129,8 +232,8 @@ class VerdictStore:
             return self.connection.execute(statement, values).fetchall()
         except sqlite3.Error as error:
             raise UserError(
-                f"{self.path}: the label store cannot be read ({error}); restore it from a copy, or delete it to ask "
-                "everything again"
+                f"{self.path}: the label store cannot be read ({error}); restore it from a copy, or run the same "
+                "command again, which keeps what can be read of it"
             ) from None
 
     def _write(self, statement: str, rows: Sequence[tuple[str, ...]] | None = None) -> None:
@@ -160,6 +263,30 @@ class VerdictStore:
         # What went wrong already must not be hidden by what follows from it (a full disk).
         with contextlib.suppress(sqlite3.Error, UserError):
             self.close()
+
+
+def _damaged(problem: str) -> sqlite3.DatabaseError:
+    error = sqlite3.DatabaseError(problem)
+    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    return error
+
+
+def _free_name(path: Path) -> Path:
+    """``NAME.damaged``, or ``NAME.damaged-2`` and so on where there is one."""
+    number = 1
+    while (found := path.with_name(f"{path.name}.damaged{f'-{number}' * (number > 1)}")).exists():
+        number += 1
+    return found
+
+
+def _readable(path: Path, table: str) -> Iterator[tuple[Any, ...]]:
+    """The rows of a damaged file from both ends up to the damage."""
+    for order in ("ASC", "DESC"):
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.text_factory = lambda text: text.decode(errors="replace")
+            # Then a file that was cut is read as far as it goes.
+            connection.execute("PRAGMA writable_schema=ON")
+            yield from connection.execute(f"SELECT * FROM {table} ORDER BY 1 {order}")
 
 
 class Failures:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlaif.folders import sync
 from rlaif.records import read_json, write_json
 
 
@@ -47,6 +48,7 @@ class Checkpoints:
         temporary.mkdir(parents=True)
         torch.save(tensors, temporary / "state.pt")
         write_json(temporary / "progress.json", vars(progress))
+        sync(temporary)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         for other in self.root.glob("iteration-*"):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlaif.folders import is_set_aside
 from rlaif.records import UserError, existing_dir, read_json, read_jsonl
 
 EVALUATION_KEYS = ("gold_score", "win_rate", "length")
@@ -179,12 +180,13 @@ def collect(roots: Sequence[Path]) -> Collection:
 
 
 def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, Path, list[str]]]:
-    """Every folder once, with its root and sorted file names; hidden folders are unfinished work."""
+    """Every folder once, with its root and sorted file names; hidden ones and those set aside are unfinished work."""
     seen: set[Path] = set()
     for root in (existing_dir(root, "runs").resolve() for root in roots):
         for current, folders, files in os.walk(root):
             folder = Path(current)
-            folders[:] = sorted(n for n in folders if not n.startswith(".") and n != SKIPPED and folder / n not in seen)
+            finished = (n for n in folders if not (n.startswith(".") or n == SKIPPED or is_set_aside(n)))
+            folders[:] = sorted(n for n in finished if folder / n not in seen)
             if folder not in seen:
                 seen.add(folder)
                 yield root, folder, sorted(files)
@@ -193,8 +195,8 @@ def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, Path, list[str]]]:
 def _read_object(path: Path, problems: list[str]) -> dict[str, Any] | None:
     try:
         value = read_json(path)
-    except (UserError, UnicodeDecodeError, RecursionError) as error:
-        problems.append(str(error) if isinstance(error, UserError) else f"{path}: cannot be read ({error})")
+    except UserError as error:
+        problems.append(str(error))
         return None
     if not isinstance(value, dict):
         problems.append(f"{path}: expected a JSON object")

@@ -12,6 +12,15 @@ import pytest
 from rlaif.labeling.store import Failures, VerdictStore
 from rlaif.records import UserError
 
+ANSWERS = {
+    "logprob": {"masses": [0.1, None], "method": "logprob", "prompt_tokens": 3, "latency_s": 0.5, "observed": 0},
+    "text": {"masses": [1, 0], "method": "text", "reply": "A, \ud800 ü", "completion_tokens": 1},
+    "sampled": {"text": "", "finish_reason": "stop", "tokens": 0},
+    "likelihood": {"logp": -3, "tokens": 4},
+    "revision": ["text", "length", 9],
+}
+"""One of each kind that is stored."""
+
 
 def test_put_and_get(tmp_path):
     with VerdictStore(tmp_path / "s.sqlite") as store:
@@ -25,10 +34,11 @@ def test_put_and_get(tmp_path):
 
 def test_survives_reopening_and_leaves_one_file(tmp_path):
     with VerdictStore(tmp_path / "s.sqlite") as store:
-        store.put("a", 1)
+        for name, answer in ANSWERS.items():
+            store.put(name, answer)
     assert [file.name for file in tmp_path.iterdir()] == ["s.sqlite"]
     with VerdictStore(tmp_path / "s.sqlite") as store:
-        assert store.get(iter(["a"])) == {"a": 1}
+        assert store.get(iter(ANSWERS)) == ANSWERS
 
 
 def test_many_keys(tmp_path):
@@ -58,9 +68,9 @@ def test_what_is_put_together_is_there_for_others_once_committed(tmp_path):
         store.put("c", 3)
         assert other.get(["c"]) == {"c": 3}
     with VerdictStore(tmp_path / "s.sqlite") as store:
-        store.put("d", 4, together=True)
+        store.put("d", ANSWERS["text"], together=True)
     with VerdictStore(tmp_path / "s.sqlite") as store:
-        assert store.get(["d"]) == {"d": 4}
+        assert store.get(["d"]) == {"d": ANSWERS["text"]}
 
 
 @pytest.mark.parametrize("problem", [KeyboardInterrupt, UserError])
@@ -91,7 +101,7 @@ from pathlib import Path
 from rlaif.labeling.store import VerdictStore
 store = VerdictStore(Path(sys.argv[1]))
 for number in range(10**9):
-    store.put(str(number), {"n": number})
+    store.put(str(number), ["text", "stop", number])
     print(number, flush=True)
 """
 
@@ -108,7 +118,7 @@ def test_a_killed_writer_loses_nothing(tmp_path):
         returned += [int(line) for line in writer.stdout if line.endswith("\n")]
     assert writer.returncode == -signal.SIGKILL
     with VerdictStore(path) as store:
-        assert store.get(map(str, returned)) == {str(number): {"n": number} for number in returned}
+        assert store.get(map(str, returned)) == {str(number): ["text", "stop", number] for number in returned}
         store.put("after", 1)
         assert store.connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
@@ -143,13 +153,11 @@ def test_a_read_only_file(tmp_path):
         store.put("a", 1)
 
 
-@pytest.mark.parametrize("make", ["folder", "text", "missing parent"])
+@pytest.mark.parametrize("make", ["folder", "missing parent"])
 def test_a_store_that_cannot_be_opened(tmp_path, make):
     path = tmp_path / "s.sqlite"
     if make == "folder":
         path.mkdir()
-    elif make == "text":
-        path.write_text("not a database " * 100)
     else:
         path = tmp_path / "none" / "s.sqlite"
     with pytest.raises(UserError, match="the label store cannot be opened"):
@@ -167,16 +175,96 @@ def test_the_file_is_plain_sqlite(tmp_path):
 def test_a_store_that_breaks_while_it_is_read(tmp_path):
     """One clear line, whatever is read."""
     path = tmp_path / "s.sqlite"
-    with VerdictStore(path) as store:
-        for number in range(2000):
-            store.put(str(number), "x" * 50)
-        store.spend([1])
+    filled(path)
+    store = VerdictStore(path)
+    store.connection.execute("PRAGMA shrink_memory")
     whole = path.read_bytes()
     path.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
-    store = VerdictStore(path)
-    for read in (lambda: store.get(["7"]), lambda: store.is_finished("7"), store.spent):
-        with pytest.raises(UserError, match=r"s\.sqlite: the label store cannot be read .* delete it to ask"):
+    for read in (lambda: store.get(["00007"]), lambda: store.is_finished("7"), store.spent):
+        with pytest.raises(UserError, match=r"s\.sqlite: the label store cannot be read .* run the same command again"):
             read()
+
+
+def filled(path, count=2000):
+    """A store with many answers, closed; they are what is returned."""
+    answers = {f"{number:05}": [f"text {number}", "stop", number] for number in range(count)}
+    with VerdictStore(path) as store:
+        for key, answer in answers.items():
+            store.put(key, answer, together=True)
+        store.commit()
+        store.finish("line")
+        store.spend([7, 8, 9, 0.5])
+    return answers
+
+
+@pytest.mark.parametrize("damage", ["middle", "cut", "text", "empty"])
+def test_what_can_be_read_of_a_damaged_store_is_kept(tmp_path, caplog, damage):
+    path = tmp_path / "s.sqlite"
+    answers = filled(path)
+    whole = path.read_bytes()
+    half = len(whole) // 8192 * 4096
+    broken = {
+        "middle": whole[:half] + b"\xff" * 8192 + whole[half + 8192 :],
+        "cut": whole[:half],
+        "text": b"not a database " * 100,
+        "empty": b"",
+    }[damage]
+    path.write_bytes(broken)
+    for _ in range(2):
+        with VerdictStore(path) as store:
+            found = store.get(answers)
+            assert found.items() <= answers.items()
+            assert store.is_finished("line") is False
+            assert (store.spent() == [7, 8, 9, 0.5]) == (damage in ("middle", "cut"))
+    assert {"middle": 1000, "cut": 500, "text": 0, "empty": 0}[damage] <= len(found) < 2000
+    if damage == "empty":
+        # To SQLite that is a new file.
+        assert caplog.messages == []
+        return
+    assert (tmp_path / "s.sqlite.damaged").read_bytes() == broken
+    [message] = caplog.messages
+    assert f"is kept as s.sqlite.damaged; {len(found)} verdicts could be read from it, the others are asked" in message
+    path.write_bytes(b"again" * 1000)
+    VerdictStore(path).close()
+    assert sorted(os.listdir(tmp_path)) == ["s.sqlite", "s.sqlite.damaged", "s.sqlite.damaged-2"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("", "{", "[]", "7", "null", '"text"', "{}", '["text", "stop"]', '["text", "stop", "9"]'),
+        *('{"masses": [0.5, 0.5]}', '{"masses": "x", "method": "text"}', '{"masses": [1, "x"], "method": "text"}'),
+        *('{"text": 1, "finish_reason": "stop", "tokens": 1}', '{"logp": "x", "tokens": 1}'),
+        *('{"masses": [1, 0], "method": "text", "reply": 5}', '{"masses": [1, 0], "method": "text", "latency_s": "x"}'),
+        *('{"masses": [1, 0], "method": "te\0xt"}', '{"logp": NaN, "tokens": 1}', "[" * 5000),
+        *(b'["text", "stop", 9]', b"\xff\xfe", 5, 0.5),
+    ],
+)
+def test_rows_that_are_no_verdicts_are_dropped(tmp_path, caplog, value):
+    path = tmp_path / "s.sqlite"
+    answers = filled(path, 3)
+    connection = sqlite3.connect(path)
+    connection.execute("INSERT INTO verdicts VALUES ('odd', ?)", (value,))
+    connection.execute("INSERT INTO verdicts VALUES ('text', CAST(x'ff' AS TEXT))")
+    connection.commit()
+    connection.close()
+    with VerdictStore(path) as store:
+        assert store.get([*answers, "odd", "text"]) == answers
+        assert store.is_finished("line") is False
+    assert "2 rows are no verdicts; they are dropped, and asked again" in caplog.text
+    caplog.clear()
+    VerdictStore(path).close()
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("value", ["", "{}", "7", '["x"]', "[null]", "[NaN]", "[-1]", "[[1]]", "[true]"])
+def test_an_account_that_is_not_readable_counts_the_verdicts(tmp_path, caplog, value):
+    path = tmp_path / "s.sqlite"
+    filled(path, 3)
+    with VerdictStore(path) as store:
+        store.connection.execute("UPDATE account SET value = ?", (value,))
+        assert store.spent() == [3]
+    assert "what was spent is not readable; 3 requests are assumed" in caplog.text
 
 
 def test_failures_do_not_pile_up_in_memory():
