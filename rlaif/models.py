@@ -92,11 +92,7 @@ def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
 
 
 def arithmetic(config: ModelConfig) -> torch.dtype:
-    """What a model's layers compute in, whatever its weights are kept in.
-
-    Weights that all train are float32 unless a dtype is set, 4-bit ones are packed: with both, the arithmetic is that
-    of ``dtype``.
-    """
+    """What a model's layers compute in: ``dtype``. Weights that train are float32, and 4-bit ones are packed."""
     return pick_dtype(config.dtype, pick_device(config.device))
 
 
@@ -106,11 +102,17 @@ def autocasts(config: ModelConfig, tuning: Tuning) -> bool:
 
 
 def check_tuning(tuning: Tuning, config: ModelConfig, method: str) -> None:
-    """Fail early where QLoRA cannot work.
+    """Fail early where a tuning cannot work.
 
     Raises:
-        UserError: without a CUDA GPU or bitsandbytes, and for a policy that starts from an adapter.
+        UserError: for all weights in float16; for QLoRA without a CUDA GPU or bitsandbytes, and for QLoRA on a policy
+            that starts from an adapter.
     """
+    if tuning is Tuning.full and arithmetic(config) is torch.float16:
+        raise UserError(
+            f"{method}.tuning=full with policy.dtype=float16: gradients in float16 underflow without loss scaling, "
+            "which rlaif does not do; give policy.dtype=bfloat16 or float32"
+        )
     if tuning is not Tuning.qlora:
         return
     key = f"{method}.tuning=qlora"
@@ -169,12 +171,13 @@ def load_causal_lm(
     """A causal language model in evaluation mode on its device, with its adapters.
 
     Adapters are merged, in float32. What is not trained further keeps the last one beside weights of a shorter float,
-    into which its update would be rounded; a model that training starts from has it merged and then rounded.
+    into which its update would be rounded; a start of training has it merged, and is then rounded unless it trains.
 
     Args:
         config: the model.
         key: the section of the configuration that errors name.
-        trainable: float32 weights (unless a dtype is set), as all-weights training needs them; adapters merged.
+        trainable: float32 weights, as all-weights training needs them: most steps are finer than a shorter float can
+            hold beside the weight. Adapters merged.
         quantized: 4-bit weights, frozen, as QLoRA trains on them (Dettmers et al. 2023; see :func:`check_tuning`).
         merged: every adapter merged, as a start of training needs them.
 
@@ -194,7 +197,7 @@ def load_causal_lm(
             raise UserError(f"{key}.adapter={config.adapter}: not a PEFT adapter folder")
         adapters.append(config.adapter)
     arguments = _load_arguments(config, device)
-    if trainable and config.dtype is Dtype.auto:
+    if trainable:
         arguments["dtype"] = torch.float32
     if quantized:
         arguments |= _four_bit(config, device)
