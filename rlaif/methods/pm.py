@@ -218,5 +218,5 @@ def _train_member(
         about = {"feedback": train[0].feedback, "labeler": train[0].labeler, "base": start.name, "seed": seed}
         write_json(target / CALIBRATION, {**about, **figures, "trained_on": counts})
 
-    save_result(trainer, folder, save)
+    save_result(trainer, folder, "pm", save)
     return counts

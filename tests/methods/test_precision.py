@@ -12,65 +12,13 @@ import torch
 from transformers import Trainer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from rlaif.config import (
-    CritiqueRevisionConfig,
-    DPOConfig,
-    Dtype,
-    GRPOConfig,
-    LoraSettings,
-    Method,
-    ModelConfig,
-    PMConfig,
-    RLOOConfig,
-    SFTConfig,
-    TrainConfig,
-    Tuning,
-)
-from rlaif.demonstrations import Demonstration
-from rlaif.methods.dpo import train_dpo
-from rlaif.methods.online import train_online
-from rlaif.methods.pm import train_pm
-from rlaif.methods.ppo import PPOTrainer, train_ppo
-from rlaif.methods.sft import train_sft
+from rlaif.config import Dtype, Method, TrainConfig, Tuning
+from rlaif.methods.ppo import PPOTrainer
 from rlaif.models import load_causal_lm
-from rlaif.records import Preference, UserError
+from rlaif.records import UserError
 from rlaif.train import check
-from tests.methods.problem import PROMPTS, TINY, ppo_config, vowels
-
-PAIRS = [
-    Preference(f"p{i}", ({"role": "user", "content": f"ab{i}"},), "aei" * (1 + i % 4), "xyz" * (1 + i % 3), "0", "1",
-               0.95, "people", "human")
-    for i in range(16)
-]  # fmt: skip
-
-
-class Vowels:
-    """A reward."""
-
-    def score(self, examples: Any) -> list[float | None]:
-        return [sum(letter in "aeiou" for letter in text) / 4 for _, text in examples]
-
-
-def train(method: str, start: ModelConfig, folder: Path, **changes: Any) -> None:
-    """A method on the tiny model."""
-    settings: dict[str, Any] = {"lora": LoraSettings(r=2), "batch_size": 8, "max_steps": 1, "report_to": [], **changes}
-    short = {"max_new_tokens": 6, "max_length": 128, "generations": 4}
-    if method == "ppo":
-        extra = {name: settings[name] for name in ("tuning", "learning_rate") if name in settings}
-        extra |= {"iterations": settings["max_steps"], "linear_decay": False, "report_to": []}
-        train_ppo(ppo_config(**extra), start, PROMPTS, vowels, folder, 0)
-    elif method == "pm":
-        train_pm(PMConfig(**settings), start, PAIRS, [], folder, 0)
-    elif method == "dpo":
-        train_dpo(DPOConfig(**settings), start, PAIRS, folder, 0)
-    elif method in ("rloo", "grpo"):
-        kind = RLOOConfig if method == "rloo" else GRPOConfig
-        train_online(Method(method), kind(**settings, **short), start, PROMPTS, Vowels(), folder, 0)
-    else:
-        kind_of = {"sft": SFTConfig, "critique_revision": CritiqueRevisionConfig}[method]
-        shown = [Demonstration(pair.prompt, pair.chosen) for pair in PAIRS]
-        train_sft(kind_of(**settings), start, shown, folder, 0, method)
-
+from tests.methods.every_method import METHODS, train
+from tests.methods.problem import TINY
 
 Weights = dict[str, torch.Tensor]
 
@@ -98,9 +46,6 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Weights]:
     values = lambda t: t.value_parameters  # noqa: E731
     monkeypatch.setattr(PPOTrainer, "train", watched(PPOTrainer.train, lambda t: t.policy.model, values))
     return found
-
-
-METHODS = ["sft", "critique_revision", "pm", "dpo", "ppo", "rloo", "grpo"]
 
 
 @pytest.mark.parametrize("tuning", [Tuning.lora, Tuning.full])
