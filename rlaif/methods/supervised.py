@@ -237,7 +237,7 @@ class Finite(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """Look at the step's figures, in every process."""
-        decisive = {name: logs[name] for name in ("loss", "grad_norm") if name in logs}
+        decisive: dict[str, float] = {name: logs[name] for name in ("loss", "grad_norm") if name in logs}
         check_figures(self.method, f"step {state.global_step}", decisive)
 
 
