@@ -240,6 +240,18 @@ def _side_by_side(head: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(states.flatten(0, -2).contiguous().view(states.shape) for states in arguments)
 
 
+def save_model(model: Any, folder: Path, **settings: Any) -> None:
+    """Save a model, or its adapter, for anybody who uses transformers; equal ones make equal files.
+
+    PEFT writes the sets of an adapter's configuration in the order of their hashes, which each process draws anew.
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        for name, value in vars(config).items():
+            if isinstance(value, set):
+                setattr(config, name, sorted(value))
+    model.save_pretrained(folder, **settings)
+
+
 def merge(model: Any) -> Any:
     """The model with its adapter merged, in float32: a shorter float would round the update away."""
     _cast(model, torch.float32)
