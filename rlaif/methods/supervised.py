@@ -18,7 +18,7 @@ from rlaif.config import LoraSettings, ModelConfig, TrainerSettings, Tuning
 from rlaif.lora import lean
 from rlaif.methods.divergence import check_figures, check_weights
 from rlaif.methods.trackers import TensorBoardBeside, chosen
-from rlaif.models import autocasts, load_causal_lm, lora_config, pick_device
+from rlaif.models import autocasts, check_vocabulary, load_causal_lm, lora_config, pick_device
 from rlaif.prefix import shareable, split_prefix
 from rlaif.processes import is_main, spreads_weights, wait_for_all, world_size
 from rlaif.progress import keep_lines, progress
@@ -311,6 +311,7 @@ def run_trainer(trainer: Any, folder: Path, method: str) -> None:
     from transformers.integrations import TensorBoardCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+    check_vocabulary(trainer.model, trainer.processing_class)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if trainer.pop_callback(TensorBoardCallback) is not None:
