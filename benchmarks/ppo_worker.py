@@ -39,13 +39,19 @@ def peak_mb() -> int:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
+def random_scorer(config: ModelConfig) -> Any:
+    """A sequence classifier with a head of random numbers."""
+    model = load_sequence_scorer(config, new_head=True)
+    torch.nn.init.normal_(model.score.weight, std=0.05)
+    return model
+
+
 def make_pm(settings: dict[str, Any]) -> dict[str, Any]:
     """A PM with a random head, as an adapter on the embedded model: its scores do not matter here, its work does."""
     from peft import get_peft_model
 
-    model = load_sequence_scorer(MODEL)
     torch.manual_seed(0)
-    torch.nn.init.normal_(model.score.weight, std=0.05)
+    model = random_scorer(MODEL)
     model = get_peft_model(model, lora_config(LORA, model, "SEQ_CLS", ["score"]))
     model.save_pretrained(settings["folder"] + "/pm")
     tokenizer = load_tokenizer(MODEL)
@@ -137,7 +143,7 @@ def trl(settings: dict[str, Any], lean: bool = False) -> dict[str, Any]:
         def on_step_end(self, *arguments: Any, **values: Any) -> None:
             rounds.append(time.perf_counter())
 
-    model, value, reward = stock_lm(MODEL), load_sequence_scorer(MODEL), pm_of(settings)
+    model, value, reward = stock_lm(MODEL), random_scorer(MODEL), pm_of(settings)
     if lean:
         value.model.requires_grad_(False)
     trainer = trl_trainer(MODEL, model, value, reward, settings, [Clock()])
@@ -267,7 +273,7 @@ def trl_maths(settings: dict[str, Any]) -> dict[str, Any]:
     for estimator, white in (("k1", False), ("k3", True)):
         with tempfile.TemporaryDirectory() as folder:
             torch.manual_seed(1)
-            model, value, reward = load_causal_lm(TINY), load_sequence_scorer(TINY), load_sequence_scorer(TINY)
+            model, value, reward = load_causal_lm(TINY), random_scorer(TINY), random_scorer(TINY)
             sizes = {"rollouts": 32, "max_new_tokens": 8, "iterations": 2, "minibatch_size": 8, "folder": folder}
             changes = {"kl_estimator": estimator, "whiten_rewards": white, "gamma": 0.97, "lam": 0.9}
             trl_trainer(TINY, model, value, reward, sizes, [], **changes).train()

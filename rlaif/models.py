@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import os
@@ -15,8 +14,17 @@ import torch
 from rlaif.bundled import embedded_model, tiny_model
 from rlaif.chat import DEFAULT_TEMPLATE, turn_end, with_variables
 from rlaif.config import Dtype, LoraSettings, ModelConfig, Tuning
+from rlaif.loading import (
+    adapter_config,
+    check_generation_config,
+    check_hub,
+    check_weights,
+    loading,
+    name_key,
+    whole_adapter,
+)
 from rlaif.lora import lean
-from rlaif.records import UserError
+from rlaif.records import UserError, bounded_examples
 
 log = logging.getLogger("rlaif")
 
@@ -36,13 +44,6 @@ def resolve_model(name: str | None, key: str = "policy.name") -> str:
     return name
 
 
-def name_key(key: str) -> str:
-    """The configuration key that names the model of a config section."""
-    return {"labeler": "labeler.model", "preference_model": "preference_model", "pm.model": "pm.model"}.get(
-        key, f"{key}.name"
-    )
-
-
 def pick_device(name: str) -> torch.device:
     """``auto`` is this process's GPU if there is one; so is ``cuda``, which gets its number.
 
@@ -57,9 +58,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        float(torch.zeros((), device=device))  # "meta" makes tensors and holds no numbers
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"device={name}: not available here ({reason})") from None
     return device
 
@@ -92,11 +93,7 @@ def pick_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
 
 
 def arithmetic(config: ModelConfig) -> torch.dtype:
-    """What a model's layers compute in, whatever its weights are kept in.
-
-    Weights that all train are float32 unless a dtype is set, 4-bit ones are packed: with both, the arithmetic is that
-    of ``dtype``.
-    """
+    """What a model's layers compute in: ``dtype``. Weights that train are float32, and 4-bit ones are packed."""
     return pick_dtype(config.dtype, pick_device(config.device))
 
 
@@ -106,11 +103,17 @@ def autocasts(config: ModelConfig, tuning: Tuning) -> bool:
 
 
 def check_tuning(tuning: Tuning, config: ModelConfig, method: str) -> None:
-    """Fail early where QLoRA cannot work.
+    """Fail early where a tuning cannot work.
 
     Raises:
-        UserError: without a CUDA GPU or bitsandbytes, and for a policy that starts from an adapter.
+        UserError: for all weights in float16; for QLoRA without a CUDA GPU or bitsandbytes, and for QLoRA on a policy
+            that starts from an adapter.
     """
+    if tuning is Tuning.full and arithmetic(config) is torch.float16:
+        raise UserError(
+            f"{method}.tuning=full with policy.dtype=float16: gradients in float16 underflow without loss scaling, "
+            "which rlaif does not do; give policy.dtype=bfloat16 or float32"
+        )
     if tuning is not Tuning.qlora:
         return
     key = f"{method}.tuning=qlora"
@@ -131,11 +134,13 @@ def load_tokenizer(config: ModelConfig, key: str = "policy") -> Any:
     from transformers import AutoTokenizer
 
     path = resolve_model(config.name, name_key(key))
-    _check_hub(path, config.revision, config.name, name_key(key))
-    with _loading(config.name, name_key(key)):
+    check_hub(path, config.revision, config.name, name_key(key))
+    with loading(config.name, name_key(key)):
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+            raise ValueError("its tokenizer has no vocabulary")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name_key(key)}={config.name}: its tokenizer has no end token (eos), so nothing could end")
     tokenizer.padding_side = "left"
@@ -144,9 +149,27 @@ def load_tokenizer(config: ModelConfig, key: str = "policy") -> Any:
     if not tokenizer.chat_template:
         log.warning("%s has no chat template: using the default one (User: / Assistant:)", config.name)
         tokenizer.chat_template = DEFAULT_TEMPLATE
+    with loading(config.name, name_key(key)):
+        template = tokenizer.get_chat_template()
     if config.chat_template_kwargs:
-        tokenizer.chat_template = with_variables(tokenizer.get_chat_template(), config.chat_template_kwargs)
+        tokenizer.chat_template = with_variables(template, config.chat_template_kwargs)
     return tokenizer
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer that makes tokens which the model has no embeddings for, as another model's may.
+
+    Raises:
+        UserError: naming the tokenizer's folder.
+    """
+    embeddings = model.get_input_embeddings()
+    # Added tokens that no text turns into may lie beyond (Gemma 3's of images).
+    used = max(tokenizer.vocab_size - 1, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if embeddings is not None and used >= embeddings.num_embeddings:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer has token {used}, but the model has {embeddings.num_embeddings} "
+            "embeddings: it is another model's; copy the files of both anew"
+        )
 
 
 def context_length(config: ModelConfig) -> int | None:
@@ -157,8 +180,8 @@ def context_length(config: ModelConfig) -> int | None:
     if is_adapter(path):
         path, found = adapter_base(path)
         revision = found or revision
-    _check_hub(path, revision, config.name, "policy.name")
-    with _loading(config.name, "policy.name"):
+    check_hub(path, revision, config.name, "policy.name")
+    with loading(config.name, "policy.name"):
         loaded = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=config.trust_remote_code)
     return getattr(loaded.get_text_config(), "max_position_embeddings", None)
 
@@ -169,12 +192,13 @@ def load_causal_lm(
     """A causal language model in evaluation mode on its device, with its adapters.
 
     Adapters are merged, in float32. What is not trained further keeps the last one beside weights of a shorter float,
-    into which its update would be rounded; a model that training starts from has it merged and then rounded.
+    into which its update would be rounded; a start of training has it merged, and is then rounded unless it trains.
 
     Args:
         config: the model.
         key: the section of the configuration that errors name.
-        trainable: float32 weights (unless a dtype is set), as all-weights training needs them; adapters merged.
+        trainable: float32 weights, as all-weights training needs them: most steps are finer than a shorter float can
+            hold beside the weight. Adapters merged.
         quantized: 4-bit weights, frozen, as QLoRA trains on them (Dettmers et al. 2023; see :func:`check_tuning`).
         merged: every adapter merged, as a start of training needs them.
 
@@ -194,7 +218,7 @@ def load_causal_lm(
             raise UserError(f"{key}.adapter={config.adapter}: not a PEFT adapter folder")
         adapters.append(config.adapter)
     arguments = _load_arguments(config, device)
-    if trainable and config.dtype is Dtype.auto:
+    if trainable:
         arguments["dtype"] = torch.float32
     if quantized:
         arguments |= _four_bit(config, device)
@@ -202,22 +226,30 @@ def load_causal_lm(
     beside = adapters.pop() if adapters and dtype != torch.float32 and not (merged or trainable) else None
     if adapters:
         arguments["dtype"] = torch.float32
-    _check_hub(path, config.revision, config.name, name_key(key))
-    with _loading(config.name, name_key(key)):
-        model = _with_whole_rows(AutoModelForCausalLM.from_pretrained(path, **arguments))
-        if adapters or beside:
-            from peft import PeftModel
-
-            for adapter in adapters:
-                model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-            if adapters:
-                _cast(model, dtype)
-            if beside:
-                model = lean(PeftModel.from_pretrained(model, beside))
+    check_hub(path, config.revision, config.name, name_key(key))
+    with loading(config.name, name_key(key), path):
+        check_generation_config(path)
+        model, found = AutoModelForCausalLM.from_pretrained(path, **arguments)
+        check_weights(found)
+    model = _with_whole_rows(model)
+    for adapter in adapters:
+        model = _with_adapter(model, adapter, config, key, merged=True)
+    if adapters:
+        _cast(model, dtype)
+    if beside:
+        model = lean(_with_adapter(model, beside, config, key))
     if trainable:
         # PEFT freezes what it adapts, and merging leaves it so.
         model.requires_grad_(True)
     return _frozen(model) if quantized else model.to(device).eval()
+
+
+def _with_adapter(model: Any, folder: str, config: ModelConfig, key: str, merged: bool = False) -> Any:
+    from peft import PeftModel
+
+    with loading(folder, f"{key}.adapter" if folder == config.adapter else name_key(key)), whole_adapter():
+        model = PeftModel.from_pretrained(model, folder)
+        return model.merge_and_unload() if merged else model
 
 
 def _with_whole_rows(model: Any) -> Any:
@@ -235,6 +267,18 @@ def _with_whole_rows(model: Any) -> Any:
 def _side_by_side(head: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     # A single row is contiguous in torch's eyes whatever its strides say, and its products are not.
     return tuple(states.flatten(0, -2).contiguous().view(states.shape) for states in arguments)
+
+
+def save_model(model: Any, folder: Path, **settings: Any) -> None:
+    """Save a model, or its adapter, for anybody who uses transformers; equal ones make equal files.
+
+    PEFT writes the sets of an adapter's configuration in the order of their hashes, which each process draws anew.
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        for name, value in vars(config).items():
+            if isinstance(value, set):
+                setattr(config, name, sorted(value))
+    model.save_pretrained(folder, **settings)
 
 
 def merge(model: Any) -> Any:
@@ -274,10 +318,12 @@ def is_adapter(path: str | Path | None) -> bool:
 
 
 def adapter_base(path: str | Path) -> tuple[str, str | None]:
-    """Name or folder, and hub revision, of the model that an adapter was trained on."""
-    from peft import PeftConfig
+    """Name or folder, and hub revision, of the model that an adapter was trained on.
 
-    config = PeftConfig.from_pretrained(path)
+    Raises:
+        UserError: if its configuration is broken.
+    """
+    config = adapter_config(path)
     return resolve_model(config.base_model_name_or_path), config.revision
 
 
@@ -287,6 +333,8 @@ def _load_arguments(config: ModelConfig, device: torch.device) -> dict[str, Any]
         "dtype": pick_dtype(config.dtype, device),
         "trust_remote_code": config.trust_remote_code,
         "use_safetensors": True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # to say which
     }
     if config.attn_implementation:
         arguments["attn_implementation"] = config.attn_implementation
@@ -314,13 +362,13 @@ def load_sequence_scorer(
     arguments = _load_arguments(config, device) | {"num_labels": 1}
     if quantized:
         arguments |= _four_bit(config, device)
-    _check_hub(base, config.revision, config.name, name_key(key))
-    with _loading(config.name, name_key(key)):
-        model = AutoModelForSequenceClassification.from_pretrained(base, **arguments)
-        if is_adapter(path) and not new_head:
-            from peft import PeftModel
-
-            model = lean(PeftModel.from_pretrained(model, path))
+    check_hub(base, config.revision, config.name, name_key(key))
+    with loading(config.name, name_key(key), base):
+        model, found = AutoModelForSequenceClassification.from_pretrained(base, **arguments)
+        # The head of an adapter's base is new, and the adapter's own takes its place.
+        check_weights(found, but="score" if new_head or is_adapter(path) else None)
+    if is_adapter(path) and not new_head:
+        model = lean(_with_adapter(model, path, config, key))
     if new_head and (is_adapter(path) or config.adapter):
         # The adapters of a policy fit a language model only; what they make of its body is taken over.
         model.base_model.load_state_dict(load_causal_lm(config, key, merged=True).base_model.state_dict())
@@ -344,45 +392,6 @@ def inner(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _check_hub(path: str, revision: str | None, name: str | None, key: str) -> None:
-    """One request before loading from the hub: the libraries try for a minute if it cannot be reached."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if Path(path).exists():
-        return
-    try:
-        if not isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
-            HfApi().model_info(path, revision=revision, timeout=10)
-    except (HfHubHTTPError, ValueError):
-        return  # It can be reached; what is wrong is said best by what is loaded.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{key}={name}: no such folder, and the hub did not give it ({reason})") from None
-
-
-@contextlib.contextmanager
-def _loading(name: str | None, key: str) -> Any:
-    """Turn a library's many ways of saying "not found" into one line."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        text = " ".join(str(error).split())
-        if "trust_remote_code" in text:
-            why = "it needs code that comes with the model; read it, then set trust_remote_code=true"
-        elif name and Path(name).is_dir():
-            why = f"the folder does not hold a loadable model ({text[:200]})"
-        else:
-            why = f"no such folder, and the hub did not give it ({text[:200]})"
-        raise UserError(f"{key}={name}: {why}") from None
-
-
 def lora_config(
     settings: LoraSettings,
     model: Any,
@@ -393,10 +402,19 @@ def lora_config(
     """PEFT's configuration for a LoRA adapter on ``model``.
 
     ``task`` is ``CAUSAL_LM`` or ``SEQ_CLS``; ``revision`` the hub revision of ``model``, by which it is found again.
+
+    Raises:
+        UserError: if ``lora.target_modules`` names what the model has no linear layers of.
     """
     from peft import LoraConfig
 
     names = settings.target_modules or _linear_names(model)
+    unknown = [name for name in names if not _adaptable(model, name)]
+    if unknown:
+        raise UserError(
+            f"lora.target_modules: the model has no linear layer named {bounded_examples(unknown)}; it has "
+            f"{', '.join(_linear_names(model))}"
+        )
     layers = None
     if settings.top_layers < 1:
         depth = model.config.get_text_config().num_hidden_layers
@@ -414,6 +432,13 @@ def lora_config(
     )
 
 
+def _adaptable(model: Any, name: str) -> bool:
+    """Whether all layers of a name, of which there are some, are of a kind that LoRA adapts."""
+    named = [module for path, module in model.named_modules() if f".{path}".endswith(f".{name}")]
+    kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    return bool(named) and all(isinstance(each, kinds) or type(each).__name__ == "Conv1D" for each in named)
+
+
 def _linear_names(model: Any) -> list[str]:
     heads = {"lm_head", "score", "classifier", "embed_out"}
     names = {
@@ -425,7 +450,12 @@ def _linear_names(model: Any) -> list[str]:
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends a completion: eos, the template's end of a turn, and those of the generation config."""
+    """Every token that ends a completion: eos, the template's end of a turn, and those of the generation config.
+
+    Raises:
+        UserError: if the tokenizer is another model's.
+    """
+    check_vocabulary(model, tokenizer)
     ids = {tokenizer.eos_token_id, turn_end(tokenizer)}
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids |= set(configured) if isinstance(configured, (list, tuple)) else {configured}

@@ -16,7 +16,7 @@ from rlaif.generation import left_pad_after
 from rlaif.in_line import Line, in_line, read_in_line
 from rlaif.lora import lean, rounded_once
 from rlaif.losses import token_logps
-from rlaif.models import inner, is_adapter, load_causal_lm, load_tokenizer, lora_config, merge
+from rlaif.models import inner, is_adapter, load_causal_lm, load_tokenizer, lora_config, merge, save_model
 from rlaif.prefix import positions_after, read_after, shareable
 from rlaif.sharding import gathered
 from rlaif.trunk import starting_at
@@ -228,9 +228,9 @@ class Policy:
             model = merge(model)
         if hasattr(model, "peft_config"):
             # A preference model may be another adapter on the same base.
-            model.save_pretrained(folder, selected_adapters=["default"])
+            save_model(model, folder, selected_adapters=["default"])
         else:
-            model.save_pretrained(folder)
+            save_model(model, folder)
         self.tokenizer.save_pretrained(folder)
 
 

@@ -16,10 +16,19 @@ from rlaif.chat import encode_chat
 from rlaif.config import EnsembleScore, LoraSettings, ModelConfig, Tuning
 from rlaif.generation import left_pad_after
 from rlaif.in_line import Line, in_line, read_in_line
-from rlaif.models import adapter_base, inner, is_adapter, load_sequence_scorer, load_tokenizer, resolve_model
+from rlaif.loading import adapter_config, json_object, loading
+from rlaif.models import (
+    adapter_base,
+    check_vocabulary,
+    inner,
+    is_adapter,
+    load_sequence_scorer,
+    load_tokenizer,
+    resolve_model,
+)
 from rlaif.policy import Policy, load_policy, merged, under
 from rlaif.prefix import positions_after, read_after, shareable
-from rlaif.records import Message, UserError, read_json
+from rlaif.records import Message, UserError
 
 log = logging.getLogger("rlaif")
 
@@ -49,7 +58,10 @@ def load_scorer(config: ModelConfig, combine: EnsembleScore = EnsembleScore.mean
     listed = Path(str(config.name)) / ENSEMBLE
     if not listed.is_file():
         return PreferenceModel(config)
-    members = [pm_config(config, listed.parent / name) for name in read_json(listed)["members"]]
+    names = json_object(listed, members=list)["members"]
+    if not names or not all(isinstance(name, str) and (listed.parent / name).is_dir() for name in names):
+        raise UserError(f"{listed}: names members that are not there; copy the folder anew")
+    members = [pm_config(config, listed.parent / name) for name in names]
     return Ensemble(members, combine, penalty)
 
 
@@ -59,7 +71,7 @@ def pm_identity(folder: Path) -> dict[str, str]:
     found = sorted(folder.rglob(CALIBRATION))
     if not found:
         return {"preference_model": f"{folder.name} ({digest})", "preference_model_id": digest}
-    about = read_json(found[0])
+    about = json_object(found[0], feedback=str, labeler=str, seed=int)
     size = f", {len(found)} members" if len(found) > 1 else f", seed {about['seed']}"
     name = f"{about['feedback']} labels by {about['labeler']}{size} ({digest})"
     return {"preference_model": name, "preference_model_id": digest}
@@ -78,7 +90,10 @@ class Ensemble:
             for number, member in enumerate(members)
         ]
         # Scores have no unit: two PMs are compared in deviations from what they give reference completions.
-        figures = [read_json(Path(str(member.name)) / CALIBRATION) for member in members]
+        number = (int, float)
+        figures = [
+            json_object(Path(str(member.name)) / CALIBRATION, score_mean=number, score_std=number) for member in members
+        ]
         self.scales = [(row["score_mean"], max(row["score_std"], 1e-6)) for row in figures]
         self.combine, self.penalty = combine, penalty
 
@@ -141,6 +156,7 @@ class PreferenceModel:
 
     def _load(self, config: ModelConfig) -> Any:
         model = load_sequence_scorer(config, "preference_model")
+        check_vocabulary(model, self.tokenizer)
         # Only scored with, never trained further: without the adapter's extra products it is faster. A shorter float
         # would round the update.
         whole = hasattr(model, "merge_and_unload") and model.dtype == torch.float32
@@ -188,6 +204,7 @@ class AdapterPreferenceModel(PreferenceModel):
 
     def _load(self, config: ModelConfig) -> Any:
         folder, model = Path(str(config.name)), self.policy.model
+        check_vocabulary(model, self.tokenizer)
         add_beside(self.policy, folder, self.adapter)
         device = next(model.parameters()).device
         self.weight, self.bias = (tensor.to(device) for tensor in read_head(folder))
@@ -209,19 +226,20 @@ def add_beside(policy: Policy, folder: Path, name: str) -> None:
     Raises:
         UserError: if it does not fit.
     """
-    from peft import PeftConfig, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     model = policy.model
     trained = [parameter for parameter, _ in policy.trainable()]
-    settings = PeftConfig.from_pretrained(folder)
+    settings = adapter_config(folder)
     # The head is kept beside the model: a language model has no place for it.
     settings.modules_to_save, settings.task_type, settings.inference_mode = None, "CAUSAL_LM", True
-    model.add_adapter(name, settings)
-    weights = load_file(folder / "adapter_model.safetensors")
-    result = set_peft_model_state_dict(
-        model, {key: value for key, value in weights.items() if ".score." not in key}, name
-    )
+    with loading(str(folder), "preference_model"):
+        model.add_adapter(name, settings)
+        weights = load_file(folder / "adapter_model.safetensors")
+        result = set_peft_model_state_dict(
+            model, {key: value for key, value in weights.items() if ".score." not in key}, name
+        )
     missing = [key for key in result.missing_keys if f".{name}." in key]
     if missing or result.unexpected_keys:
         raise UserError(f"preference_model={folder}: its adapter does not fit the policy's model")
@@ -261,7 +279,7 @@ def check_same_base(folder: Path, start: ModelConfig) -> None:
     """
     base = str(folder) if is_adapter(folder) else None
     if base is None and (folder / CALIBRATION).is_file():
-        base = read_json(folder / CALIBRATION).get("base")
+        base = json_object(folder / CALIBRATION, base=str)["base"]
     policy = _root(str(start.name))
     if base is not None and _root(base) != policy:
         raise UserError(
@@ -288,9 +306,7 @@ def load_preference_model(config: ModelConfig, policy: Policy) -> PreferenceMode
 
 def _is_plain_lora(folder: str) -> bool:
     """Whether an adapter is low-rank products and a head alone, which is what can stand beside a policy's adapter."""
-    from peft import PeftConfig
-
-    settings = PeftConfig.from_pretrained(folder)
+    settings = adapter_config(folder)
     if settings.peft_type != "LORA":
         return False
     # PEFT lists both of its names for a classifier's head.
@@ -307,11 +323,12 @@ def read_head(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     from safetensors import safe_open
 
     found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                if f".{name}".endswith((".score.weight", ".score.bias")):
-                    found[name.rsplit(".", 1)[-1]] = tensors.get_tensor(name).float()
+    with loading(str(folder), "preference_model"):
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    if f".{name}".endswith((".score.weight", ".score.bias")):
+                        found[name.rsplit(".", 1)[-1]] = tensors.get_tensor(name).float()
     if "weight" not in found:
         raise UserError(f"preference_model={folder}: its files hold no head named score")
     return found["weight"], found.get("bias", torch.zeros(1))

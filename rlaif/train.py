@@ -262,7 +262,7 @@ def _check_tunings(config: TrainConfig) -> None:
                 f"sft_first=true with {name}.tuning=qlora needs sft.tuning=full: QLoRA starts from a whole model, "
                 "not from an adapter"
             )
-    if any(settings.tuning is Tuning.qlora for settings in used.values()):
+    if any(settings.tuning is not Tuning.lora for settings in used.values()):
         from rlaif.models import check_tuning
 
         for name, settings in used.items():

@@ -1,6 +1,8 @@
 """Loading: devices, precision, adapters and the revision of their base."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,7 +137,7 @@ def test_variables_that_no_template_could_take(variables, message):
 
 
 def test_cuda_is_this_processs_gpu(monkeypatch):
-    monkeypatch.setattr(torch, "empty", lambda *args, **options: None)
+    monkeypatch.setattr(torch, "zeros", lambda *args, **options: 0)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert pick_device("cuda") == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -195,6 +197,50 @@ def test_the_output_head_reads_rows_that_lie_side_by_side(monkeypatch, rows):
     size = model.config.hidden_size
     assert read == [(size, size, 1)]
     torch.testing.assert_close(logits[:, 0], model(input_ids=ids).logits[:, -1])
+
+
+SAVE = """
+import sys
+from pathlib import Path
+from peft import get_peft_model
+from rlaif.config import LoraSettings, ModelConfig, Tuning
+from rlaif.models import load_sequence_scorer, lora_config, save_model, seed_everything
+from rlaif.policy import load_policy
+from rlaif.preference_model import pm_identity
+
+folder, start, lora = Path(sys.argv[1]), ModelConfig(name="tiny", device="cpu"), LoraSettings(r=2)
+seed_everything(0)
+load_policy(start, Tuning.lora, lora).save(folder / "policy")
+scorer = load_sequence_scorer(start, new_head=True)
+save_model(get_peft_model(scorer, lora_config(lora, scorer, "SEQ_CLS", ["score"])), folder / "pm")
+print(pm_identity(folder / "pm")["preference_model_id"])
+"""
+
+
+def test_equal_adapters_make_equal_files(tmp_path: Path, command_env: dict[str, str]) -> None:
+    """Whatever order a process keeps sets in: what hashes a folder must not see another one."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", SAVE, str(tmp_path / seed)],
+            env=command_env | {"PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed in ("1", "2")
+    ]
+    ids = []
+    for process in started:
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err[-4000:]
+        ids.append(out.splitlines()[-1])
+    assert ids[0] == ids[1]
+    files = [
+        {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (tmp_path / "1", tmp_path / "2")
+    ]
+    assert {"policy/adapter_config.json", "pm/adapter_model.safetensors"} < files[0].keys()
+    assert files[0] == files[1]
 
 
 def test_any_of_several_processes_makes_the_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ EXAMPLES = [([{"role": "user", "content": "ab" * n}], "cd" * (5 - n)) for n in r
 
 
 def make_pm(folder, lora):
-    model = load_sequence_scorer(TINY)
+    model = load_sequence_scorer(TINY, new_head=True)
     if lora is not None:
         model = get_peft_model(model, lora_config(lora, model, "SEQ_CLS", ["score"]))
     generator = torch.Generator().manual_seed(1)

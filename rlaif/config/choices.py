@@ -175,7 +175,7 @@ class Sampler(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Weight precision. ``auto`` is bfloat16 where the hardware multiplies that faster, else float32."""
+    """Precision of the arithmetic. ``auto`` is bfloat16 where the hardware multiplies that faster, else float32."""
 
     auto = "auto"
     float32 = "float32"

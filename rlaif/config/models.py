@@ -20,7 +20,8 @@ class ModelConfig:
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     dtype: Dtype = Dtype.auto
-    """Weight precision; ``auto`` is bfloat16 where the hardware multiplies that faster, else float32."""
+    """Precision of the arithmetic, and of weights that do not train (those that train are float32); ``auto`` is
+    bfloat16 where the hardware multiplies that faster, else float32."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps`` ..."""
     attn_implementation: str | None = None

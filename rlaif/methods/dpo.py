@@ -132,5 +132,5 @@ def train_dpo(config: DPOConfig, start: ModelConfig, train: Sequence[Preference]
     trainer.share = shares_prefix(model, config, [[group["prompt_ids"]] * len(group["sequences"]) for group in groups])
     run_trainer(trainer, folder, "dpo")
     policy = Policy(trainer.model, tokenizer, config.tuning, start)
-    save_result(trainer, folder, lambda: policy.save(folder / "policy"))
+    save_result(trainer, folder, "dpo", lambda: policy.save(folder / "policy"))
     return folder / "policy"

@@ -145,7 +145,7 @@ def train_online(
         set_model_state_dict(reference, weights, options=StateDictOptions(full_state_dict=True))
     run_trainer(trainer, folder, method.value)
     policy = Policy(trainer.model, tokenizer, config.tuning, start)
-    save_result(trainer, folder, lambda: policy.save(folder / "policy"))
+    save_result(trainer, folder, method.value, lambda: policy.save(folder / "policy"))
     return folder / "policy"
 
 

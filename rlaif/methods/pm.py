@@ -27,7 +27,7 @@ from rlaif.methods.supervised import (
     shares_prefix,
     trainer_arguments,
 )
-from rlaif.models import is_adapter, load_sequence_scorer, load_tokenizer, merge, seed_everything
+from rlaif.models import is_adapter, load_sequence_scorer, load_tokenizer, merge, save_model, seed_everything
 from rlaif.preference_model import (
     CALIBRATION,
     ENSEMBLE,
@@ -212,11 +212,11 @@ def _train_member(
         if config.tuning is not Tuning.full and (start.adapter or is_adapter(start.name)):
             # The adapter alone would miss what was merged into the base before.
             trained = merge(trained)
-        trained.save_pretrained(target)
+        save_model(trained, target)
         tokenizer.save_pretrained(target)
         figures = calibration(PreferenceModel(pm_config(start, target)), seen)
         about = {"feedback": train[0].feedback, "labeler": train[0].labeler, "base": start.name, "seed": seed}
         write_json(target / CALIBRATION, {**about, **figures, "trained_on": counts})
 
-    save_result(trainer, folder, save)
+    save_result(trainer, folder, "pm", save)
     return counts

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 import time
 import zlib
@@ -33,6 +32,7 @@ from rlaif.attention import plain_attention
 from rlaif.chat import encode_chat
 from rlaif.config import Keep, KLControl, KLEstimator, ModelConfig, PPOConfig, ValueInit
 from rlaif.generation import STREAM_BASELINE, STREAM_EVALUATION, STREAM_MINIBATCHES, STREAM_ROLLOUT
+from rlaif.methods.divergence import check_figures, check_weights
 from rlaif.methods.ppo_checkpoint import Checkpoints, Progress
 from rlaif.methods.ppo_checks import check_sampler_follows, check_start, validation_prompts
 from rlaif.methods.ppo_rollout import Actor, PromptStream, Rollouts, ScoreFunction
@@ -101,6 +101,7 @@ def train_ppo(
         trainer.train()
     sharding.gather_weights(policy.model)
     wait_for_all()
+    check_weights("ppo", policy.model)
     if is_main():
         policy.save(folder / "policy")
         trainer.checkpoints.remove()
@@ -185,7 +186,7 @@ class PPOTrainer:
                     line |= self.measure(iteration)
                 chosen = [{"iteration": iteration} | sample for sample in rollouts.samples(config.log_samples)]
                 samples.writelines(json.dumps(sample) + "\n" for sample in chosen)
-                curve.write(json.dumps(line) + "\n")
+                curve.write(json.dumps(line, allow_nan=False) + "\n")
                 samples.flush()
                 curve.flush()
                 trackers.add(iteration, line)
@@ -244,12 +245,7 @@ class PPOTrainer:
             **{f"seconds_{name}": round(value, 3) for name, value in self.seconds.items()},
             **statistics,
         }
-        bad = [key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
-        if bad:
-            raise UserError(
-                f"ppo: iteration {iteration} gave {', '.join(bad)} that is not finite; lower ppo.learning_rate, "
-                "or set policy.dtype=float32"
-            )
+        check_figures("ppo", f"iteration {iteration}", line)
         if config.kl_control is KLControl.adaptive:
             self.progress.kl_coef = losses.adaptive_kl_coef(
                 self.progress.kl_coef, sequence_kl, config.kl_target, config.rollouts, config.kl_horizon
@@ -427,6 +423,7 @@ class PPOTrainer:
         """
         with sharding.gathered(self.policy.model), plain_attention(self.policy.model):
             found = self.validate()
+        check_figures("ppo", f"iteration {iteration}", found)
         objective, best = found["validation_objective"], self.progress.best_objective
         if best is None or objective > best:
             self.progress.best_iteration, self.progress.best_objective = iteration, objective

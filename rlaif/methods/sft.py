@@ -58,7 +58,7 @@ def train_sft(
     )
     run_trainer(trainer, folder, method)
     policy = Policy(trainer.model, tokenizer, config.tuning, start)
-    save_result(trainer, folder, lambda: policy.save(folder / "policy"))
+    save_result(trainer, folder, method, lambda: policy.save(folder / "policy"))
     return folder / "policy"
 
 

@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 from rlaif.attention import plain_attention
 from rlaif.config import LoraSettings, ModelConfig, TrainerSettings, Tuning
 from rlaif.lora import lean
+from rlaif.methods.divergence import check_figures, check_weights
 from rlaif.methods.trackers import TensorBoardBeside, chosen
-from rlaif.models import autocasts, load_causal_lm, lora_config, pick_device
+from rlaif.models import autocasts, check_vocabulary, load_causal_lm, lora_config, pick_device
 from rlaif.prefix import shareable, split_prefix
 from rlaif.processes import is_main, spreads_weights, wait_for_all, world_size
 from rlaif.progress import keep_lines, progress
@@ -61,6 +62,8 @@ def trainer_arguments(
         "seed": seed,
         "data_seed": seed,
         "logging_steps": 1,
+        # Else a loss that is not finite would be logged as the mean of those before it.
+        "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         "save_steps": max(total // 5, 1),
         "save_total_limit": 2,
@@ -226,6 +229,18 @@ _NAMES = {
 }
 
 
+class Finite(TrainerCallback):
+    """Stops training at a step whose loss or gradient is not finite, before its line and its checkpoint are written."""
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Look at the step's figures, in every process."""
+        decisive: dict[str, float] = {name: logs[name] for name in ("loss", "grad_norm") if name in logs}
+        check_figures(self.method, f"step {state.global_step}", decisive)
+
+
 class Curve(TrainerCallback):
     """Progress with time left, and one line of ``training.jsonl`` per logged step."""
 
@@ -239,13 +254,14 @@ class Curve(TrainerCallback):
         self.bar = progress(state.max_steps, self.method, "step", initial=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Append to the curve."""
+        """Append to the curve; a mean over nothing (TRL's score of a step without scores) is left out."""
         if "loss" not in logs:
             return
         line = {"method": self.method, "step": state.global_step}
-        line |= {_NAMES.get(key, key): value for key, value in logs.items() if isinstance(value, (int, float))}
+        numbers = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
+        line |= {_NAMES.get(key, key): value for key, value in numbers.items() if math.isfinite(value)}
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""
@@ -295,11 +311,13 @@ def run_trainer(trainer: Any, folder: Path, method: str) -> None:
     from transformers.integrations import TensorBoardCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+    check_vocabulary(trainer.model, trainer.processing_class)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if trainer.pop_callback(TensorBoardCallback) is not None:
         # transformers' own would write into the checkpoints' folder, which goes in the end.
         trainer.add_callback(TensorBoardBeside(folder))
+    trainer.add_callback(Finite(method))
     if is_main():
         trainer.add_callback(Curve(folder / "training.jsonl", method))
     trainer.add_callback(Complete())
@@ -311,10 +329,15 @@ def run_trainer(trainer: Any, folder: Path, method: str) -> None:
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
 
 
-def save_result(trainer: Any, folder: Path, save: Callable[[], None]) -> None:
-    """Save what was trained, in one process, and remove what only an interrupted run needs."""
+def save_result(trainer: Any, folder: Path, method: str, save: Callable[[], None]) -> None:
+    """Save what was trained, in one process, and remove what only an interrupted run needs.
+
+    Raises:
+        UserError: if training diverged.
+    """
     gather_weights(trainer.model)
     wait_for_all()
+    check_weights(method, trainer.model)
     if is_main():
         save()
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)

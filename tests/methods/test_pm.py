@@ -198,7 +198,8 @@ def test_training_reads_the_scores_that_are_used_later() -> None:
     """Through the model's forward pass, and from its parts: the same scores, whatever the padding."""
     from rlaif.models import load_sequence_scorer, load_tokenizer
 
-    model = load_sequence_scorer(TINY)
+    model = load_sequence_scorer(TINY, new_head=True)
+    torch.nn.init.normal_(model.score.weight)
     tokenizer = load_tokenizer(TINY)
     rows = [encode_example(tokenizer, preferences(1)[0].prompt, text) for text in ("a", "zz" * 9, "aaaa")]
     ids, mask = left_pad(rows, tokenizer.pad_token_id, torch.device("cpu"))

@@ -292,7 +292,7 @@ def test_a_head_of_another_size_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_pm_scores_and_starts_the_value(tmp_path: Path, shared: bool) -> None:
     """Its head in the folder is that of the value; the PM is a second adapter where the policy's base is its own."""
-    model = load_sequence_scorer(TINY)
+    model = load_sequence_scorer(TINY, new_head=True)
     if shared:
         model = get_peft_model(model, lora_config(LoraSettings(r=2), model, "SEQ_CLS", ["score"]))
     with torch.no_grad():

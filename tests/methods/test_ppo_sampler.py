@@ -319,7 +319,7 @@ def test_validation_and_baselines_are_sampled_by_vllm_too(
 
 
 def test_a_pm_that_shares_the_base_stays_out_of_the_sampler(tmp_path: Path, played: type[Played]) -> None:
-    model = load_sequence_scorer(TINY)
+    model = load_sequence_scorer(TINY, new_head=True)
     model = get_peft_model(model, lora_config(LoraSettings(r=2), model, "SEQ_CLS", ["score"]))
     with torch.no_grad():
         for name, value in model.named_parameters():

@@ -50,7 +50,7 @@ def trainer(folder: Path, start: ModelConfig = TINY, pm: Path | None = None, **c
 def pm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A PM that is an adapter of another shape on the tiny model."""
     folder = tmp_path_factory.mktemp("pm")
-    model = load_sequence_scorer(TINY)
+    model = load_sequence_scorer(TINY, new_head=True)
     settings = LoraSettings(r=2, top_layers=request.param)
     model = get_peft_model(model, lora_config(settings, model, "SEQ_CLS", ["score"]))
     fill(model.named_parameters(), 0.3, ("lora_B", "score"))
@@ -268,7 +268,7 @@ def test_training_the_value_function_leaves_the_pm_alone(tmp_path: Path, pm: Pat
 
 
 def test_a_pm_with_weights_of_its_own_gives_the_head(tmp_path: Path) -> None:
-    model = load_sequence_scorer(TINY)
+    model = load_sequence_scorer(TINY, new_head=True)
     fill(model.named_parameters(), 0.3, ("score",))
     model.save_pretrained(tmp_path / "pm")
     load_tokenizer(TINY).save_pretrained(tmp_path / "pm")
