@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "rlaif"
 # Lowest first. A module may import from its own layer and from those before it, never from a later one.
 LAYERS = [
     {"", "config", "records", "near_duplicates", "processes", "progress", "text"},
+    {"errors", "settings_files"},
     {"gold", "constitution", "losses", "chat", "splits", "evaluation.statistics"},
     {
         "attention",
@@ -47,7 +48,9 @@ NARROW = {
     "losses": set(),
     "gold": {"records"},
     "config": {*PARTS},
-    "cli": {"config", "processes", "records", "text"},
+    "errors": {"config", "records"},
+    "settings_files": {"records"},
+    "cli": {"config", "errors", "processes", "records", "settings_files", "text"},
     "engines.base": {"config", "records"},
     "engines.limits": {"config"},
     "evaluation.statistics": set(),
