@@ -51,6 +51,7 @@ from rlaif.folders import (
 from rlaif.locks import exclusive
 from rlaif.processes import from_main, is_main, wait_for_all
 from rlaif.records import UserError, bounded_examples, content_hash, read_json, write_json
+from rlaif.text import redacted_settings
 
 log = logging.getLogger("rlaif")
 
@@ -134,8 +135,8 @@ def run_stage(
                 "stage": stage,
                 "fingerprint": fingerprint,
                 "seed": seed,
-                "config": config,
-                "inputs": {k: None if v is None else str(v) for k, v in inputs.items()},
+                "config": redacted_settings(config),
+                "inputs": redacted_settings({k: None if v is None else str(v) for k, v in inputs.items()}),
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
                 "wall_s": round(spent + time.time() - started, 2),
                 "files": files,

@@ -1,28 +1,32 @@
 """Shared entry of the commands: finds ``conf/``, hoists ``-m``, sets up logging, turns errors into one line.
 
-Exit status: 0 done, 1 a sweep had failed jobs, 2 the user can put it right, 130 interrupted.
+Exit status: 0 done, 1 jobs of a sweep failed or the program has a fault, 2 the user can put it right, 130 interrupted.
 """
 
 from __future__ import annotations
 
-import difflib
+import contextlib
+import hashlib
+import importlib
+import itertools
 import logging
 import os
 import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-from rlaif.config import COMMANDS, CommandConfig, register
+from rlaif.config import COMMANDS, register
+from rlaif.errors import explain, interrupted, read_wrongly
 from rlaif.folders import check_output
 from rlaif.processes import world_size
-from rlaif.records import UserError, shipped, write_json
-from rlaif.text import visible
+from rlaif.records import UserError, read_json, shipped, write_json
+from rlaif.text import redacted, visible
 
-ConfigT = TypeVar("ConfigT", bound=CommandConfig)
 log = logging.getLogger("rlaif")
 
 
@@ -31,24 +35,29 @@ def launch(command: str, task: Callable[[Any, Path], None], usage: str) -> NoRet
 
     ``task`` gets the validated dataclass of this command and the folder to write.
     """
-    arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print(usage.strip())
-        print(f"\nAll settings and their values: python -m rlaif.{command} --cfg job")
-        sys.exit(0)
-    register(command)
     failures: list[str] = []
     try:
+        arguments = sys.argv[1:]
+        if {"-h", "--help"} & set(arguments):
+            print(usage.strip())
+            print(f"\nAll settings and their values: python -m rlaif.{command} --cfg job")
+            sys.exit(0)
+        register(command)
         if world_size() > 1 and command != "train":
             raise UserError(f"rlaif.{command} runs in one process, and {world_size()} were launched")
         arguments, sweep = _normalise(arguments)
-        _hydra(command, task, arguments, sweep, failures)
-    except KeyboardInterrupt:
-        _stop("interrupted; the same command goes on from here", 130)
-    except Exception as error:
+        # Hydra then raises instead of printing its own traceback.
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+        if sweep:
+            failures = _sweep(command, task, arguments)
+        else:
+            _run(command, task, arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupted(error):
+            _stop("interrupted; the same command goes on from here", 130)
         message = explain(error, command)
         if message is None:
-            raise
+            _stop(traceback.format_exc(), 1)
         _stop(f"error: {message}", 2)
     if failures:
         _stop(f"error: {len(failures)} job(s) of the sweep failed: {'; '.join(failures)}", 1)
@@ -61,8 +70,8 @@ def _stop(message: str, status: int) -> NoReturn:
         # A bar that an error cut off would share its line with the message.
         for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
             bar.close()
-    # Servers and files have their words in it.
-    message = visible(message)
+    # Servers and files have their words in it, and perhaps what was set by mistake.
+    message = visible(redacted(message))
     print(f"\n{message}" if status == 130 else message, file=sys.stderr)
     sys.exit(status)
 
@@ -91,103 +100,293 @@ def _quote_path(argument: str) -> str:
 
 
 def _normalise(arguments: Sequence[str]) -> tuple[list[str], bool]:
-    """Hoist ``-m`` to the front: argparse refuses it between overrides."""
+    """The arguments without ``-m``, which argparse refuses between overrides, and whether it was among them.
+
+    An option and its value become one argument.
+    """
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
-    rest = [_quote_path(_add_by_name(argument)) for argument in arguments if argument not in ("-m", "--multirun")]
-    for before, argument in zip(["", *rest], rest, strict=False):
-        if before in _TAKES_VALUE:
-            continue
+    rest: list[str] = []
+    for argument in arguments:
+        if rest and rest[-1] in _TAKES_VALUE:
+            rest[-1] += f"={argument}"
+        elif argument not in ("-m", "--multirun"):
+            rest.append(_quote_path(_add_by_name(argument)))
+    for argument in rest:
+        if argument.startswith("hydra.mode="):
+            raise UserError("hydra.mode: a sweep is asked for with -m")
         if not argument.startswith("-") and "=" not in argument and not argument.startswith("~"):
             raise UserError(f"{argument!r} is not an override: write key=value (python -m rlaif.X --help)")
-    return ((["-m"] if sweep else []) + rest), sweep
+    return rest, sweep
 
 
-def _swept_keys(arguments: Sequence[str]) -> list[str]:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    return [override.get_key_element() for override in parsed if override.is_sweep_override()]
-
-
-def _hydra(
-    command: str,
-    task: Callable[[Any, Path], None],
-    arguments: list[str],
-    sweep: bool,
-    failures: list[str],
-) -> None:
+def _hydra(command: str, job: Callable[[Any], None], arguments: Sequence[str]) -> None:
+    """Compose the settings and call ``job`` with them, under ``-m`` once for each job of the sweep."""
     import hydra
-    from omegaconf import DictConfig, OmegaConf
 
-    if sweep and not _swept_keys(arguments):
-        raise UserError("-m sweeps over lists (seed=1,2,3), and no override has one")
-    # Hydra then raises instead of printing its own traceback.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    from rlaif.settings_files import read_settings_files
 
+    read_settings_files()
+    sys.argv = [f"rlaif.{command}", *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name=command)(job)()
+    except Exception as error:
+        if read_wrongly(error):
+            raise UserError(f"the settings cannot be read ({str(error) or type(error).__name__})") from error
+        raise
+
+
+def _run(command: str, task: Callable[[Any, Path], None], arguments: Sequence[str]) -> None:
     raised: list[BaseException] = []
 
-    def job(composed: DictConfig) -> None:
-        if raised:
-            return
-        configure_logging()
-        output = None
+    def job(composed: Any) -> None:
         try:
-            output = _output_dir(composed, command, sweep)
-            config = OmegaConf.to_object(composed)
-            assert isinstance(config, COMMANDS[command])
-            task(config, output)
+            _do(command, task, composed, _output_dir(composed, command))
         except BaseException as error:
-            if not sweep or output is None or not isinstance(error, Exception):
-                # Kept for the caller: Hydra would print lines of its own about it.
-                raised.append(error)
-                return
-            # One failed job must not take the others down; it keeps its row.
-            message = explain(error, command)
-            if message is None:
-                log.error("%s failed", output.name, exc_info=error)
-                message = f"{type(error).__name__}: {str(error)[:300]}"
-            else:
-                log.error("%s failed: %s", output.name, message)
-            failures.append(f"{output.name}: {message}")
-            write_json(output / "failed.json", {"error": message, "overrides": _job_overrides()})
-        else:
-            (output / "failed.json").unlink(missing_ok=True)
+            # Kept for the caller: Hydra would print lines of its own about it.
+            raised.append(error)
 
-    in_process = sweep and not any(argument.startswith("hydra") for argument in arguments)
-    # Hydra's in-process sweeper would leave a multirun.yaml in the current folder.
-    with tempfile.TemporaryDirectory(prefix="rlaif-sweep-") if in_process else nullcontext() as scratch:
-        sys.argv = [f"rlaif.{command}", *arguments, *([f"hydra.sweep.dir={scratch}"] if in_process else [])]
-        hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name=command)(job)()
+    _hydra(command, job, arguments)
     if raised:
         raise raised[0]
 
 
-def _job_overrides() -> list[str]:
-    from hydra.core.hydra_config import HydraConfig
+def _do(command: str, task: Callable[[Any, Path], None], composed: Any, output: Path) -> None:
+    from omegaconf import OmegaConf
 
-    return list(HydraConfig.get().overrides.task)
+    configure_logging()
+    check_output(output)
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, COMMANDS[command])
+    task(config, output)
 
 
-def _output_dir(composed: Any, command: str, sweep: bool) -> Path:
+def _output_dir(composed: Any, command: str) -> Path:
     if not composed.output_dir:
         raise UserError(f"output_dir is not set: give output_dir=DIR, the folder that rlaif.{command} writes")
     output = Path(composed.output_dir)
-    if sweep:
-        from hydra.core.hydra_config import HydraConfig
-
-        swept = set(_swept_keys(sys.argv[1:]))
-        parts = [part for part in HydraConfig.get().overrides.task if part.split("=", 1)[0] in swept]
-        output = output / ",".join(re.sub(r"[^\w=.,+@-]+", "_", part) for part in sorted(parts))
     check_output(output)
     return output
 
 
+def _sweep(command: str, task: Callable[[Any, Path], None], arguments: Sequence[str]) -> list[str]:
+    """Run every job of a sweep; returns a line for each that failed."""
+    plan = _plan(command, arguments)
+    plan.output.mkdir(parents=True, exist_ok=True)
+    # Only its owner reads it: launchers write the overrides there as they are.
+    scratch = Path(tempfile.mkdtemp(prefix=".sweep-", dir=plan.output))
+    job = SweepJob(command, task, frozenset(plan.swept), scratch)
+    own = [] if any(argument.startswith("hydra.sweep.dir=") for argument in arguments) else [_sweep_dir(scratch)]
+    ended = False
+    try:
+        try:
+            _hydra(command, job, ["-m", *arguments, *own])
+        except Exception as error:
+            if explain(error, command) is not None:
+                raise
+            # A launcher gives up at the first job that it lost; the others may still run.
+            log.error("the sweep's launcher stopped: %s: %s", type(error).__name__, error)
+            _wait_for_local_jobs(scratch)
+        failures = _failures(plan, scratch)
+        ended = not (plan.elsewhere and any(LOST in failure for failure in failures))
+    finally:
+        if ended or not plan.elsewhere:
+            _keep_logs(scratch)
+    return failures
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep is about to do: its folder, the keys that it sweeps, and the overrides of each job by its folder."""
+
+    output: Path
+    swept: tuple[str, ...]
+    jobs: dict[str, list[str]]
+    elsewhere: bool
+    """The launcher hands the jobs to other machines, where they may outlive this process."""
+
+
+def _plan(command: str, arguments: Sequence[str]) -> SweepPlan:
+    """Compose the first job to see what all have in common.
+
+    Raises:
+        UserError: if there is nothing to sweep, or two jobs would write the same folder.
+    """
+    plans: list[SweepPlan | BaseException] = []
+
+    def look(composed: Any) -> None:
+        try:
+            plans.append(_look(command, arguments, composed))
+        except BaseException as error:
+            plans.append(error)
+
+    overrides = {override.get_key_element(): override for override in _parsed(arguments)}
+    swept = [override for override in overrides.values() if override.is_sweep_override()]
+    if not swept:
+        raise UserError("-m sweeps over lists (seed=1,2,3), and no override has one")
+    first = []
+    for override in swept:
+        if not override.is_discrete_sweep():
+            raise UserError(f"{override.input_line}: a sweep takes a list of values, as in seed=1,2,3")
+        if override.get_key_element() == "output_dir":
+            raise UserError("output_dir can't be swept: give one folder; each job gets a subfolder of it")
+        # A glob needs to know what there is.
+        if override.value_type.name != "GLOB_CHOICE_SWEEP":
+            first.append(f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}")
+    lines = {override.input_line for override in _parsed(arguments) if override.is_sweep_override()}
+    _hydra(command, look, [*(argument for argument in arguments if argument not in lines), *first])
+    (plan,) = plans
+    if isinstance(plan, BaseException):
+        raise plan
+    return plan
+
+
+def _look(command: str, arguments: Sequence[str], composed: Any) -> SweepPlan:
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    loader = GlobalHydra.instance().config_loader()
+    of_files = [f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items()]
+    overrides = {override.get_key_element(): override for override in _parsed([*of_files, *arguments], loader)}
+    choices = {
+        key: [f"{key}={value}" for value in override.sweep_string_iterator()]
+        for key, override in overrides.items()
+        if override.is_sweep_override()
+    }
+    fixed = [override.input_line for key, override in overrides.items() if key not in choices]
+    jobs: dict[str, list[str]] = {}
+    for parts in itertools.product(*choices.values()):
+        name = job_folder(parts)
+        if name in jobs:
+            raise UserError(f"{name}: two jobs of the sweep would write this folder; give each value once")
+        jobs[name] = [*fixed, *parts]
+    elsewhere = "slurm" in str(hydra.launcher.get("_target_")).lower()
+    return SweepPlan(_output_dir(composed, command), tuple(choices), jobs, elsewhere)
+
+
+def _parsed(arguments: Sequence[str], loader: Any = None) -> list[Any]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    return list(OverridesParser.create(config_loader=loader).parse_overrides(overrides))
+
+
+def job_folder(parts: Sequence[str]) -> str:
+    """The folder of the job with these swept overrides: ``KEY=VALUE,KEY=VALUE``.
+
+    Where a value has what doesn't belong into a folder's name, or the name is long, a hash tells the job from others;
+    its sign ``~`` stands in no other name.
+    """
+    whole = ",".join(sorted(parts))
+    name = re.sub(r"[^\w=.,+@-]+", "_", redacted(whole))
+    if name == whole and len(name.encode()) <= 200:
+        return name
+    kept = name.encode()[:180].decode("utf-8", "ignore")
+    return f"{kept}~{hashlib.sha256(whole.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
+
+
+LOST = "ended without a word (killed, or out of memory), or still runs; the same command again goes on"
+
+
+class SweepJob:
+    """What Hydra calls with the settings of each job of a sweep, in this process or, by its launcher, in another.
+
+    How a job ended is left in ``ends``: nothing comes back from every launcher.
+    """
+
+    def __init__(self, command: str, task: Callable[[Any, Path], None], swept: frozenset[str], ends: Path) -> None:
+        self.command, self.swept, self.ends = command, swept, ends
+        self.task: Callable[[Any, Path], None] | None = task
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Here the task's module is the main program; elsewhere it has its own name.
+        return vars(self) | {"task": None}
+
+    def __call__(self, composed: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        configure_logging()
+        overrides = list(HydraConfig.get().overrides.task)
+        name = job_folder([override for override in overrides if override.split("=", 1)[0] in self.swept])
+        message = None
+        try:
+            task = self.task or importlib.import_module(f"rlaif.{self.command}").main
+            output = _output_dir(composed, self.command) / name
+            try:
+                _do(self.command, task, composed, output)
+            except Exception as error:
+                # One failed job must not take the others down; it keeps its row.
+                message = self._explained(error, name)
+                _note_failure(output, message, overrides)
+            else:
+                (output / _FAILED).unlink(missing_ok=True)
+        except Exception as error:
+            message = self._explained(error, name)
+        with contextlib.suppress(OSError):
+            write_json(
+                self.ends / f"{hashlib.sha256(name.encode()).hexdigest()}.json", {"name": name, "error": message}
+            )
+
+    def _explained(self, error: Exception, name: str) -> str:
+        if interrupted(error):
+            raise KeyboardInterrupt
+        message = explain(error, self.command)
+        if message is None:
+            log.error("%s failed", name, exc_info=error)
+            return f"{type(error).__name__}: {str(error)[:300]}"
+        log.error("%s failed: %s", name, message)
+        return message
+
+
+_FAILED = "failed.json"
+"""What a sweep leaves in the folder of a job that failed."""
+
+
+def _note_failure(output: Path, message: str, overrides: Sequence[str]) -> None:
+    with contextlib.suppress(OSError):
+        shown = [redacted(override) for override in overrides]
+        write_json(output / _FAILED, {"error": redacted(message), "overrides": shown})
+
+
+def _failures(plan: SweepPlan, ends: Path) -> list[str]:
+    """A line for each job that failed or was lost."""
+    known = [read_json(file) for file in ends.glob("*.json")]
+    messages = {end["name"]: end["error"] for end in known}
+    for name in plan.jobs.keys() - messages.keys():
+        messages[name] = LOST
+        _note_failure(plan.output / name, LOST, plan.jobs[name])
+    return [f"{name}: {message}" for name, message in sorted(messages.items()) if message is not None]
+
+
+def _sweep_dir(folder: Path) -> str:
+    quoted = str(folder.absolute()).replace("\\", "\\\\").replace("'", "\\'")
+    return f"hydra.sweep.dir='{quoted}'"
+
+
+def _wait_for_local_jobs(scratch: Path) -> None:
+    """submitit's local jobs are children of this process, and the names of their folders are their ids."""
+    for folder in scratch.glob(".submitit/*"):
+        with contextlib.suppress(ValueError, ChildProcessError):
+            os.waitpid(int(folder.name), 0)
+
+
+def _keep_logs(scratch: Path) -> None:
+    """Delete what a sweep needed on its way: all but what jobs printed where this process didn't show it."""
+    for path in sorted(scratch.rglob("*"), reverse=True):
+        with contextlib.suppress(OSError):
+            if path.is_dir():
+                path.rmdir()
+            elif path.suffix not in (".out", ".err") or not path.stat().st_size:
+                path.unlink()
+    with contextlib.suppress(OSError):
+        scratch.rmdir()
+
+
 class _Plain(logging.Formatter):
-    """A time and a message in which nobody's text can move the cursor or reorder the line."""
+    """A time and a message in which nobody's text can move the cursor or reorder the line, and no secret stands."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
+        return visible(redacted(super().format(record)))
 
 
 class _AroundBars(logging.StreamHandler[Any]):
@@ -210,71 +409,3 @@ def configure_logging() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-
-def explain(error: BaseException, command: str) -> str | None:
-    """One clear line for an error that the user can put right; None for one that is ours."""
-    from hydra.errors import HydraException, OverrideParseException
-    from omegaconf.errors import OmegaConfBaseException
-
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, HydraException):
-        cause = error.__cause__
-        if isinstance(error, OverrideParseException):
-            return f"{error.override!r} is not a valid override: {_first_line(str(error))}"
-        return _composition_error(str(error), str(cause) if cause else "", command)
-    if isinstance(error, OmegaConfBaseException):
-        # Validation in __post_init__ arrives wrapped; its first line is the message.
-        return _first_line(str(error))
-    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, OSError) and error.errno == 28:
-        return "no space left on the disk; free some and run the same command again"
-    if isinstance(error, ValueError) and error.__traceback__ is not None and _from_config(error):
-        return str(error)
-    return None
-
-
-def _from_config(error: BaseException) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and f"rlaif{os.sep}config{os.sep}" in trace.tb_frame.f_code.co_filename
-
-
-def _first_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
-    first = lines[0] if lines else text
-    return f"{key}: {first}" if key and key not in first else first
-
-
-def _composition_error(text: str, cause: str, command: str) -> str:
-    both = f"{text}\n{cause}"
-    unknown = re.search(r"Key '([^']+)' is not in struct|Could not override '([^']+)'", both)
-    full = re.search(r"full_key: (\S+)", both)
-    if "is not in struct" in both or ("Could not override" in both and "not in" in both):
-        key = full.group(1) if full else (unknown.group(1) or unknown.group(2) if unknown else "?")
-        known = sorted(_known_keys(COMMANDS[command]))
-        near = difflib.get_close_matches(key, known, n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else f"see python -m rlaif.{command} --cfg job"
-        return f"unknown key {key!r}: {hint}"
-    if full and cause:
-        return _first_line(cause)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines)
-
-
-def _known_keys(schema: type, prefix: str = "") -> set[str]:
-    import dataclasses
-    import typing
-
-    keys = set()
-    hints = typing.get_type_hints(schema)
-    for field in dataclasses.fields(schema):
-        keys.add(prefix + field.name)
-        kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            keys |= _known_keys(typing.cast(type, kind), f"{prefix}{field.name}.")
-    return keys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,15 +107,20 @@ def find_constitution(name_or_file: str | None) -> Path:
     if not name_or_file:
         raise UserError("constitution is not set: give constitution=NAME or constitution=FILE.yaml")
     own = Path(name_or_file)
+    if own.is_dir():
+        inside = ", ".join(sorted(path.name for path in own.iterdir() if path.suffix in (".yaml", ".yml")))
+        raise UserError(
+            f"constitution={own}: is a folder, expected a .yaml file{f'; it has {inside}' if inside else ''}"
+        )
     if own.suffix in (".yaml", ".yml") or own.is_file():
         if not own.is_file():
             raise UserError(f"constitution={own}: no such file")
         return own
-    file = shipped("constitutions") / f"{name_or_file}.yaml"
-    if not file.is_file():
-        names = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
+    files = {file.stem: file for file in shipped("constitutions").glob("*.yaml")}
+    if name_or_file not in files:
+        names = ", ".join(sorted(files))
         raise UserError(f"constitution={name_or_file}: no such constitution. Shipped: {names}; or give a .yaml file")
-    return file
+    return files[name_or_file]
 
 
 def load_constitution(name_or_file: str | None) -> Constitution:
@@ -135,6 +141,8 @@ def load_constitution(name_or_file: str | None) -> Constitution:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         raise UserError(f"{path}, line {mark.line + 1 if mark else '?'}: {error.problem}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         # Not UTF-8, a control character, a date that does not exist.
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
@@ -196,6 +204,10 @@ def _fields(mapping: Any, where: str, required: set[str], optional: set[str], li
     return mapping
 
 
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _string(mapping: _Mapping, key: str, where: str) -> str:
     value = mapping[key]
     if isinstance(value, (int, float)) and not isinstance(value, bool) and key == "version":
@@ -237,8 +249,12 @@ def _principle(entry: Any, where: str, line: int) -> Principle:
     optional = {"weight", "statement", "ask", "verdicts", "critique", "revision", "encourage", "discourage"}
     entry = _fields(entry, where, {"id", "question"}, optional, line)
     weight = entry.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
-        raise _ProblemError(entry.lines["weight"], f"{where}.weight must be a number above 0, found {weight!r}")
+    if isinstance(weight, str) and re.fullmatch(r"[\d.]+[eE][+-]?\d+", weight):
+        weight = float(weight)  # YAML wants a dot and a sign in 1e-2
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= 1e100:
+        raise _ProblemError(
+            entry.lines["weight"], f"{where}.weight must be a number above 0, found {_shortened(repr(weight))}"
+        )
     if ("statement" in entry) != ("verdicts" in entry):
         raise _ProblemError(entry.start, f"{where} needs both statement and verdicts, or neither")
     if ("encourage" in entry) != ("discourage" in entry):

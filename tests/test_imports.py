@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "rlaif"
 # Lowest first. A module may import from its own layer and from those before it, never from a later one.
 LAYERS = [
     {"", "config", "records", "folders", "near_duplicates", "processes", "progress", "text"},
+    {"errors", "settings_files"},
     {"gold", "constitution", "losses", "chat", "splits", "evaluation.statistics"},
     {
         "attention",
@@ -51,7 +52,9 @@ NARROW = {
     "losses": set(),
     "gold": {"records"},
     "config": {*PARTS},
-    "cli": {"config", "folders", "processes", "records", "text"},
+    "errors": {"config", "records"},
+    "settings_files": {"records"},
+    "cli": {"config", "errors", "folders", "processes", "records", "settings_files", "text"},
     "loading": {"records"},
     "engines.base": {"config", "records"},
     "engines.limits": {"config"},

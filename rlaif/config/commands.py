@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlaif.config.checks import positive_or_null, require
+from rlaif.config.checks import POSITIVE, Bounds, Settings, require
 from rlaif.config.choices import Feedback, LabelMode, Method, Reward
 from rlaif.config.labeling import AnnotatorConfig, LabelerConfig, LabelingConfig, check_likelihood
 from rlaif.config.models import DataConfig, EvalConfig, ModelConfig, SamplingConfig
@@ -23,8 +23,10 @@ from rlaif.config.training import (
 
 
 @dataclass
-class CommandConfig:
+class CommandConfig(Settings):
     """What every command has."""
+
+    _bounds = Bounds(least=0, most=2**32 - 1).of("seed")
 
     output_dir: str | None = None
     """Folder that the command writes. In a sweep each job gets a subfolder of it."""
@@ -32,7 +34,12 @@ class CommandConfig:
     """Seed of everything random."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**32, f"seed={self.seed}: must be between 0 and 2^32 - 1")
+        super().__post_init__()
+        require(
+            getattr(self, "experiment", None) is None,
+            "experiment: its settings stand below `experiment` and would be ignored: begin the file with the line "
+            "`# @package _global_`",
+        )
 
 
 @dataclass
@@ -51,6 +58,8 @@ class SampleConfig(CommandConfig):
 @dataclass
 class LabelConfig(CommandConfig):
     """``python -m rlaif.label``."""
+
+    _bounds = POSITIVE.of("combine_weights")
 
     candidates: str | None = None
     """JSONL file with one prompt and its candidates a line (``rlaif.sample`` writes it; you can bring it)."""
@@ -85,8 +94,6 @@ class LabelConfig(CommandConfig):
             f"combine_weights={self.combine_weights}: give one weight for each of the {len(self.combine)} folders in "
             "combine",
         )
-        for weight in self.combine_weights:
-            require(weight > 0 and math.isfinite(weight), f"combine_weights: {weight} must be a finite number above 0")
         require(
             not self.combine or self.labeler.type is None,
             "combine= takes the labels of earlier runs and asks nobody: leave labeler out",
@@ -116,6 +123,8 @@ class LabelConfig(CommandConfig):
 class AuditConfig(CommandConfig):
     """``python -m rlaif.audit``."""
 
+    _bounds = POSITIVE.of("max_pairs")
+
     comparisons: str | None = None
     """JSONL file of pairs that people have labelled."""
     max_pairs: int | None = None
@@ -131,7 +140,6 @@ class AuditConfig(CommandConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive_or_null(self, "", "max_pairs")
         check_likelihood(self.labeler, self.labeling)
         require(
             self.labeling.calibrate is None,
@@ -230,8 +238,10 @@ class ReportConfig(CommandConfig):
 
 
 @dataclass
-class ArmConfig:
+class ArmConfig(Settings):
     """One line of training in a run: a method on one kind of labels."""
+
+    _group = "arms.*"
 
     method: Method | None = None
     """Null measures the starting policy."""
@@ -294,6 +304,12 @@ class RunConfig(CommandConfig):
         check_style_order(
             self.style_order, needed=any(arm.feedback is Feedback.style_order for arm in self.arms.values())
         )
+        for name in self.arms:
+            require(
+                re.fullmatch(r"\w[^/\\\x00-\x1f]{0,99}", name) is not None,
+                f"arms: {name!r} names a folder: begin with a letter, a digit or _, without / and \\, and at most 100 "
+                "characters",
+            )
 
 
 def check_style_order(order: list[str], needed: bool) -> None:

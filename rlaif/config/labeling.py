@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlaif.config.checks import fraction, positive, positive_or_null, require, template_variables
+from rlaif.config.checks import (
+    ANY,
+    BELOW_HALF,
+    FRACTION,
+    POSITIVE,
+    SHARE,
+    Bounds,
+    Settings,
+    require,
+    template_variables,
+)
 from rlaif.config.choices import Dtype, Endpoint, LabelerType, LabelMode, Pairs, Principles, Selection
 
 
 @dataclass
-class ScriptedConfig:
+class ScriptedConfig(Settings):
     """The scripted labeler: a known utility plus programmable bias, noise and faults."""
+
+    _group = "labeler.scripted"
+    _bounds = (
+        ANY.of("sharpness", "position_bias")
+        | FRACTION.of("option_mass", "fault_rate")
+        | Bounds(least=0, most=3600).of("delay_s")
+    )
 
     utility: str = "letters"
     """``letters`` (share of vowels), ``length`` (words), ``brevity`` (minus words) or ``vader``."""
@@ -30,13 +46,15 @@ class ScriptedConfig:
     delay_s: float = 0.0
     """Seconds each request takes."""
 
-    def __post_init__(self) -> None:
-        fraction(self, "labeler.scripted", "option_mass", "fault_rate")
-
 
 @dataclass
-class VLLMConfig:
+class VLLMConfig(Settings):
     """vLLM's engine, which runs in a process of its own."""
+
+    _group = "labeler.vllm"
+    _bounds = POSITIVE.of("tensor_parallel_size", "data_parallel_size", "max_model_len") | SHARE.of(
+        "gpu_memory_utilization"
+    )
 
     tensor_parallel_size: int = 1
     """GPUs that each copy of the model is spread over."""
@@ -53,14 +71,13 @@ class VLLMConfig:
     python: str | None = None
     """Interpreter that has vLLM, where that is not this one."""
 
-    def __post_init__(self) -> None:
-        positive(self, "labeler.vllm", "tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization")
-        positive_or_null(self, "labeler.vllm", "max_model_len")
-
 
 @dataclass
-class BudgetConfig:
+class BudgetConfig(Settings):
     """What the requests to a server may cost, earlier runs into the same folder included. Null: no limit."""
+
+    _group = "labeler.budget"
+    _bounds = Bounds(above=0, largest=10**15).of("requests", "tokens") | POSITIVE.of("usd")
 
     requests: int | None = None
     """HTTP requests, retries included."""
@@ -69,27 +86,17 @@ class BudgetConfig:
     usd: float | None = None
     """US dollars at the prices in labeler.price."""
 
-    def __post_init__(self) -> None:
-        for name in ("requests", "tokens", "usd"):
-            positive_or_null(self, "labeler.budget", name)
-
 
 @dataclass
-class PriceConfig:
+class PriceConfig(Settings):
     """What the server's owner charges, in US dollars."""
+
+    _group = "labeler.price"
 
     input_per_million: float | None = None
     """For a million tokens of prompts."""
     output_per_million: float | None = None
     """For a million tokens of completions."""
-
-    def __post_init__(self) -> None:
-        for name in ("input_per_million", "output_per_million"):
-            value = getattr(self, name)
-            require(
-                value is None or (value >= 0 and math.isfinite(value)),
-                f"labeler.price.{name}={value}: must be 0 or more, or null",
-            )
 
 
 _REQUESTS_OWN = {
@@ -100,8 +107,13 @@ _REQUESTS_OWN = {
 
 
 @dataclass
-class LabelerConfig:
+class LabelerConfig(Settings):
     """The model that judges completions against principles."""
+
+    _group = "labeler"
+    _bounds = POSITIVE.of(
+        "batch_tokens", "batch_size", "concurrency", "timeout_s", "votes", "requests_per_minute", "tokens_per_minute"
+    ) | FRACTION.of("min_agreement")
 
     type: LabelerType | None = None
     """Engine: ``hf``, ``vllm``, ``openai`` or ``scripted``. Chosen by ``labeler=NAME``."""
@@ -161,9 +173,7 @@ class LabelerConfig:
     """Settings of the scripted labeler."""
 
     def __post_init__(self) -> None:
-        positive(self, "labeler", "batch_tokens", "batch_size", "concurrency", "timeout_s", "votes")
-        for name in ("requests_per_minute", "tokens_per_minute"):
-            positive_or_null(self, "labeler", name)
+        super().__post_init__()
         require(
             re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env) is not None,
             # Without the value: it may be the key, set here by mistake.
@@ -174,12 +184,10 @@ class LabelerConfig:
             f"labeler.budget.usd={self.budget.usd} needs labeler.price.input_per_million and "
             "labeler.price.output_per_million",
         )
-        if self.min_agreement is not None:
-            fraction(self, "labeler", "min_agreement")
-            require(
-                self.audit is not None,
-                f"labeler.min_agreement={self.min_agreement} needs labelled pairs to measure it on: labeler.audit=FILE",
-            )
+        require(
+            self.min_agreement is None or self.audit is not None,
+            f"labeler.min_agreement={self.min_agreement} needs labelled pairs to measure it on: labeler.audit=FILE",
+        )
         template_variables(self, "labeler", "chat_template_kwargs")
         if taken := sorted(_REQUESTS_OWN & self.extra_body.keys()):
             raise ValueError(
@@ -190,7 +198,6 @@ class LabelerConfig:
             require(
                 type(value) is int and value > 0, f"labeler.extra_body: {name}={value!r}: must be an integer above 0"
             )
-        require(self.max_retries >= 0, f"labeler.max_retries={self.max_retries}: must be 0 or more")
         require(
             1 <= self.top_logprobs <= 20,
             f"labeler.top_logprobs={self.top_logprobs}: servers accept between 1 and 20",
@@ -198,8 +205,22 @@ class LabelerConfig:
 
 
 @dataclass
-class LabelingConfig:
+class LabelingConfig(Settings):
     """How verdicts are asked and combined."""
+
+    _group = "labeling"
+    _bounds = (
+        POSITIVE.of(
+            "temperature",
+            "rationale_tokens",
+            "rotations",
+            "pairs_per_prompt",
+            "second_order_below",
+            "stop_principles_above",
+        )
+        | BELOW_HALF.of("clamp", "min_margin")
+        | FRACTION.of("min_option_mass")
+    )
 
     mode: LabelMode = LabelMode.pairwise
     """``pairwise``: which of two completions; ``listwise``: which of all; ``pointwise``: verdict words on one
@@ -248,8 +269,7 @@ class LabelingConfig:
     (Bai et al. 2022, section 4.1, take 0.4). 0 leaves them as they are."""
 
     def __post_init__(self) -> None:
-        positive(self, "labeling", "temperature", "rationale_tokens")
-        positive_or_null(self, "labeling", "rotations")
+        super().__post_init__()
         require(
             self.rotations is None or self.mode is LabelMode.listwise,
             f"labeling.rotations={self.rotations}: only with labeling.mode=listwise",
@@ -271,8 +291,6 @@ class LabelingConfig:
             not self.length_normalize or self.mode is LabelMode.contrastive,
             "labeling.length_normalize=true: only with labeling.mode=contrastive",
         )
-        for name in ("pairs_per_prompt", "second_order_below", "stop_principles_above"):
-            positive_or_null(self, "labeling", name)
         pairwise_only = {
             "pairs": self.pairs is not Pairs.all,
             "second_order_below": self.second_order_below is not None,
@@ -303,15 +321,10 @@ class LabelingConfig:
             self.calibrate is None or self.temperature == 1,
             f"labeling.temperature={self.temperature}: labeling.calibrate measures the temperature; leave one of them",
         )
-        require(self.rationales >= 0, f"labeling.rationales={self.rationales}: must be 0 or more")
         require(
             self.rationales == 0 or (self.mode is LabelMode.pairwise and not self.exemplars),
             f"labeling.rationales={self.rationales}: only with labeling.mode=pairwise, and without exemplars",
         )
-        require(0 <= self.clamp < 0.5, f"labeling.clamp={self.clamp}: must be in [0, 0.5)")
-        require(0 <= self.min_margin < 0.5, f"labeling.min_margin={self.min_margin}: must be in [0, 0.5)")
-        if self.min_option_mass is not None:
-            fraction(self, "labeling", "min_option_mass")
 
 
 def check_likelihood(labeler: LabelerConfig, labeling: LabelingConfig) -> None:
@@ -322,14 +335,13 @@ def check_likelihood(labeler: LabelerConfig, labeling: LabelingConfig) -> None:
 
 
 @dataclass
-class AnnotatorConfig:
+class AnnotatorConfig(Settings):
     """The programmatic annotator behind ``simulated_human`` labels: Bradley-Terry draws from the gold judge."""
+
+    _group = "annotator"
+    _bounds = POSITIVE.of("scale") | FRACTION.of("flip")
 
     scale: float = 4.0
     """P(prefer a) = sigmoid(scale * (gold(a) - gold(b)))."""
     flip: float = 0.05
     """Label noise: share of drawn labels that are flipped."""
-
-    def __post_init__(self) -> None:
-        positive(self, "annotator", "scale")
-        fraction(self, "annotator", "flip")

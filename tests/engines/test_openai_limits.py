@@ -302,7 +302,7 @@ def test_what_was_answered_before_a_refusal_is_handed_over(server: FakeServer) -
     [
         ({"requests_per_minute": 0}, "labeler.requests_per_minute=0: must be above 0 or null"),
         ({"tokens_per_minute": -1}, "labeler.tokens_per_minute=-1: must be above 0 or null"),
-        ({"batch_size": 0}, "labeler.batch_size=0: must be a finite number above 0"),
+        ({"batch_size": 0}, "labeler.batch_size=0: must be above 0"),
         ({"budget": {"usd": 5.0}}, "labeler.budget.usd=5.0 needs labeler.price.input_per_million and"),
         ({"budget": {"requests": 0}}, "labeler.budget.requests=0: must be above 0 or null"),
         ({"price": {"input_per_million": -0.1}}, "labeler.price.input_per_million=-0.1: must be 0 or more, or null"),
