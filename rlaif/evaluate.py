@@ -104,7 +104,7 @@ def run_evaluation(
             "gold": config.gold,
             **(pm_identity(preference_model) if preference_model else {"preference_model": None}),
             **extra,
-            **policy_metrics(samples, baseline, config.resamples, seed),
+            **policy_metrics(samples, baseline),
         }
         if best_of is not None:
             # The log-ratio of the policy that was sampled from says nothing of the best of n.

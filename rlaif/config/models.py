@@ -132,9 +132,6 @@ class EvalConfig:
     """Sequences decoded at once."""
     gold: str | None = None
     """Programmatic gold judge: ``vader``, ``letters``, ``length`` or ``brevity``. Null: none."""
-    resamples: int = 2000
-    """Bootstrap resamples for intervals."""
 
     def __post_init__(self) -> None:
         positive(self, "eval", "samples_per_prompt", "max_new_tokens", "temperature", "batch_size")
-        require(self.resamples >= 100, f"eval.resamples={self.resamples}: must be 100 or more")

@@ -45,7 +45,6 @@ QUICK = [
     "eval.gold=letters",
     "eval.max_new_tokens=6",
     "eval.max_prompts=4",
-    "eval.resamples=100",
     "data.test_fraction=0.3",
     "pm.max_steps=2",
     "pm.batch_size=4",
