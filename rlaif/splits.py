@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlaif.config import DataConfig, Split
-from rlaif.near_duplicates import near_duplicate_clusters, words_of
+from rlaif.near_duplicates import near_duplicate_clusters
 from rlaif.records import Prompt, UserError, bounded_examples, read_prompts
+from rlaif.words import words_of
 
 
 def assign_splits(prompts: Sequence[Prompt], data: DataConfig) -> dict[str, Split]:
