@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from rlaif.records import UserError
-from rlaif.words import count_words
+from rlaif.text import count_words
 
 
 @cache

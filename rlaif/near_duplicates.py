@@ -1,7 +1,7 @@
-"""Clusters of texts that share most of their :mod:`words <rlaif.words>`: exact, and far from comparing every pair.
+"""Clusters of texts that share most of their words: exact, and far from comparing every pair.
 
-Two word sets are near-duplicates if their Jaccard similarity reaches a threshold; a cluster is what chains of
-near-duplicates connect. Pairs pass three filters, none of which loses a near-duplicate, before their words are
+Two sets of words (:func:`rlaif.text.words_of`) are near-duplicates if their Jaccard similarity reaches a threshold; a
+cluster is what chains of near-duplicates connect. Pairs pass three filters, none of which loses a near-duplicate, before their words are
 compared:
 
 - Prefixes (Bayardo et al. 2007; Xiao et al. 2008): with the words of every set sorted from rare to common, similar sets
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlaif.words import words_of
+from rlaif.text import words_of
 
 Ints = NDArray[np.int64]
 

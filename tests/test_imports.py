@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "rlaif"
 
 # Lowest first. A module may import from its own layer and from those before it, never from a later one.
 LAYERS = [
-    {"", "config", "records", "near_duplicates", "processes", "progress", "text", "words"},
+    {"", "config", "records", "near_duplicates", "processes", "progress", "text"},
     {"gold", "constitution", "losses", "chat", "splits", "evaluation.statistics"},
     {
         "attention",
@@ -39,14 +39,13 @@ PARTS = [f"config.{name}" for name in ("checks", "choices", "models", "labeling"
 # Modules that know less than their layer would allow.
 NARROW = {
     **{module: {"config", *PARTS} for module in PARTS},
-    "near_duplicates": {"words"},
+    "near_duplicates": {"text"},
     "records": set(),
     "processes": set(),
     "progress": {"records"},
     "text": set(),
-    "words": set(),
     "losses": set(),
-    "gold": {"records", "words"},
+    "gold": {"records", "text"},
     "config": {*PARTS},
     "cli": {"config", "processes", "records", "text"},
     "engines.base": {"config", "records"},

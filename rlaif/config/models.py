@@ -58,13 +58,13 @@ class DataConfig:
     """Which prompts, and how they are split."""
 
     validation_fraction: float = 0.1
-    """Share of prompt clusters in ``validation``."""
+    """Share of prompts in ``validation``; near-duplicates count as one."""
     test_fraction: float = 0.2
-    """Share of prompt clusters in ``test``."""
+    """Share of prompts in ``test``; near-duplicates count as one."""
     near_duplicate_threshold: float = 0.7
     """Prompts with at least this Jaccard similarity of word sets go into the same split."""
     max_prompts: int | None = None
-    """Use only the first N prompts of the file."""
+    """Use only N prompts of the file: the first of each split, in proportion."""
 
     def __post_init__(self) -> None:
         fraction(self, "data", "validation_fraction", "test_fraction", "near_duplicate_threshold")

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001
 """Words, near-duplicates and lengths where a script puts no spaces between words."""
 
 import random
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from rlaif.gold import gold_score
 from rlaif.near_duplicates import near_duplicate_clusters
-from rlaif.words import count_words, words_of
+from rlaif.text import count_words, words_of
 
 # Two questions that differ by a word, and another one.
 TRIPLES = {
