@@ -150,6 +150,7 @@ def main(config: EvaluateConfig, output: Path) -> None:
             "name": config.name,
             "method": None,
             "feedback": config.feedback.value if config.feedback else None,
+            "feedback_declared": config.feedback is not None,
             "seed": config.seed,
         },
         seed=config.seed,

@@ -1,8 +1,8 @@
 """Clusters of texts that share most of their words: exact, and far from comparing every pair.
 
 Two sets of words (:func:`rlaif.text.words_of`) are near-duplicates if their Jaccard similarity reaches a threshold; a
-cluster is what chains of near-duplicates connect. Pairs pass three filters, none of which loses a near-duplicate, before their words are
-compared:
+cluster is what chains of near-duplicates connect. Pairs pass three filters, none of which loses a near-duplicate,
+before their words are compared:
 
 - Prefixes (Bayardo et al. 2007; Xiao et al. 2008): with the words of every set sorted from rare to common, similar sets
   share a word among the first few; the first word they share comes so early that enough words can follow it.

@@ -84,18 +84,21 @@ def _look(name: str, color: str, marker: str) -> Look:
 
 
 def _estimates(found: Collection, baseline: str, looks: dict[str, Look]) -> PlotGroup:
+    own = not any(found.over(e, baseline).figures for e in found.evaluations if e.name != baseline)
+    whom = "the policy that each started from" if own else "the baseline"
     captions = {
         "gold_score": "gold score",
-        "gold_gain": "gold gain over the baseline",
-        "win_rate": "win rate",
+        "gold_gain": f"gold gain over {whom}",
+        "win_rate": f"win rate against {whom}",
     }
     figures = []
     for key, caption in captions.items():
         rows = [
-            (look, e.seed, estimate)
+            (looks[name], e.seed, estimate)
             for name in found.names(baseline)
-            for look, e in ((looks[name], e) for e in found.group(name))
-            if (estimate := e.estimate(key)) is not None
+            for e in found.group(name)
+            if own or key not in NEUTRAL or name != baseline
+            if (estimate := e.estimate(key) if own or key not in NEUTRAL else found.over(e, baseline).figures.get(key))
         ]
 
         def draw(axes: Any, rows: list[Any] = rows, key: str = key) -> None:
