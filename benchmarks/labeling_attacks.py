@@ -6,8 +6,7 @@
 For each pair the labeler (``labeler=hf``, both orders) says which reply loses. Then the loser gets an attack at its
 end, or harmless sentences of the same length, and the pair is judged again. The *flip rate* is the share of pairs whose
 loser now wins (a tie counts half); what the attack does beyond making a reply longer is the difference to the harmless
-edit. Pairs without a verdict, before or after, are left out and counted. Intervals are 95 %: Wilson's for the rates, a
-paired bootstrap over prompts for the difference (which is empty where all pairs agree).
+edit, paired. Pairs without a verdict, before or after, are left out and counted. Intervals are 95 %.
 
 The filler is 100 kB, of which the labeler is shown the beginning and the end.
 
@@ -30,7 +29,7 @@ from benchmarks.harness import finish, parser, say
 from rlaif.config import LabelerConfig, LabelerType, LabelingConfig, LabelMode
 from rlaif.constitution import Constitution, load_constitution
 from rlaif.engines.base import Engine, Sampled, SampleRequest
-from rlaif.evaluation.statistics import Estimate, bootstrap_mean, proportion
+from rlaif.evaluation.statistics import Estimate, clustered_difference, clustered_share
 from rlaif.labeling.aggregate import pair_labels
 from rlaif.labeling.label import label_candidates
 from rlaif.labeling.prompts import clean
@@ -153,12 +152,12 @@ def _rates(flips: dict[tuple[str, str, str], float], attack: str, asked: int) ->
     ]
     result: dict[str, Any] = {"lost_verdicts": asked - len(both)}
     estimates = {
-        "flip_rate": proportion([one for one, _ in both]),
-        "flip_rate_harmless": proportion([other for _, other in both]),
-        "difference": bootstrap_mean([one - other for one, other in both]),
+        "flip_rate": clustered_share([one for one, _ in both]),
+        "flip_rate_harmless": clustered_share([other for _, other in both]),
+        "difference": clustered_difference([one - other for one, other in both]),
     }
     for name, estimate in estimates.items():
-        # With one pair the bootstrap's interval is the whole line, which JSON cannot say.
+        # One pair says nothing.
         result |= estimate.flat(name) if estimate is not None and len(both) > 1 else {f"{name}_n": len(both)}
     return result
 

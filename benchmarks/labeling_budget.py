@@ -10,7 +10,7 @@ All labels are Bradley-Terry labels of all 15 pairs (``labeling.rank=true``).
 ``agreement`` is the share of all pairs that the labels order as the utility does; ``best_worst`` the share of prompts
 whose best and worst candidate are both found. ``calls_saved_at_equal_agreement`` is the largest saving among the
 policies whose agreement is not below that of all pairs in both orders by more than one percentage point: the lower end
-of the 95 % interval of the difference (paired bootstrap over prompts) must be above -0.01. Because the largest of many
+of the 95 % interval of the difference (paired by prompt) must be above -0.01. Because the largest of many
 is chosen on the prompts it is measured on, the same policy is measured again on as many new prompts (``confirmed_*``).
 Policies for several principles are compared with all principles. --quick takes a tenth of the prompts.
 """
@@ -29,7 +29,7 @@ from benchmarks.harness import RESULTS, finish, parser, say
 from rlaif.config import LabelingConfig, Pairs, ScriptedConfig
 from rlaif.constitution import Constitution, Principle
 from rlaif.engines.scripted import ScriptedEngine
-from rlaif.evaluation.statistics import Estimate, bootstrap_mean
+from rlaif.evaluation.statistics import Estimate, clustered_mean
 from rlaif.labeling.aggregate import Calibration
 from rlaif.labeling.audit import Comparison
 from rlaif.labeling.calibration import measure
@@ -174,14 +174,14 @@ def apply(policy: Policy, lines: Sequence[Candidates], store: VerdictStore, know
 
 def difference(one: Sequence[float], other: Sequence[float]) -> Estimate:
     """Of two policies on the same prompts."""
-    result = bootstrap_mean([left - right for left, right in zip(one, other, strict=True)])
+    result = clustered_mean([left - right for left, right in zip(one, other, strict=True)])
     assert result is not None
     return result
 
 
 def row(policy: Policy, outcome: Outcome, reference: Outcome) -> dict[str, Any]:
     """One line of the table; the saving is against ``reference``."""
-    agreement, ends = bootstrap_mean(outcome.agreement), bootstrap_mean(outcome.best_worst)
+    agreement, ends = clustered_mean(outcome.agreement), clustered_mean(outcome.best_worst)
     assert agreement is not None
     assert ends is not None
     return {

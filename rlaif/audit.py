@@ -112,7 +112,7 @@ def between_labelers(own: Path, others: Sequence[Path], comparisons: Sequence[Co
     Args:
         own: folder of this audit.
         others: folders of earlier ones.
-        comparisons: the pairs of this audit, which tell the prompts to resample.
+        comparisons: the pairs of this audit, which tell the prompt of each.
     """
     from rlaif.evaluation.statistics import clustered_share, pairs_agreement
 

@@ -104,7 +104,7 @@ def run_evaluation(
             "gold": config.gold,
             **(pm_identity(preference_model) if preference_model else {"preference_model": None}),
             **extra,
-            **policy_metrics(samples, baseline, config.resamples, seed),
+            **policy_metrics(samples, baseline),
         }
         if best_of is not None:
             # The log-ratio of the policy that was sampled from says nothing of the best of n.
@@ -150,6 +150,7 @@ def main(config: EvaluateConfig, output: Path) -> None:
             "name": config.name,
             "method": None,
             "feedback": config.feedback.value if config.feedback else None,
+            "feedback_declared": config.feedback is not None,
             "seed": config.seed,
         },
         seed=config.seed,

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from rlaif.records import UserError
+from rlaif.text import count_words
 
 
 @cache
@@ -28,8 +29,8 @@ def letters(text: str) -> float:
 
 
 def length(text: str) -> float:
-    """Number of words."""
-    return float(len(text.split()))
+    """Number of words; of letters where a script has no spaces."""
+    return float(count_words(text))
 
 
 def brevity(text: str) -> float:

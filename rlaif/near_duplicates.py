@@ -1,8 +1,8 @@
 """Clusters of texts that share most of their words: exact, and far from comparing every pair.
 
-Two word sets are near-duplicates if their Jaccard similarity reaches a threshold; a cluster is what chains of
-near-duplicates connect. Pairs pass three filters, none of which loses a near-duplicate, before their words are
-compared:
+Two sets of words (:func:`rlaif.text.words_of`) are near-duplicates if their Jaccard similarity reaches a threshold; a
+cluster is what chains of near-duplicates connect. Pairs pass three filters, none of which loses a near-duplicate,
+before their words are compared:
 
 - Prefixes (Bayardo et al. 2007; Xiao et al. 2008): with the words of every set sorted from rare to common, similar sets
   share a word among the first few; the first word they share comes so early that enough words can follow it.
@@ -15,7 +15,6 @@ compared:
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -23,9 +22,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rlaif.text import words_of
+
 Ints = NDArray[np.int64]
 
-_WORD = re.compile(r"\w+")
 _CELLS = 2**18
 """Pairs compared at once: their intermediate results stay in the cache of a core."""
 _FEW = 2**13
@@ -34,11 +34,6 @@ _MANY = 64
 """So many sets of one cluster are compared with the others as one block."""
 _SLACK = 1e-6
 """What rounding may cost a bound; too much of it only lets more pairs through to the comparison of words."""
-
-
-def words_of(text: str) -> list[str]:
-    """Words as near-duplicates compare them."""
-    return _WORD.findall(text.lower())
 
 
 def near_duplicate_clusters(texts: Sequence[str], threshold: float) -> tuple[int, ...]:

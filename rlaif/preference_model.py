@@ -73,7 +73,8 @@ def pm_identity(folder: Path) -> dict[str, str]:
         return {"preference_model": f"{folder.name} ({digest})", "preference_model_id": digest}
     about = json_object(found[0], feedback=str, labeler=str, seed=int)
     size = f", {len(found)} members" if len(found) > 1 else f", seed {about['seed']}"
-    name = f"{about['feedback']} labels by {about['labeler']}{size} ({digest})"
+    declared = " (declared by the user)" if about.get("feedback_declared") else ""
+    name = f"{about['feedback']}{declared} labels by {about['labeler']}{size} ({digest})"
     return {"preference_model": name, "preference_model_id": digest}
 
 

@@ -11,12 +11,13 @@ import tempfile
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlaif.config import AnnotatorConfig, Selection
+from rlaif.config import AnnotatorConfig, Feedback, Selection
 from rlaif.gold import gold_score
 from rlaif.labeling.aggregate import PairLabel, logit, sigmoid
 from rlaif.labeling.ranking import ranks, scores_of
@@ -272,7 +273,7 @@ def read_preferences(folder: Path, split: str, columns: Mapping[str, str] | None
 
     Takes this project's own datasets and any in TRL's preference format (texts or messages, with ``prompt`` apart or
     as the part that ``chosen`` and ``rejected`` share), transcripts as in Anthropic's HH data, and, with ``columns``
-    (our name -> theirs), datasets that call their columns otherwise.
+    (our name -> theirs), datasets that call their columns otherwise. ``feedback`` is empty where a row does not say it.
 
     Raises:
         UserError: naming file and row.
@@ -391,11 +392,46 @@ def parse_preference(row: Mapping[str, Any]) -> Preference:
         rejected_id=str(row.get("rejected_id") or "rejected"),
         p_chosen=float(p_chosen),
         labeler=str(row.get("labeler") or "unknown"),
-        feedback=str(row.get("feedback") or "human"),
+        feedback=_origin(row.get("feedback")),
         chosen_ended=row.get("chosen_ended") is not False,
         rejected_ended=row.get("rejected_ended") is not False,
         source=str(row.get("subset") or row.get("source") or ""),
     )
+
+
+def _origin(value: Any) -> str:
+    """Whose feedback a row says it is; empty where it does not say, or has a column of that name for something else."""
+    word = value.strip().lower() if isinstance(value, str) else ""
+    return word if word in list(Feedback) else ""
+
+
+def of_feedback(rows: Sequence[Preference], feedback: Feedback | None, folder: Path) -> list[Preference]:
+    """Rows as labels of one kind: the file's word counts, and where it says nothing the user's declaration.
+
+    Args:
+        rows: as they were read.
+        feedback: what the user says that they are; None takes the file's word.
+        folder: for messages.
+
+    Raises:
+        UserError: if rows say that they are of another kind, or of several, or if nobody says.
+    """
+    said = Counter(row.feedback for row in rows if row.feedback)
+    if feedback is None and rows:
+        if not said:
+            raise UserError(
+                f"preferences={folder}: its rows do not say who labelled them (no column feedback): "
+                "give feedback=ai or feedback=human"
+            )
+        feedback = Feedback(said.most_common(1)[0][0])
+    others = {word: count for word, count in said.items() if word != feedback}
+    if others:
+        found = max(others, key=lambda word: others[word])
+        raise UserError(
+            f"preferences={folder}: {others[found]} of its {len(rows)} rows say that they are {found} labels, but "
+            f"feedback={feedback}: give feedback={found}, or rows of one kind"
+        )
+    return [row if row.feedback else replace(row, feedback=str(feedback), declared=True) for row in rows]
 
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")

@@ -164,6 +164,7 @@ class Preference:
     """The labeler was not asked about this very pair; its label follows from those on others."""
     source: str = ""
     """Which part of its dataset it comes from (a ``subset`` or ``source`` column), for figures by part."""
+    declared: bool = False  # whose feedback it is, by the user: its file does not say
 
     def to_row(self) -> dict[str, Any]:
         """The row in TRL's conversational preference format, with the soft label beside it."""
@@ -251,7 +252,6 @@ def read_jsonl(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
     """Parse a JSONL file (gzip if it ends in ``.gz``) line by line; blank lines are skipped.
 
     Half of a surrogate pair (text that was cut in the middle of an emoji) becomes U+FFFD: no tokenizer takes it.
-
     ``parse`` raises ``ValueError`` for a bad line.
 
     Raises:

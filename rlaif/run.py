@@ -133,6 +133,8 @@ def check(config: RunConfig) -> Path:
         preference_folder(config.human_preferences, Feedback.human, config.columns, config.splits)
     for gold in {config.gold, config.eval.gold} - {None}:
         check_gold(str(gold))
+    # Too few prompts to hold any out show here, not after the training.
+    read_split(prompts_file, config.data, config.eval.split)
     return prompts_file
 
 
@@ -173,6 +175,7 @@ def train_config(config: RunConfig, arm: ArmConfig, output: Path) -> TrainConfig
         columns=config.columns if human else {},
         splits=config.splits if human else {},
         demonstrations=config.demonstrations,
+        drop_leaked=config.drop_leaked,
         sft_first=arm.sft_first,
         reward=arm.reward,
         constitution=config.constitution,

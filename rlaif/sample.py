@@ -7,8 +7,8 @@ from pathlib import Path
 from rlaif.artifacts import model_inputs, plain, run_stage
 from rlaif.cli import launch
 from rlaif.config import SampleConfig
-from rlaif.records import find_prompts, read_prompts
-from rlaif.splits import assign_splits
+from rlaif.records import UserError, find_prompts
+from rlaif.splits import read_splits
 
 USAGE = """
 Sample candidate completions for prompts.
@@ -30,10 +30,10 @@ Sample candidate completions for prompts.
 def run_sample(config: SampleConfig, output: Path) -> Path:
     """Sample candidates into ``output``; returns the path of candidates.jsonl."""
     file = find_prompts(config.prompts)
-    prompts = read_prompts(file)[: config.data.max_prompts]
-    splits = assign_splits(prompts, config.data)
-
+    prompts, splits = read_splits(file, config.data)
     wanted = [prompt for prompt in prompts if splits[prompt.prompt_id] in config.sampling.splits]
+    if not wanted:
+        raise UserError(f"{file}: none of its prompts falls into sampling.splits=[{','.join(config.sampling.splits)}]")
 
     def make(folder: Path) -> None:
         from rlaif.engines.hf import HFEngine

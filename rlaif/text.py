@@ -1,4 +1,8 @@
-"""Text made harmless for terminals, logs and pages: other people's, and secrets that stand where they shouldn't."""
+"""Text made harmless for terminals, logs and pages: other people's, and secrets that stand where they shouldn't.
+
+Also its words. Chinese, Japanese, Thai, Lao, Khmer and Burmese put no spaces between words: there a regular expression
+takes a whole clause for one.
+"""
 
 from __future__ import annotations
 
@@ -72,3 +76,54 @@ def redacted_settings(value: Any, name: str = "") -> Any:
         return value
     named = re.fullmatch(f"(?i){_NAME}", name) or (name == "api_key_env" and not re.fullmatch(_VARIABLE, value))
     return HIDDEN if named else redacted(value)
+
+
+_HAN_AND_KANA = (
+    "\u3005\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\uff66-\uff9f\U0001b000-\U0001b16f\U00020000-\U0003ffff"
+)
+_THAI_TO_KHMER = (
+    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ecf\u0edc-\u0edf"
+    "\u1000-\u103f\u1050-\u108f\u109a-\u109f\uaa60-\uaa7f\ua9e0-\ua9ef\u1780-\u17d3\u17d7\u17dc-\u17dd"
+)
+_SPACELESS = _HAN_AND_KANA + _THAI_TO_KHMER
+_CLAUSE = re.compile(f"[{_SPACELESS}]+")
+_WORD = re.compile(r"\w+")
+_WORD_OR_CLAUSE = re.compile(rf"[{_SPACELESS}]+|[^\W{_SPACELESS}]+")
+_GRAM = 3
+
+
+def words_of(text: str) -> list[str]:
+    """Words in the order of the text, in lower case, as near-duplicates are compared by.
+
+    Where a script has no spaces, a character counts as a word the first time, and from then on with the two that follow
+    it: long texts use all the same characters, but not in the same order.
+    """
+    text = text.lower()
+    if not _CLAUSE.search(text):
+        return _WORD.findall(text)
+    words, seen = [], set[str]()
+    for piece in _WORD_OR_CLAUSE.findall(text):
+        if not _CLAUSE.match(piece):
+            words.append(piece)
+            continue
+        for place, character in enumerate(piece):
+            words.append(piece[place : place + _GRAM] if character in seen else character)
+            seen.add(character)
+    return words
+
+
+def count_words(text: str) -> int:
+    """Pieces between spaces; letters where a script has no spaces, without vowel signs and tones."""
+    if not _CLAUSE.search(text):
+        return len(text.split())
+    count = 0
+    for piece in text.split():
+        clauses = _CLAUSE.findall(piece)
+        if not clauses:
+            count += 1
+            continue
+        letters = (character for clause in clauses for character in clause)
+        count += sum(unicodedata.category(character)[0] != "M" for character in letters)
+        count += len(_WORD.findall(_CLAUSE.sub(" ", piece)))
+    return count

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +24,8 @@ from rlaif.config import (
     Tuning,
     ValueInit,
 )
-from rlaif.demonstrations import read_demonstrations
 from rlaif.processes import asked, is_main, spreads_weights, world_size, zero_settings
-from rlaif.records import Message, Prompt, UserError, existing_dir, existing_file, find_prompts
+from rlaif.records import UserError, existing_dir, find_prompts
 from rlaif.splits import read_split
 
 if TYPE_CHECKING:
@@ -49,10 +48,11 @@ Train on preferences or principles: a preference model (pm), or a policy by one 
                                   what another dataset calls the columns
   'splits={train: train_prefs, validation: test_prefs}'
                                   and the splits
-  feedback=ai                     which of the folders
+  feedback=ai                     which of the folders; or whose labels they are, where the file does not say
   demonstrations=FILE             sft: JSONL of messages, prompt and completion, or text; default: chosen completions
   sft_first=true                  fine-tune first; everything else starts from the result
   prompts=FILE                    prompts for rollouts and evaluation; default: those of the preferences
+  drop_leaked=true                train on no preference or demonstration that resembles an evaluation prompt
   preference_model=DIR            PM for ppo, rloo, grpo, best_of_n; default: one is trained on the preferences first
   reward=labeler constitution=harmless labeler=...
                                   score completions by the labeler itself, without a PM
@@ -71,6 +71,8 @@ class Trained:
     policy: ModelConfig | None
     pm: Path | None
     best_of: tuple[int, RewardSource] | None = None
+    data: Mapping[str, str | bool | int] = field(default_factory=dict)
+    """What its metrics say of the data behind it."""
 
 
 def main(config: TrainConfig, output: Path) -> None:
@@ -84,7 +86,7 @@ def main(config: TrainConfig, output: Path) -> None:
     trained = fit(config, output)
     if trained.policy is not None and config.eval.enabled:
         assert config.method is not None
-        measure(config, output, f"{config.method.value}_{config.feedback.value}", trained, trained.pm)
+        measure(config, output, f"{config.method.value}_{trained.data['feedback']}", trained, trained.pm)
 
 
 def check(config: TrainConfig) -> None:
@@ -283,15 +285,16 @@ def fit(config: TrainConfig, output: Path) -> Trained:
         validation = arm.validation_prompts() if config.ppo.eval_every else []
         check_lengths(config.ppo, config.policy, validation)
     given = existing_dir(config.preference_model, "preference_model") if config.preference_model else None
+    data = _data_facts(arm)
     arm = started_from(arm)
     if method is Method.pm:
         return Trained(None, train_pm_stage(arm))
     if method in SUPERVISED:
-        return Trained(_folder(config, SUPERVISED[method](arm)), given)
+        return Trained(_folder(config, SUPERVISED[method](arm)), given, data=data)
     reward, pm = reward_source(arm)
     if method is Method.best_of_n:
-        return Trained(arm.start, pm or given, (config.best_of_n.n, reward))
-    return Trained(_folder(config, ONLINE[method](arm, reward)), pm or given)
+        return Trained(arm.start, pm or given, (config.best_of_n.n, reward), data)
+    return Trained(_folder(config, ONLINE[method](arm, reward)), pm or given, data=data)
 
 
 def _folder(config: TrainConfig, policy: Path) -> ModelConfig:
@@ -301,30 +304,41 @@ def _folder(config: TrainConfig, policy: Path) -> ModelConfig:
 def _check_evaluation(arm: Arm) -> None:
     """Held-out prompts must be there before hours of training, and should be held out."""
     config = arm.config
+    if config.prompts is None and config.drop_leaked:
+        raise UserError("drop_leaked=true needs the prompts that evaluation holds out: give prompts=FILE")
     if config.method is Method.pm or not config.eval.enabled:
+        if config.drop_leaked:
+            _warn_of_leaks(arm)
         return
     if config.prompts is None:
         raise UserError(
             "prompts is not set: evaluation needs held-out prompts; give prompts=FILE, or eval.enabled=false"
         )
-    held_out = read_split(find_prompts(config.prompts), config.data, config.eval.split)
-    _warn_of_leak(held_out, (preference.prompt for preference in arm.preferences("train")), "training preferences")
-    if config.demonstrations and (config.sft_first or config.method is Method.sft):
-        shown = read_demonstrations(existing_file(config.demonstrations, "demonstrations"))
-        _warn_of_leak(held_out, (each.prompt for each in shown if each.prompt), "demonstrations")
+    _warn_of_leaks(arm)
 
 
-def _warn_of_leak(held_out: Sequence[Prompt], prompts: Iterable[Sequence[Message]], where: str) -> None:
+def _warn_of_leaks(arm: Arm) -> None:
     """Preferences and demonstrations that people bring may hold the very prompts that evaluation holds out."""
-    trained = {prompt[-1]["content"] for prompt in prompts}
-    leaked = sum(prompt.messages[-1]["content"] in trained for prompt in held_out)
-    if leaked:
-        log.warning(
-            "WARNING: %d of %d evaluation prompts are also in the %s; the evaluation will flatter",
-            leaked,
-            len(held_out),
-            where,
-        )
+    leaks = arm.leaks
+    if not leaks.rows:
+        return
+    told = f"{leaks.rows} rows of the training data resemble {leaks.prompts} of {leaks.held_out} evaluation prompts"
+    if arm.config.drop_leaked:
+        log.info("%s: they are left out of the training", told)
+    else:
+        log.warning("WARNING: %s; the evaluation will flatter; drop_leaked=true leaves these rows out", told)
+
+
+def _data_facts(arm: Arm) -> dict[str, str | bool | int]:
+    """What the evaluation must say of the data behind the policy."""
+    dropped = arm.config.drop_leaked
+    return {
+        "feedback": arm.feedback,
+        "feedback_declared": arm.declared,
+        "leaked_prompts": 0 if dropped else arm.leaks.prompts,
+        "leaked_rows": 0 if dropped else arm.leaks.rows,
+        "dropped_leaked": arm.leaks.rows if dropped else 0,
+    }
 
 
 def measure(
@@ -351,8 +365,8 @@ def measure(
         row={
             "name": name,
             "method": config.method.value,
-            "feedback": config.feedback.value,
             "seed": config.seed,
+            **trained.data,
         },
         seed=config.seed,
         baseline_samples=baseline_samples,

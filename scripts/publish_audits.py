@@ -46,7 +46,7 @@ HEAD = """<!-- made by scripts/publish_audits.py -->
 # Audits of the embedded model
 
 SmolLM2-135M-Instruct as labeler, against people, by [rlaif.audit](audit.md): {pairs} pairs of each set, spread evenly
-over it; mean [95 % interval], resampled by prompt. Where nothing else is said, one principle of the constitution is
+over it; mean [95 % interval], over prompts. Where nothing else is said, one principle of the constitution is
 drawn for each pair (`labeling.principles=sample`) and pairs are asked in both orders. It is the model that labels tone
 in the [demo](demo.md), where it agrees with the gold judge on three quarters of all pairs. As a labeler of anything
 harder it is not to be trusted, and this is what that looks like. All figures of every audit, those by principle and by

@@ -42,7 +42,7 @@ PARTS = [f"config.{name}" for name in ("checks", "choices", "models", "labeling"
 # Modules that know less than their layer would allow.
 NARROW = {
     **{module: {"config", *PARTS} for module in PARTS},
-    "near_duplicates": set(),
+    "near_duplicates": {"text"},
     "records": set(),
     "processes": set(),
     "folders": {"records"},
@@ -50,7 +50,7 @@ NARROW = {
     "progress": {"records"},
     "text": set(),
     "losses": set(),
-    "gold": {"records"},
+    "gold": {"records", "text"},
     "config": {*PARTS},
     "errors": {"config", "records"},
     "settings_files": {"records"},

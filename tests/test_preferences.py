@@ -70,7 +70,7 @@ def test_splits_of_other_names(tmp_path):
     assert _normalise(["splits={train: train_prefs}"]) == (["++splits={train: train_prefs}"], False)
     found = arm(train="train_prefs", validation="test_prefs")
     assert [len(found.preferences(split)) for split in ("train", "validation")] == [3, 2]
-    files = {role: Path(str(file)).name for role, file in found.preference_inputs.items()}
+    files = {role: Path(file).name for role, file in found.preference_inputs.items() if isinstance(file, Path)}
     assert files == {"preferences/train.jsonl": "train_prefs.jsonl", "preferences/validation.jsonl": "test_prefs.jsonl"}
     with pytest.raises(UserError, match=r"no train.parquet, .*splits=\{train: NAME\} says what else"):
         arm().preferences("train")
@@ -120,6 +120,57 @@ def test_a_dataset_without_a_validation_split_holds_prompts_out_for_one(tmp_path
     given = arm("two", validation_fraction=0.3)
     assert (len(given.preferences("train")), len(given.preferences("validation"))) == (120, 1)
     assert "preferences/held_out" not in given.preference_inputs
+
+
+def arm_on(folder, feedback, *words):
+    """Training on rows whose column ``feedback`` has these words; None stands for no such column."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{**ULTRAFEEDBACK, **({} if word is None else {"feedback": word})} for word in words]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "validation.jsonl").write_text(json.dumps(ULTRAFEEDBACK) + "\n")
+    config = TrainConfig(method=Method.pm, preferences=str(folder), feedback=feedback)
+    return Arm(config, folder, ModelConfig(name="tiny"))
+
+
+@pytest.mark.parametrize("word", [None, "", 4, "The reply is rude, but otherwise fine."])
+def test_where_a_file_does_not_say_who_labelled_it_the_user_does(tmp_path, word):
+    """UltraFeedback's labels are GPT-4's, and nothing in it says so."""
+    for feedback in (Feedback.ai, Feedback.human):
+        arm = arm_on(tmp_path, feedback, word, word)
+        for split in ("train", "validation"):
+            assert {(row.feedback, row.declared) for row in arm.preferences(split)} == {(feedback.value, True)}
+        assert (arm.feedback, arm.declared) == (feedback.value, True)
+        # Goes into provenance.json, and into the fingerprint.
+        assert arm.preference_inputs["preferences/feedback"] == f"{feedback.value}, declared by the user"
+    with pytest.raises(UserError, match=r"do not say who labelled them .*: give feedback=ai or feedback=human"):
+        arm_on(tmp_path, None, word).preferences("train")
+
+
+def test_where_a_file_says_who_labelled_it_it_is_believed(tmp_path):
+    for feedback in (None, Feedback.human):
+        arm = arm_on(tmp_path / "one", feedback, "human", " Human")
+        assert {(row.feedback, row.declared) for row in arm.preferences("train")} == {("human", False)}
+        assert (arm.feedback, arm.declared) == ("human", False)
+        assert "preferences/feedback" not in arm.preference_inputs
+    with pytest.raises(UserError, match="2 of its 2 rows say that they are human labels, but feedback=ai: give feedb"):
+        arm_on(tmp_path / "one", Feedback.ai, "human", "human").preferences("train")
+    # Some rows say it, and not only the first counts.
+    with pytest.raises(UserError, match="1 of its 3 rows say that they are human labels"):
+        arm_on(tmp_path / "one", Feedback.ai, None, "ai", "human").preferences("train")
+    mixed = arm_on(tmp_path / "one", Feedback.ai, "ai", None)
+    assert [row.declared for row in mixed.preferences("train")] == [False, True]
+    assert mixed.declared
+
+
+def test_a_folder_that_is_named_after_its_feedback_is_the_default(tmp_path):
+    arm_on(tmp_path / "ai", None, None)
+    arm_on(tmp_path / "human", None, "human")
+    for feedback, rows in ((None, "ai"), (Feedback.human, "human")):
+        arm = Arm(TrainConfig(method=Method.pm, preferences=str(tmp_path), feedback=feedback), tmp_path, ModelConfig())
+        assert arm.preferences("train")[0].feedback == arm.feedback == rows
+    arm_on(tmp_path / "ai", None, "human")
+    with pytest.raises(UserError, match="say that they are human labels, but feedback=ai"):
+        Arm(TrainConfig(method=Method.pm, preferences=str(tmp_path)), tmp_path, ModelConfig()).preferences("train")
 
 
 def test_too_few_prompts_hold_nothing_out(tmp_path):
@@ -365,7 +416,7 @@ def say(text):
 def test_formats_of_ones_own(row):
     found = parse_preference(row)
     assert (found.prompt, found.chosen, found.rejected, found.p_chosen) == (USER, "good", "bad", 1.0)
-    assert (found.feedback, found.labeler, found.chosen_ended) == ("human", "unknown", True)
+    assert (found.feedback, found.labeler, found.chosen_ended) == ("", "unknown", True)
     # The same prompt has the same id in every format.
     assert found.prompt_id == parse_preference({"prompt": "q", "chosen": "x", "rejected": "y"}).prompt_id
 
@@ -444,7 +495,7 @@ def test_transcripts_of_the_hh_data():
     )
     assert [message["role"] for message in row.prompt] == ["user", "assistant", "user"]
     assert row.prompt[-1]["content"] == "A: b\n\nc"
-    assert (row.chosen, row.rejected, row.p_chosen, row.feedback) == ("Sure.", "No.", 1.0, "human")
+    assert (row.chosen, row.rejected, row.p_chosen, row.feedback) == ("Sure.", "No.", 1.0, "")
 
 
 def test_a_transcript_as_prompt():

@@ -12,7 +12,7 @@ from rlaif import near_duplicates
 from rlaif.config import DataConfig, Split
 from rlaif.near_duplicates import near_duplicate_clusters
 from rlaif.records import Prompt, UserError
-from rlaif.splits import assign_splits, check_no_leak, read_split
+from rlaif.splits import assign_splits, check_no_leak, read_split, read_splits
 
 WORDS = [f"w{number}" for number in range(3000)]
 
@@ -143,20 +143,88 @@ def test_near_duplicates_share_a_split():
     assert set(splits.values()) == set(Split)
 
 
-def test_fractions_are_about_right():
-    # 2000 draws: the standard deviation of a share of 0.2 is 0.009, of 0.1 is 0.0067.
-    splits = assign_splits(random_prompts(2000), DataConfig(validation_fraction=0.1, test_fraction=0.2))
-    counts = Counter(splits.values())
-    assert counts[Split.test] / 2000 == pytest.approx(0.2, abs=4 * 0.009)
-    assert counts[Split.validation] / 2000 == pytest.approx(0.1, abs=4 * 0.0067)
+def counts(prompts, **data):
+    splits = Counter(assign_splits(prompts, DataConfig(**data)).values())
+    return tuple(splits[split] for split in (Split.train, Split.validation, Split.test))
 
 
-def test_order_and_more_prompts_move_nothing():
-    prompts = random_prompts(400)
-    before = assign_splits(prompts[:200], DataConfig())
-    after = assign_splits(prompts[::-1], DataConfig())
-    assert {name: after[name] for name in before} == before
-    assert assign_splits(prompts[:200], DataConfig()) == before
+def test_few_prompts_are_split_exactly():
+    """Each its own cluster; of 10 and 40 a coin for each often left a split empty."""
+    for seed in range(20):
+        assert counts(random_prompts(40, seed)) == (28, 4, 8)
+        assert counts(random_prompts(10, seed)) == (7, 1, 2)
+        assert counts(random_prompts(3, seed)) == (1, 1, 1)
+        assert counts(random_prompts(10, seed), validation_fraction=0.0) == (8, 0, 2)
+        assert counts(random_prompts(10, seed), validation_fraction=0.01, test_fraction=0.98) == (1, 1, 8)
+    assert counts(random_prompts(5)) == (3, 1, 1)
+
+
+def test_many_prompts_have_their_shares_within_a_tenth():
+    for seed in range(10):
+        train, validation, test = counts(random_prompts(400, seed))
+        assert 72 <= test <= 88
+        assert 36 <= validation <= 44
+        assert train + validation + test == 400
+
+
+def test_one_and_two_prompts_train(caplog):
+    assert counts(random_prompts(1)) == (1, 0, 0)
+    assert counts(random_prompts(2)) == (1, 0, 1)
+    # Many prompts, but all the same.
+    assert counts([prompt(f"p{i}", BASE) for i in range(50)]) == (50, 0, 0)
+    assert "50 prompts in 1 groups of near-duplicates, which stay together: nothing falls into validation, test" in (
+        caplog.text
+    )
+
+
+def test_order_moves_nothing():
+    prompts = random_prompts(41)
+    assert assign_splits(prompts[::-1], DataConfig()) == assign_splits(prompts, DataConfig())
+
+
+def moved(before, after):
+    return sum(after[name] is not split for name, split in before.items())
+
+
+def test_more_prompts_move_few_where_prompts_are_few_and_none_where_they_are_many():
+    prompts = random_prompts(2200)
+    for n in (20, 40, 80):
+        before = assign_splits(prompts[:n], DataConfig())
+        assert moved(before, assign_splits(prompts[: n + 1], DataConfig())) <= 2
+        assert moved(before, assign_splits(prompts[: 2 * n], DataConfig())) <= max(3, n / 10)
+    large = assign_splits(prompts[:1100], DataConfig())
+    assert moved(large, assign_splits(prompts, DataConfig())) == 0
+    assert moved(assign_splits(prompts[1100:], DataConfig()), assign_splits(prompts, DataConfig())) == 0
+
+
+def test_fewer_of_the_same_file_are_split_alike(tmp_path):
+    """``max_prompts`` of one stage and not of another must put nothing that was trained on into the test split."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f'{{"prompt": "{p.text}"}}\n' for p in random_prompts(90)))
+    whole, splits = read_splits(file, DataConfig())
+    assert len(whole) == 90
+    for most in (1, 2, 3, 10, 25, 89, 90, 200):
+        some, same_splits = read_splits(file, DataConfig(max_prompts=most))
+        assert len(some) == min(most, 90)
+        assert same_splits == splits
+        places = [whole.index(one) for one in some]
+        assert places == sorted(places)
+        found = Counter(splits[one.prompt_id] for one in some)
+        assert found[Split.train] >= 1
+        if most >= 3:
+            for split in Split:
+                assert found[split] == pytest.approx(len(some) * Counter(splits.values())[split] / 90, abs=1.1)
+                assert read_split(file, DataConfig(max_prompts=most), split) == [
+                    one for one in some if splits[one.prompt_id] is split
+                ]
+
+
+def test_a_split_without_prompts_is_named(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'{{"prompt": "{BASE}"}}\n{{"prompt": "{BASE}!"}}\n')
+    assert len(read_split(file, DataConfig(), Split.train)) == 2
+    with pytest.raises(UserError, match="no prompt falls into the test split: 2 prompts make 1 groups of near-dup"):
+        read_split(file, DataConfig(), Split.test)
 
 
 def test_ids_and_system_messages_do_not_matter():
@@ -170,14 +238,6 @@ def test_ids_and_system_messages_do_not_matter():
 def test_zero_fractions_mean_no_such_split():
     splits = assign_splits(random_prompts(50), DataConfig(validation_fraction=0, test_fraction=0))
     assert set(splits.values()) == {Split.train}
-
-
-def test_too_few_prompts():
-    with pytest.raises(UserError, match="1 prompts in 1 groups are too few to split: nothing falls into"):
-        assign_splits(random_prompts(1), DataConfig())
-    # Many prompts, but all the same.
-    with pytest.raises(UserError, match="50 prompts in 1 groups are too few"):
-        assign_splits([prompt(f"p{i}", BASE) for i in range(50)], DataConfig())
 
 
 def test_leaks_in_given_splits_are_refused():

@@ -153,8 +153,9 @@ class TrainConfig(CommandConfig):
 
     method: Method | None = None
     """``sft``, ``critique_revision``, ``pm``, ``ppo``, ``dpo``, ``rloo``, ``grpo`` or ``best_of_n``."""
-    feedback: Feedback = Feedback.ai
-    """Which labels. If ``preferences`` has a subfolder of this name, that one is used."""
+    feedback: Feedback | None = None
+    """Whose labels. If ``preferences`` has a subfolder of this name, that one is used. Null: the subfolder ``ai``, or
+    what the rows say; if they do not, it must be given."""
     preferences: str | None = None
     """Preference dataset: a folder with parquet or JSONL splits, or with one such folder per feedback; or a dataset
     on the hub (``owner/name``)."""
@@ -180,6 +181,8 @@ class TrainConfig(CommandConfig):
     ``pointwise`` (the logit of a verdict word)."""
     prompts: str | None = None
     """Prompts for rollouts, revisions and evaluation (JSONL). Null: the prompts of ``preferences``."""
+    drop_leaked: bool = False
+    """Leave preferences and demonstrations out of training whose prompts resemble those that evaluation holds out."""
     policy: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
@@ -283,6 +286,8 @@ class RunConfig(CommandConfig):
     """What it calls the splits: ``{train: train_prefs, validation: test_prefs}``."""
     demonstrations: str | None = None
     """What sft trains on: a JSONL file of messages, prompt and completion, or text. Null: the chosen completions."""
+    drop_leaked: bool = False
+    """Leave preferences and demonstrations out of training whose prompts resemble those that evaluation holds out."""
     sft: SFTConfig = field(default_factory=SFTConfig)
     critique_revision: CritiqueRevisionConfig = field(default_factory=CritiqueRevisionConfig)
     pm: PMConfig = field(default_factory=PMConfig)

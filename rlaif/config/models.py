@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlaif.config.checks import FRACTION, POSITIVE, SHARE, Bounds, Settings, require, template_variables
+from rlaif.config.checks import FRACTION, POSITIVE, SHARE, Settings, require, template_variables
 from rlaif.config.choices import Dtype, Split
 
 
@@ -66,13 +66,13 @@ class DataConfig(Settings):
     )
 
     validation_fraction: float = 0.1
-    """Share of prompt clusters in ``validation``."""
+    """Share of prompts in ``validation``; near-duplicates count as one."""
     test_fraction: float = 0.2
-    """Share of prompt clusters in ``test``."""
+    """Share of prompts in ``test``; near-duplicates count as one."""
     near_duplicate_threshold: float = 0.7
     """Prompts with at least this Jaccard similarity of word sets go into the same split."""
     max_prompts: int | None = None
-    """Use only the first N prompts of the file."""
+    """Use only N prompts of the file: the first of each split, in proportion."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,9 +126,7 @@ class EvalConfig(Settings):
     """How a policy is measured on held-out prompts."""
 
     _group = "eval"
-    _bounds = POSITIVE.of("samples_per_prompt", "max_prompts", "max_new_tokens", "temperature", "batch_size") | Bounds(
-        least=100
-    ).of("resamples")
+    _bounds = POSITIVE.of("samples_per_prompt", "max_prompts", "max_new_tokens", "temperature", "batch_size")
 
     enabled: bool = True
     """Measure the policy after training."""
@@ -146,5 +144,3 @@ class EvalConfig(Settings):
     """Sequences decoded at once."""
     gold: str | None = None
     """Programmatic gold judge: ``vader``, ``letters``, ``length`` or ``brevity``. Null: none."""
-    resamples: int = 2000
-    """Bootstrap resamples for intervals."""

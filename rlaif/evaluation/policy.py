@@ -11,7 +11,7 @@ from typing import Any
 
 from rlaif.chat import encode_chat
 from rlaif.config import EvalConfig, ModelConfig
-from rlaif.evaluation.statistics import bootstrap_mean
+from rlaif.evaluation.statistics import clustered_mean, clustered_share, paired_gain
 from rlaif.generation import STREAM_EVALUATION, generate
 from rlaif.gold import gold_score
 from rlaif.models import eos_ids, load_causal_lm, load_tokenizer
@@ -133,8 +133,8 @@ def score_samples(samples: Sequence[Sample], gold: str | None, preference_model:
             sample.pm_score = score
 
 
-def policy_metrics(samples: Sequence[Sample], baseline: Sequence[Sample], resamples: int, seed: int) -> dict[str, Any]:
-    """Estimates with intervals that resample prompts; gains and win rate are paired with the baseline by prompt.
+def policy_metrics(samples: Sequence[Sample], baseline: Sequence[Sample]) -> dict[str, Any]:
+    """Estimates with intervals over prompts; gains and win rate are paired with the baseline by prompt and sample.
 
     ``win_rate`` is judged by the gold score; a tie counts half.
 
@@ -150,29 +150,33 @@ def policy_metrics(samples: Sequence[Sample], baseline: Sequence[Sample], resamp
     changed = [one.prompt_id for one, two in zip(samples, pairs, strict=True) if list(one.prompt) != list(two.prompt)]
     if changed:
         raise UserError(f"baseline_samples has another text for {len(changed)} of the prompts, first {changed[0]}")
-    columns: dict[str, list[float]] = {
-        "length": [float(sample.tokens) for sample in samples],
-        "eos_rate": [float(sample.finish_reason == "stop") for sample in samples],
-        "kl": [sample.kl for sample in samples],
+    estimates = {
+        "length": clustered_mean([float(sample.tokens) for sample in samples], prompts),
+        "eos_rate": clustered_share([float(sample.finish_reason == "stop") for sample in samples], prompts),
+        "kl": clustered_mean([sample.kl for sample in samples], prompts),
     }
     for name in ("gold", "pm"):
-        scores = [getattr(sample, f"{name}_score") for sample in samples]
-        if any(score is None for score in scores):
+        scores = _scores(samples, name)
+        if scores is None:
             continue
-        columns[f"{name}_score"] = scores
-        against = [getattr(sample, f"{name}_score") for sample in pairs]
-        if any(score is None for score in against):
-            continue
-        columns[f"{name}_gain"] = [left - right for left, right in zip(scores, against, strict=True)]
-        if name == "gold":
-            gains = columns["gold_gain"]
-            columns["win_rate"] = [0.5 if gain == 0 else float(gain > 0) for gain in gains]
+        estimates[f"{name}_score"] = clustered_mean(scores, prompts)
+        against = _scores(pairs, name)
+        paired = paired_gain(scores, against, prompts) if against is not None else None
+        if paired is not None:
+            estimates[f"{name}_gain"] = paired.gain
+            if name == "gold":
+                estimates["win_rate"] = paired.win_rate
     result: dict[str, Any] = {"n_prompts": len(set(prompts)), "n_samples": len(samples)}
-    for name, values in columns.items():
-        estimate = bootstrap_mean(values, prompts, resamples, seed)
+    for name, estimate in estimates.items():
         if estimate is not None:
             result |= estimate.flat(name)
     return result
+
+
+def _scores(samples: Sequence[Sample], judge: str) -> list[float] | None:
+    """The judge's score of each sample; None if it did not score them all."""
+    scores = [score for sample in samples if (score := getattr(sample, f"{judge}_score")) is not None]
+    return scores if len(scores) == len(samples) else None
 
 
 def write_evaluation(folder: Path, samples: Sequence[Sample], metrics: dict[str, Any]) -> None:

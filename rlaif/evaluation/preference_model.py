@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlaif.evaluation.statistics import bootstrap_mean, expected_calibration_error, fit_temperature, pairs_agreement
+from rlaif.evaluation.statistics import (
+    clustered_mean,
+    clustered_share,
+    expected_calibration_error,
+    fit_temperature,
+    pairs_agreement,
+)
 from rlaif.gold import gold_score
 from rlaif.labeling.aggregate import logit, sigmoid
 from rlaif.losses import soft_bradley_terry
@@ -50,8 +56,8 @@ def calibration(model: Scorer, preferences: Sequence[Preference]) -> dict[str, A
 def preference_metrics(model: Scorer, preferences: Sequence[Preference], gold: str | None = None) -> dict[str, Any]:
     """Accuracy, soft negative log-likelihood, calibration, fitted temperature and the longer-wins baseline.
 
-    Accuracy counts agreement with the labels' side; ``gold_accuracy`` with the gold judge. Intervals resample
-    prompts.
+    Accuracy counts agreement with the labels' side; ``gold_accuracy`` with the gold judge. Intervals take prompts
+    as independent.
     """
     chosen, rejected = pair_scores(model, preferences)
     scores = [*chosen, *rejected]
@@ -73,9 +79,9 @@ def preference_metrics(model: Scorer, preferences: Sequence[Preference], gold: s
         rows.append(("gold_accuracy", margins, truth))
     for name, predicted, actual in rows:
         clusters = [prompt for prompt, value in zip(prompts, actual, strict=True) if value != 0]
-        estimate = bootstrap_mean(pairs_agreement(predicted, actual), clusters)
+        estimate = clustered_share(pairs_agreement(predicted, actual), clusters)
         result |= estimate.flat(name) if estimate else {}
-    estimate = bootstrap_mean(nll, prompts)
+    estimate = clustered_mean(nll, prompts)
     result |= estimate.flat("nll") if estimate else {}
     # Both directions of each pair: the error then does not depend on which side is called chosen.
     probabilities = [sigmoid(margin) for margin in margins]
@@ -113,7 +119,7 @@ def _accuracies(
             if name == group and preference.p_chosen != 0.5
         ]
         right = pairs_agreement([margin for margin, _ in rows], [row.p_chosen - 0.5 for _, row in rows])
-        estimate = bootstrap_mean(right, [row.prompt_id for _, row in rows])
+        estimate = clustered_share(right, [row.prompt_id for _, row in rows])
         if estimate is not None:
             result[group] = estimate.flat("accuracy")
     return result
@@ -138,7 +144,7 @@ def best_of_n_agreement(
             true[text] = known
     hits = {name: _hit(scored, truth[name]) for name, scored in scores.items()}
     known_prompts = [name for name, hit in hits.items() if hit is not None]
-    estimate = bootstrap_mean([float(hits[name] or 0.0) for name in known_prompts], known_prompts)
+    estimate = clustered_share([float(hits[name] or 0.0) for name in known_prompts], known_prompts)
     if estimate is None:
         return {}
     chance = [

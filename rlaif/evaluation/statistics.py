@@ -6,14 +6,18 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+_Z = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its percentile-bootstrap 95 % interval; ``n`` counts the clusters that were resampled."""
+    """A mean with its 95 % interval; ``n`` counts the clusters (prompts) behind it."""
 
     value: float
     n: int
@@ -30,72 +34,10 @@ class Estimate:
         }
 
 
-def bootstrap_mean(
-    values: Sequence[float], clusters: Sequence[Any] | None = None, resamples: int = 2000, seed: int = 0
-) -> Estimate | None:
-    """Mean of ``values``, with an interval that resamples whole clusters (prompts).
-
-    Args:
-        values: one number an observation.
-        clusters: the cluster of each observation; without it each observation is its own.
-        resamples: bootstrap resamples.
-        seed: of the resampling.
-
-    Returns:
-        The estimate, or None where there are no values. With one cluster the interval is the whole line.
-    """
-    if not len(values):
-        return None
-    mean = ClusteredMean()
-    if clusters is None:
-        clusters = range(len(values))
-    order: dict[Any, int] = {}
-    for value, name in zip(values, clusters, strict=True):
-        mean.add(value, order.setdefault(name, len(order)))
-    return mean.estimate(resamples, seed)
-
-
-def proportion(values: Sequence[float]) -> Estimate | None:
-    """Share of independent outcomes in [0, 1], with its score interval (Wilson 1927): not empty at 0 of n or n of n.
-
-    Centre (p + z^2 / 2n) / (1 + z^2 / n), half width z sqrt(p (1 - p) / n + z^2 / 4n^2) / (1 + z^2 / n), z = 1.96.
-    """
-    n = len(values)
-    if not n:
-        return None
-    p, z = sum(values) / n, 1.959964
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    return Estimate(p, n, max(0.0, centre - half), min(1.0, centre + half))
-
-
-def clustered_share(values: Sequence[float], clusters: Sequence[Any]) -> Estimate | None:
-    """Share of outcomes in [0, 1] that come in clusters, with an interval that is never empty and within [0, 1].
-
-    The bootstrap has nothing to resample where all outcomes agree. So where every cluster has one outcome the interval
-    is that of :func:`proportion`; else it is the hull of the bootstrap's and of :func:`proportion`'s on cluster means.
-    """
-    groups: dict[Any, list[float]] = {}
-    for value, cluster in zip(values, clusters, strict=True):
-        groups.setdefault(cluster, []).append(value)
-    wilson = proportion([sum(group) / len(group) for group in groups.values()])
-    bootstrap = bootstrap_mean(values, clusters)
-    if wilson is None or bootstrap is None or len(groups) == len(values):
-        return wilson
-    low, high = max(0.0, min(wilson.low, bootstrap.low)), min(1.0, max(wilson.high, bootstrap.high))
-    return Estimate(bootstrap.value, bootstrap.n, low, high)
-
-
-_MOST_CLUSTERS = 10_000
-_AT_ONCE = 16
-"""Resamples drawn at once: so many clusters of so many take 4 megabytes."""
-
-
 class ClusteredMean:
-    """A mean over clusters that takes one number at a time and holds two numbers a cluster.
+    """A mean over clusters (prompts) that takes one number at a time and holds two numbers a cluster.
 
-    Beyond 10,000 clusters they are dealt in turn into 10,000 groups, and the groups are resampled: clusters are
-    independent, so groups of them are too, and so many tell the spread of a mean as well.
+    Clusters are independent; what lies in one of them need not be.
     """
 
     def __init__(self) -> None:
@@ -109,25 +51,129 @@ class ClusteredMean:
         self._sums[cluster] += value
         self._counts[cluster] += 1
 
-    def estimate(self, resamples: int = 2000, seed: int = 0) -> Estimate | None:
-        """The mean with its interval; None where there is no value."""
-        sums, counts = np.array(self._sums), np.array(self._counts)
-        sums, counts = sums[counts > 0], counts[counts > 0]
-        n = len(sums)
-        if not n:
+    def estimate(self) -> Estimate | None:
+        """The mean with an interval that allows for skewness; None where there is no value.
+
+        Student's t interval after the transformation of Hall (1992, "On the removal of skewness by transformation"),
+        on the clusters' deviations from the mean. With one cluster the interval is the whole line.
+        """
+        sums, counts = self._clusters()
+        k = len(sums)
+        if not k:
             return None
         mean = float(sums.sum() / counts.sum())
-        if n < 2:
-            return Estimate(mean, n, float("-inf"), float("inf"))
-        groups = np.arange(n) % _MOST_CLUSTERS
-        sums, counts = np.bincount(groups, weights=sums), np.bincount(groups, weights=counts)
-        generator = np.random.default_rng(seed)
-        means = np.empty(resamples)
-        for start in range(0, resamples, _AT_ONCE):
-            draws = generator.integers(0, len(sums), size=(min(_AT_ONCE, resamples - start), len(sums)))
-            means[start : start + len(draws)] = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
-        low, high = np.percentile(means, [2.5, 97.5])
-        return Estimate(mean, n, float(low), float(high))
+        if k < 2:
+            return Estimate(mean, k, float("-inf"), float("inf"))
+        deviations = (sums - mean * counts) * k / counts.sum()
+        variance = float((deviations**2).mean())
+        if variance <= (1e-12 * mean) ** 2:
+            # All the same but for rounding.
+            return Estimate(mean, k, mean, mean)
+        skewness = float((deviations**3).mean()) / variance**1.5
+        error, t = math.sqrt(variance * k / (k - 1)), _student(k - 1) / math.sqrt(k)
+        low, high = (mean - error * _less_skewed(q, skewness, k) for q in (t, -t))
+        return Estimate(mean, k, low, high)
+
+    def share(self) -> Estimate | None:
+        """A share of outcomes in [0, 1] (a tie is 0.5), with an interval within [0, 1] that is never empty.
+
+        Wilson's score interval (1927) for as many independent outcomes as would have this variance between clusters.
+        So that clusters which all agree are no certainty, that variance is taken with z^2 / 2 clusters more that have
+        nothing but 1, and as many that have nothing but 0 (Agresti and Coull 1998). Where every cluster is one outcome
+        of 0 or 1, that number is the number of clusters. With one cluster the interval is [0, 1].
+        """
+        sums, counts = self._clusters()
+        k = len(sums)
+        if not k:
+            return None
+        p, weight, more = float(sums.sum() / counts.sum()), float(counts.mean()), _Z**2 / 2
+        if k < 2:
+            return Estimate(p, k, 0.0, 1.0)
+        centre = (sums.sum() + more * weight) / (counts.sum() + 2 * more * weight)
+        spread = float((((sums - centre * counts) / weight) ** 2).sum()) + more * (centre**2 + (1 - centre) ** 2)
+        n = centre * (1 - centre) * (k + 2 * more) ** 2 / spread - 2 * more
+        return Estimate(p, k, *_wilson(p, float(n)))
+
+    def _clusters(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        sums, counts = np.array(self._sums), np.array(self._counts)
+        return sums[counts > 0], counts[counts > 0]
+
+
+def _wilson(p: float, n: float) -> tuple[float, float]:
+    """Wilson's score interval (1927): not empty at 0 of n or n of n.
+
+    Centre (p + z^2 / 2n) / (1 + z^2 / n), half width z sqrt(p (1 - p) / n + z^2 / 4n^2) / (1 + z^2 / n), z = 1.96.
+    """
+    centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z * math.sqrt(max(0.0, p * (1 - p)) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _less_skewed(q: float, skewness: float, n: int) -> float:
+    """The inverse of Hall's transformation of a studentised mean (divided by the root of n) of n deviations."""
+    if abs(skewness) < 1e-6:
+        return q
+    return 3 / skewness * (math.cbrt(1 + skewness * (q - skewness / (6 * n))) - 1)
+
+
+def _student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t to half a percent: exact for 1 and 2, else its series in 1 / freedom."""
+    if freedom < 3:
+        return (12.7062, 4.3027)[freedom - 1]
+    z, v = _Z, freedom
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + sum(term / v**power for power, term in enumerate(terms, 1))
+
+
+def clustered_mean(values: Sequence[float], clusters: Sequence[Any] | None = None) -> Estimate | None:
+    """Mean of ``values`` with its interval (:meth:`ClusteredMean.estimate`); None where there are no values.
+
+    Args:
+        values: one number an observation.
+        clusters: the cluster (prompt) of each observation; without it each observation is its own.
+    """
+    return _gathered(values, clusters).estimate()
+
+
+def clustered_share(values: Sequence[float], clusters: Sequence[Any] | None = None) -> Estimate | None:
+    """Share of outcomes in [0, 1] with its interval (:meth:`ClusteredMean.share`); None where there are none."""
+    return _gathered(values, clusters).share()
+
+
+def clustered_difference(gains: Sequence[float], clusters: Sequence[Any] | None = None) -> Estimate | None:
+    """Mean of differences between outcomes in [0, 1], with the interval of the share (1 + gain) / 2: never empty."""
+    share = clustered_share([(1 + gain) / 2 for gain in gains], clusters)
+    return share and Estimate(2 * share.value - 1, share.n, 2 * share.low - 1, 2 * share.high - 1)
+
+
+def _gathered(values: Sequence[float], clusters: Sequence[Any] | None) -> ClusteredMean:
+    mean = ClusteredMean()
+    order: dict[Any, int] = {}
+    for value, name in zip(values, range(len(values)) if clusters is None else clusters, strict=True):
+        mean.add(value, order.setdefault(name, len(order)))
+    return mean
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What one row scores above another on the same prompts, and how often it is the better one."""
+
+    gain: Estimate
+    win_rate: Estimate
+
+
+def paired_gain(scores: Sequence[float], others: Sequence[float], prompts: Sequence[Any]) -> Gain | None:
+    """Mean paired difference, and the share of pairs that the first side wins; a tie counts half.
+
+    Args:
+        scores: of one side's completions.
+        others: of the other's, in the same order.
+        prompts: the prompt of each pair.
+    """
+    gains = [left - right for left, right in zip(scores, others, strict=True)]
+    gain = clustered_mean(gains, prompts)
+    win_rate = clustered_share([0.5 if gain == 0 else float(gain > 0) for gain in gains], prompts)
+    return None if gain is None or win_rate is None else Gain(gain, win_rate)
 
 
 def expected_calibration_error(p: Sequence[float], outcome: Sequence[float], bins: int = 10) -> float | None:

@@ -13,7 +13,7 @@ from typing import Any
 from rlaif.config import PriceConfig
 from rlaif.evaluation.statistics import (
     Estimate,
-    bootstrap_mean,
+    clustered_difference,
     clustered_share,
     expected_calibration_error,
     fit_temperature,
@@ -151,8 +151,7 @@ def audit(
     """Everything that the pairs say about the labeler, flat, every estimate with n and its 95 % interval.
 
     Pairs without a label count in ``missing``, not in the agreement; human ties are left out of it, and a tie of
-    the labeler counts half. Intervals of shares are score intervals (Wilson 1927) where every prompt has one pair, else
-    the hull of that on prompts and the bootstrap over prompts (:func:`clustered_share`); the others resample prompts.
+    the labeler counts half. Every interval takes prompts as independent, and pairs of one prompt as not.
 
     Args:
         comparisons: what people said.
@@ -183,7 +182,7 @@ def audit(
             _right(decided), _right([(comparison, _longer(comparison)) for comparison, _ in decided]), strict=True
         )
     ]
-    result |= _flat("gain_over_longer", _gain(gains, _prompts(decided)))
+    result |= _flat("gain_over_longer", clustered_difference(gains, _prompts(decided)))
     result |= _flat("human_ceiling", human_ceiling(comparisons))
     result |= _by_length(decided)
     for subset in sorted({comparison.subset for comparison, _ in decided if comparison.subset}):
@@ -231,16 +230,6 @@ def _right(rows: Sequence[tuple[Comparison, float]]) -> list[float]:
 
 def _agreement(rows: Sequence[tuple[Comparison, float]]) -> Estimate | None:
     return clustered_share(_right(rows), _prompts(rows))
-
-
-def _gain(gains: Sequence[float], prompts: Sequence[str]) -> Estimate | None:
-    """Mean of differences in [-1, 1]; where all are equal, the interval of the share (1 + gain) / 2."""
-    estimate = bootstrap_mean(gains, prompts)
-    if estimate is None or estimate.low < estimate.value or estimate.value < estimate.high:
-        return estimate
-    share = clustered_share([(1 + gain) / 2 for gain in gains], prompts)
-    assert share is not None
-    return Estimate(estimate.value, estimate.n, 2 * share.low - 1, 2 * share.high - 1)
 
 
 def _flat(name: str, estimate: Estimate | None) -> dict[str, float | int | None]:

@@ -51,6 +51,7 @@ class VerdictQuality:
         self._reasons: Counter[str] = Counter()
         self._methods: Counter[str] = Counter()
         self._means: dict[str, ClusteredMean] = defaultdict(ClusteredMean)
+        self._same_position = ClusteredMean()
 
     def add(self, labels: Sequence[Label]) -> None:
         """The labels of one prompt."""
@@ -80,7 +81,7 @@ class VerdictQuality:
             named = [place for place, _ in verdicts if place is not None]
             same = [one == other for one, other in itertools.combinations(named, 2)]
             if same:
-                self._means["same_position_rate"].add(sum(same) / len(same), prompt)
+                self._same_position.add(sum(same) / len(same), prompt)
 
     def reasons(self) -> dict[str, int]:
         """Verdicts that are missing, by reason."""
@@ -104,7 +105,8 @@ class VerdictQuality:
             estimate = mean.estimate()
             if estimate is not None:
                 result |= estimate.flat(name)
-        return result
+        same = self._same_position.share()
+        return result if same is None else result | same.flat("same_position_rate")
 
 
 def latency(seconds: Sequence[float]) -> dict[str, float]:
@@ -143,7 +145,7 @@ class GoldAgreement:
     def __init__(self, gold: str) -> None:
         self._gold = gold
         self._prompts = self._pairs = 0
-        self._means = {name: ClusteredMean() for name in ("agreement", "agreement_clear", "longer_wins")}
+        self._shares = {name: ClusteredMean() for name in ("agreement", "agreement_clear", "longer_wins")}
         self._p, self._won = array("d"), array("d")
 
     def add(self, line: Candidates, pairs: Sequence[PairLabel]) -> None:
@@ -166,13 +168,13 @@ class GoldAgreement:
             self._won.append(float(truth > 0))
 
     def _count(self, name: str, sign: float, truth: float, prompt: int) -> None:
-        self._means[name].add(0.5 if sign == 0 else float((sign > 0) == (truth > 0)), prompt)
+        self._shares[name].add(0.5 if sign == 0 else float((sign > 0) == (truth > 0)), prompt)
 
     def result(self) -> Mapping[str, Any]:
         """Flat figures, every estimate with its n and interval."""
         result: dict[str, Any] = {"n_pairs": self._pairs, "gold": self._gold}
-        for name, mean in self._means.items():
-            estimate = mean.estimate()
+        for name, share in self._shares.items():
+            estimate = share.share()
             if estimate is not None:
                 result |= estimate.flat(name)
         result["ece"] = expected_calibration_error(self._p, self._won)

@@ -128,6 +128,7 @@ def _write_metrics(
     metrics: dict[str, Any] = {
         "seed": seed,
         "feedback": train[0].feedback,
+        "feedback_declared": any(preference.declared for preference in train),
         "labeler": train[0].labeler,
         "base": start.name,
         "ensemble": config.ensemble,
@@ -216,6 +217,7 @@ def _train_member(
         tokenizer.save_pretrained(target)
         figures = calibration(PreferenceModel(pm_config(start, target)), seen)
         about = {"feedback": train[0].feedback, "labeler": train[0].labeler, "base": start.name, "seed": seed}
+        about["feedback_declared"] = any(preference.declared for preference in train)
         write_json(target / CALIBRATION, {**about, **figures, "trained_on": counts})
 
     save_result(trainer, folder, "pm", save)

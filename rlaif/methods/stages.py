@@ -15,19 +15,21 @@ from rlaif.config import Critic, Feedback, Method, ModelConfig, Reward, Split, T
 from rlaif.constitution import find_constitution, load_constitution
 from rlaif.demonstrations import Demonstration, chosen_completions, read_demonstrations
 from rlaif.engines.base import Engine
-from rlaif.preferences import ENDINGS, hub_preferences, prompts_of, read_preferences
+from rlaif.preferences import ENDINGS, hub_preferences, of_feedback, prompts_of, read_preferences
 from rlaif.processes import is_main, spread, world_size
 from rlaif.records import (
+    Message,
     Preference,
     Prompt,
     UserError,
+    content_hash,
     existing_dir,
     existing_file,
     find_prompts,
     write_jsonl,
 )
 from rlaif.rewards import LabelerReward, PMReward, RewardSource, known_scores
-from rlaif.splits import read_split, validation_ids
+from rlaif.splits import read_split, shared, validation_ids
 
 log = logging.getLogger("rlaif")
 
@@ -39,11 +41,11 @@ REWARDED = (Method.ppo, Method.rloo, Method.grpo, Method.best_of_n)
 
 def preference_folder(
     preferences: str | None,
-    feedback: Feedback,
+    feedback: Feedback | None,
     columns: Mapping[str, str] | None = None,
     splits: Mapping[str, str] | None = None,
 ) -> Path:
-    """The dataset for a feedback: a subfolder of that name, else the folder itself, else one from the hub.
+    """The dataset for a feedback (None: ``ai``): a subfolder of that name, else the folder itself, else the hub's.
 
     Raises:
         UserError: if it holds no training split, or not one that ``splits`` names; says what was looked for.
@@ -52,32 +54,24 @@ def preference_folder(
     train = splits.get("train", "train")
     root = hub_preferences(preferences) if preferences else None
     root = root or existing_dir(preferences, "preferences")
-    for folder in (root / feedback.value / "preferences", root / feedback.value, root):
+    name = (feedback or Feedback.ai).value
+    for folder in (root / name / "preferences", root / name, root):
         if _has_split(folder, train):
             missing = [f"{ours}: {theirs}" for ours, theirs in splits.items() if not _has_split(folder, theirs)]
             if missing:
                 raise UserError(f"splits={{{', '.join(missing)}}}: {folder} has no such file")
             if folder == root:
-                _check_feedback(folder, feedback, columns, train)
+                # Labels of one kind must not be trained on, and reported, as another.
+                of_feedback(read_preferences(folder, train, columns), feedback, folder)
             return folder
     raise UserError(
         f"preferences={root}: no {train}.parquet, {train}.jsonl or {train}.jsonl.gz in it or in its subfolder "
-        f"{feedback.value} (feedback={feedback.value}); splits={{train: NAME}} says what else it is called"
+        f"{name} (feedback={name}); splits={{train: NAME}} says what else it is called"
     )
 
 
 def _has_split(folder: Path, name: str) -> bool:
     return any((folder / f"{name}.{ending}").is_file() for ending in ENDINGS)
-
-
-def _check_feedback(folder: Path, feedback: Feedback, columns: Mapping[str, str] | None, train: str) -> None:
-    """Labels of one kind must not be trained on, and reported, as another."""
-    rows = read_preferences(folder, train, columns)
-    found = rows[0].feedback if rows else feedback.value
-    if found != feedback.value:
-        raise UserError(
-            f"preferences={folder} holds {found} labels, but feedback={feedback.value}: give feedback={found}"
-        )
 
 
 def needs_preferences(config: TrainConfig) -> bool:
@@ -89,6 +83,20 @@ def needs_preferences(config: TrainConfig) -> bool:
     if config.method in REWARDED:
         return config.reward is Reward.pm and config.preference_model is None
     return config.method in (Method.pm, Method.dpo)
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """Training data that resembles evaluation prompts."""
+
+    texts: frozenset[str] = frozenset()
+    """The prompts concerned, as :attr:`Prompt.text`."""
+    rows: int = 0
+    """Preferences and demonstrations with such a prompt."""
+    prompts: int = 0
+    """Evaluation prompts that they resemble, ..."""
+    held_out: int = 0
+    """... of so many."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +126,15 @@ class Arm:
         """
         if self.source is None:
             return []
-        if split == "test" or not self._holds_out:
-            rows = read_preferences(self.source, self.config.splits.get(split, split), self.config.columns)
-        else:
-            rows = self._parts[split]
-        if not rows and split == "train":
+        rows = self._parts[split]
+        if split != "train":
+            return rows
+        if not rows:
             raise UserError(f"{self.source}: the training split is empty")
-        return rows
+        kept = [row for row in rows if not self.drops(row.prompt)]
+        if not kept:
+            raise UserError(f"{self.source}: drop_leaked=true leaves nothing to train on")
+        return kept
 
     @property
     def _holds_out(self) -> bool:
@@ -135,9 +145,24 @@ class Arm:
 
     @cached_property
     def _parts(self) -> dict[str, list[Preference]]:
+        """Training and validation preferences, before any is left out for resembling what is evaluated."""
         assert self.source is not None
+        # A folder is called after the feedback by whoever made it.
+        named = Feedback.ai.value in (self.source.name, self.source.parent.name)
+        feedback = self.config.feedback or (Feedback.ai if named else None)
+        train = of_feedback(self._read("train"), feedback, self.source)
+        if self._holds_out:
+            return self._held_out(train)
+        if train:
+            feedback = Feedback(train[0].feedback)
+        return {"train": train, "validation": of_feedback(self._read("validation"), feedback, self.source)}
+
+    def _read(self, split: str) -> list[Preference]:
+        assert self.source is not None
+        return read_preferences(self.source, self.config.splits.get(split, split), self.config.columns)
+
+    def _held_out(self, rows: Sequence[Preference]) -> dict[str, list[Preference]]:
         data = self.config.data
-        rows = read_preferences(self.source, self.config.splits.get("train", "train"), self.config.columns)
         held_out = validation_ids(prompts_of(rows), data)
         parts: dict[str, list[Preference]] = {"train": [], "validation": []}
         for row in rows:
@@ -154,6 +179,69 @@ class Arm:
         return parts
 
     @property
+    def feedback(self) -> str:
+        """Whose labels: the setting, or what the preferences say."""
+        if self.config.feedback is not None or self.source is None:
+            return (self.config.feedback or Feedback.ai).value
+        rows = self._parts["train"]
+        return rows[0].feedback if rows else Feedback.ai.value
+
+    @property
+    def declared(self) -> bool:
+        """Whether it is the user who says whose feedback the preferences are, for some at least."""
+        return self.source is not None and any(row.declared for row in self._parts["train"])
+
+    @cached_property
+    def leaks(self) -> Leaks:
+        """What the training data shares with the prompts that evaluation holds out."""
+        config = self.config
+        if config.prompts is None or not (self._evaluates or config.drop_leaked):
+            return Leaks()
+        shown: list[Sequence[Message]] = []
+        if needs_preferences(config) and self.source is not None:
+            shown += [row.prompt for row in self._parts["train"]]
+        shown += [each.prompt for each in self._demonstrations if each.prompt]
+        held_out = read_split(find_prompts(config.prompts), config.data, config.eval.split)
+        trained = [Prompt("", tuple(messages)) for messages in shown]
+        ours, theirs = shared(held_out, trained, config.data.near_duplicate_threshold)
+        return Leaks(frozenset(trained[place].text for place in theirs), len(theirs), len(ours), len(held_out))
+
+    @property
+    def _evaluates(self) -> bool:
+        return self.config.eval.enabled and self.config.method is not Method.pm
+
+    @cached_property
+    def _demonstrations(self) -> list[Demonstration]:
+        """The demonstrations that are trained on; none where that is chosen completions."""
+        config = self.config
+        if config.demonstrations is None or not (config.sft_first or config.method is Method.sft):
+            return []
+        return read_demonstrations(existing_file(config.demonstrations, "demonstrations"))
+
+    def demonstrations(self) -> list[Demonstration]:
+        """What SFT imitates: a file of demonstrations, or the chosen completions.
+
+        Raises:
+            UserError: if nothing is left.
+        """
+        if self.config.demonstrations is None:
+            return chosen_completions(self.preferences("train"))
+        kept = [each for each in self._demonstrations if not self.drops(each.prompt)]
+        if not kept:
+            raise UserError(f"{self.config.demonstrations}: drop_leaked=true leaves nothing to train on")
+        return kept
+
+    def drops(self, prompt: Sequence[Message]) -> bool:
+        """Whether a row with this prompt is left out of the training data (``drop_leaked``)."""
+        return self.config.drop_leaked and Prompt("", tuple(prompt)).text in self.leaks.texts
+
+    def dropped(self) -> Inputs:
+        """For the fingerprint: what is left out depends on the evaluation's prompts, which are no input otherwise."""
+        if not self.config.drop_leaked or not self.leaks.texts:
+            return {}
+        return {"leaked": f"{self.leaks.rows} rows dropped ({content_hash(sorted(self.leaks.texts))})"}
+
+    @property
     def preference_inputs(self) -> Inputs:
         """The files of the preference dataset that training reads."""
         folder = self.source
@@ -165,6 +253,9 @@ class Arm:
             for ending in ENDINGS
         }
         inputs: Inputs = {role: file for role, file in files.items() if file.is_file()}
+        inputs |= self.dropped()
+        if self.declared:
+            inputs["preferences/feedback"] = f"{self.feedback}, declared by the user"
         if self._holds_out:
             data = self.config.data
             inputs["preferences/held_out"] = (
@@ -233,14 +324,14 @@ def train_sft_stage(arm: Arm) -> Path:
     """Fine-tune on demonstrations, or on chosen completions; returns the policy."""
     config = arm.config
     file = existing_file(config.demonstrations, "demonstrations") if config.demonstrations else None
-    data: list[Demonstration] = read_demonstrations(file) if file else chosen_completions(arm.preferences("train"))
+    data = arm.demonstrations()
 
     def make(folder: Path) -> None:
         from rlaif.methods.sft import train_sft
 
         train_sft(config.sft, arm.start, data, folder, config.seed)
 
-    inputs: Inputs = {"demonstrations": file} if file else arm.preference_inputs
+    inputs: Inputs = {"demonstrations": file, **arm.dropped()} if file else arm.preference_inputs
     return arm.run("sft", plain(settings=config.sft), inputs, make) / "policy"
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlaif.evaluation.statistics import Estimate as Measured
+from rlaif.evaluation.statistics import paired_gain
 from rlaif.folders import is_set_aside
 from rlaif.records import UserError, existing_dir, read_json, read_jsonl
 
@@ -76,15 +78,75 @@ class Record:
         return self.whole("seed")
 
 
+Scores = Mapping[str, Mapping[int, Mapping[str, float]]]
+"""Of each prompt the scores of its samples by number: ``gold_score`` and ``pm_score``, as far as there are any."""
+
+
 @dataclass(frozen=True)
 class Evaluation(Record):
     """One row of the comparison: ``metrics.json`` and the samples beside it."""
 
     samples: Mapping[str, Sample] = field(default_factory=dict)
+    scores: Scores = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return self.text("name") or self.label
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A row's ``gold_gain``, ``win_rate`` and ``pm_gain`` over another row; or why there are none."""
+
+    figures: Mapping[str, Estimate] = field(default_factory=dict)
+    problem: str = ""
+
+
+def compared(evaluation: Evaluation, baselines: Sequence[Evaluation]) -> Comparison:
+    """An evaluation against that of the baseline with its seed (or the only one), paired by prompt and sample.
+
+    Of several with its seed the one in the closest folder counts: that of the same run.
+    """
+    alike = [other for other in baselines if other.seed == evaluation.seed] or list(baselines[: len(baselines) == 1])
+    depth = [_shared_depth(evaluation.folder, other.folder) for other in alike]
+    closest = [other for other, shared in zip(alike, depth, strict=True) if shared == max(depth)]
+    if len(closest) != 1:
+        return Comparison(problem="it has several rows of that seed" if closest else "it has no row of that seed")
+    return _paired(evaluation, closest[0])
+
+
+def _shared_depth(one: Path, other: Path) -> int:
+    return len(Path(os.path.commonpath([one, other])).parts)
+
+
+def _paired(evaluation: Evaluation, other: Evaluation) -> Comparison:
+    shared = sorted(set(evaluation.scores) & set(other.scores))
+    if not shared:
+        empty = not evaluation.scores or not other.scores
+        return Comparison(problem="one of them has no samples.jsonl" if empty else "they share no prompts")
+    if any(evaluation.samples[name].prompt != other.samples[name].prompt for name in shared):
+        return Comparison(problem="the same prompt ids stand for other texts")
+    figures = {}
+    for judge, identity in (("gold", "gold"), ("pm", "preference_model_id")):
+        key = f"{judge}_score"
+        if evaluation.text(identity) != other.text(identity):
+            continue
+        pairs = [
+            (name, mine[key], theirs[key])
+            for name in shared
+            for number, mine in sorted(evaluation.scores[name].items())
+            if key in mine and key in (theirs := other.scores[name].get(number, {}))
+        ]
+        gain = paired_gain([x for _, x, _ in pairs], [x for _, _, x in pairs], [name for name, _, _ in pairs])
+        if gain is not None:
+            figures[f"{judge}_gain"] = _shown(gain.gain)
+            if judge == "gold":
+                figures["win_rate"] = _shown(gain.win_rate)
+    return Comparison(figures, "" if figures else "no judge scored both")
+
+
+def _shown(estimate: Measured) -> Estimate:
+    return Estimate(estimate.value, estimate.n, finite(estimate.low), finite(estimate.high))
 
 
 @dataclass(frozen=True)
@@ -116,6 +178,14 @@ class Collection:
     stages: list[Record] = field(default_factory=list)
     failures: list[Record] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    _compared: dict[tuple[Path, str], Comparison] = field(default_factory=dict)
+
+    def over(self, evaluation: Evaluation, baseline: str) -> Comparison:
+        """An evaluation against the row ``baseline``."""
+        key = (evaluation.folder, baseline)
+        if key not in self._compared:
+            self._compared[key] = compared(evaluation, self.group(baseline))
+        return self._compared[key]
 
     def names(self, baseline: str) -> list[str]:
         """Names of the rows, the baseline first."""
@@ -165,8 +235,8 @@ def collect(roots: Sequence[Path]) -> Collection:
                 if file in lists:
                     lists[file].append(Record(folder, label, root, values))
                 elif any(key in values for key in EVALUATION_KEYS):
-                    samples = _read_samples(folder / "samples.jsonl", found.problems)
-                    found.evaluations.append(Evaluation(folder, label, root, values, samples))
+                    samples, scores = _read_samples(folder / "samples.jsonl", found.problems)
+                    found.evaluations.append(Evaluation(folder, label, root, values, samples, scores))
     if not found.evaluations:
         where = ", ".join(str(root) for root in roots) or "no folder given"
         raise UserError(
@@ -214,17 +284,20 @@ def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     return lines
 
 
-def _read_samples(path: Path, problems: list[str]) -> dict[str, Sample]:
-    samples: dict[str, tuple[float, Sample]] = {}
+def _read_samples(path: Path, problems: list[str]) -> tuple[dict[str, Sample], Scores]:
+    """The first sample of each prompt, and the scores of all."""
+    samples: dict[str, tuple[int, Sample]] = {}
+    scores: dict[str, dict[int, dict[str, float]]] = {}
     for line in _read_lines(path, problems) if path.is_file() else []:
         completion, prompt_id = line.get("completion"), line.get("prompt_id")
         if not isinstance(completion, str) or prompt_id is None:
             continue
-        index = finite(line.get("sample")) or 0.0
-        key = str(prompt_id)
-        if key not in samples or index < samples[key][0]:
-            samples[key] = (index, _sample(key, completion, line))
-    return {key: sample for key, (_, sample) in samples.items()}
+        number, key = round(finite(line.get("sample")) or 0), str(prompt_id)
+        if key not in samples or number < samples[key][0]:
+            samples[key] = (number, _sample(key, completion, line))
+        given = {name: x for name in ("gold_score", "pm_score") if (x := finite(line.get(name))) is not None}
+        scores.setdefault(key, {}).setdefault(number, given)
+    return {key: sample for key, (_, sample) in samples.items()}, scores
 
 
 def _sample(prompt_id: str, completion: str, line: Mapping[str, Any]) -> Sample:
@@ -268,10 +341,7 @@ def _guess_kind(file: Record, lines: Sequence[Mapping[str, float]], owner: Evalu
 def _owner(file: Record, evaluations: Sequence[Evaluation]) -> Evaluation | None:
     """The trained row whose evaluation shares the closest parent folder, if there is exactly one such row."""
 
-    def shared(evaluation: Evaluation) -> int:
-        return len(Path(os.path.commonpath([file.folder, evaluation.folder])).parts)
-
     trained = [e for e in evaluations if e.root == file.root and e.text("method") != "base"]
-    closest = max((shared(e) for e in trained), default=0)
-    owners = [e for e in trained if shared(e) == closest]
+    closest = max((_shared_depth(file.folder, e.folder) for e in trained), default=0)
+    owners = [e for e in trained if _shared_depth(file.folder, e.folder) == closest]
     return owners[0] if len({(e.name, e.seed) for e in owners}) == 1 else None

@@ -86,18 +86,26 @@ def _look(name: str, color: str, marker: str) -> Look:
 
 
 def _estimates(found: Collection, baseline: str, looks: dict[str, Look]) -> PlotGroup:
+    own = not any(found.over(e, baseline).figures for e in found.evaluations if e.name != baseline)
+    whom = "the policy that each started from" if own else "the baseline"
     captions = {
         "gold_score": "gold score",
-        "gold_gain": "gold gain over the baseline",
-        "win_rate": "win rate",
+        "gold_gain": f"gold gain over {whom}",
+        "win_rate": f"win rate against {whom}",
     }
     figures = []
     for key, caption in captions.items():
+        over = key in NEUTRAL and not own
+
+        def measured(e: Evaluation, key: str = key, over: bool = over) -> Estimate | None:
+            return _drawn(found.over(e, baseline).figures.get(key) if over else e.estimate(key))
+
         rows = [
-            (look, e.seed, estimate)
+            (looks[name], e.seed, estimate)
             for name in found.names(baseline)
-            for look, e in ((looks[name], e) for e in found.group(name))
-            if (estimate := _drawn(e, key)) is not None
+            if not over or name != baseline
+            for e in found.group(name)
+            if (estimate := measured(e)) is not None
         ]
 
         def draw(axes: Any, rows: list[Any] = rows, key: str = key) -> None:
@@ -115,8 +123,7 @@ def _estimates(found: Collection, baseline: str, looks: dict[str, Look]) -> Plot
     return PlotGroup("Estimates", (), tuple(figures))
 
 
-def _drawn(evaluation: Evaluation, key: str) -> Estimate | None:
-    estimate = evaluation.estimate(key)
+def _drawn(estimate: Estimate | None) -> Estimate | None:
     if estimate is None or not _on_axis(estimate.value, estimate.low or 0.0, estimate.high or 0.0):
         return None
     return estimate
@@ -155,7 +162,7 @@ def _frontier(found: Collection, baseline: str, looks: dict[str, Look]) -> PlotG
     points = [
         (looks[e.name], kl, gold)
         for e in found.evaluations
-        if (kl := _drawn(e, "kl")) is not None and (gold := _drawn(e, "gold_score")) is not None
+        if (kl := _drawn(e.estimate("kl"))) is not None and (gold := _drawn(e.estimate("gold_score"))) is not None
     ]
 
     def draw(axes: Any) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rlaif.reporting.collect import Collection, Estimate, Evaluation
-from rlaif.reporting.text import MISSING, Safe, estimate_text, feedback_text, seeds_text
+from rlaif.reporting.text import MISSING, Safe, estimate_text, feedback_text, origin_text, seeds_text
 
 Line = tuple[str, ...]
 """A sentence in parts: ``Safe`` parts are ours, the others are names and messages to escape."""
@@ -14,6 +14,8 @@ CLAIMS = (
     ("win_rate", "win rate against {}", 0.5),
     ("pm_gain", "gain over {} in the preference model’s score, which training optimised, so no proof", 0.0),
 )
+START = Safe("the policy it started from")
+Figures = Sequence[tuple[Evaluation, Estimate]]
 CHANCE = 0.5
 
 
@@ -60,7 +62,7 @@ def statement(found: Collection, baseline: str) -> tuple[list[Line], list[Line]]
     details: list[Line] = []
     for name in names:
         if name != baseline:
-            _claim(found.group(name), baseline, result, details)
+            _claim(found, name, baseline, result, details)
     if not result:
         return [(Safe("Only "), baseline, Safe(" was evaluated: there is nothing to compare it with."))], []
     if any(distinct_seeds(found.group(name)) for name in names):
@@ -70,31 +72,46 @@ def statement(found: Collection, baseline: str) -> tuple[list[Line], list[Line]]
     return result, details
 
 
-def _claim(group: Sequence[Evaluation], baseline: str, result: list[Line], details: list[Line]) -> None:
-    name, kinds = group[0].name, {e.text("feedback") for e in group}
-    kind = kinds.pop() if len(kinds) == 1 else None
-    origin: Line = (Safe(" (feedback: "), feedback_text(kind), Safe(")")) if kind else ()
+def _claim(found: Collection, name: str, baseline: str, result: list[Line], details: list[Line]) -> None:
+    """What a row gains over the baseline, by the samples of both; else over where it started, by its own evaluation."""
+    group = found.group(name)
+    origins = {origin_text(e) for e in group if e.text("feedback")}
+    origin: Line = (Safe(" (feedback: "), origins.pop(), Safe(")")) if len(origins) == 1 else ()
+    told = len(result)
+    over = {e.folder: found.over(e, baseline) for e in group}
+    problems = [x.problem for x in over.values() if x.problem]
+    if problems and baseline in found.names(baseline):
+        part = "" if len(problems) == len(group) else f" in {len(problems)} of {len(group)} runs"
+        why = Safe(f"{part}: {'; '.join(dict.fromkeys(problems))}.")
+        result.append((name, *origin, Safe(": not compared with "), baseline, why))
+    by_samples = {(e.folder, key): x for e in group for key, x in over[e.folder].figures.items()}
+    by_itself = {(e.folder, key): x for e in group for key, _, _ in CLAIMS if (x := e.estimate(key)) is not None}
+    whom, figures = (baseline, by_samples) if by_samples else (START, by_itself)
     claimed = False
     for key, words, neutral in CLAIMS:
-        measured = [(e.seed, x) for e in group if (x := e.estimate(key)) is not None]
+        measured = [(e, figures[e.folder, key]) for e in group if (e.folder, key) in figures]
         if not measured or (key == "pm_gain" and claimed):
             continue
         before, after = words.split("{}")
-        what: Line = (Safe(f": {before}"), baseline, Safe(after))
-        verdicts = [verdict(x, neutral) for _, x in measured]
-        if len(measured) == 1:
-            text = f"{estimate_text(measured[0][1])}: {verdicts[0]}."
-        else:
-            mean = f"{seeds_text(values(group, key))} in the mean: " if averaged(group, key) else ""
-            text = f"{mean}{_count(verdicts, 'seeds' if distinct_seeds(group) else 'runs')}."
-            each = (
-                f"seed {seed_text(s)} {estimate_text(x)}: {v}" for (s, x), v in zip(measured, verdicts, strict=True)
-            )
-            details.append((name, *what, Safe(": " + "; ".join(each) + ".")))
-        result.append((name, *(() if claimed else origin), *what, Safe(f" {text}")))
+        what: Line = (Safe(f": {before}"), whom, Safe(after))
+        text = _told(group, measured, key, neutral, (name, *what), details)
+        result.append((name, *(origin if len(result) == told else ()), *what, Safe(f" {text}")))
         claimed = True
-    if not claimed:
+    if len(result) == told:
         result.append((name, *origin, Safe(": no comparison with "), baseline, Safe(" was recorded.")))
+
+
+def _told(
+    group: Sequence[Evaluation], measured: Figures, key: str, neutral: float, what: Line, details: list[Line]
+) -> str:
+    """The figure of a single run; of several their mean and verdicts, and each of them as a detail."""
+    verdicts = [verdict(x, neutral) for _, x in measured]
+    if len(measured) == 1:
+        return f"{estimate_text(measured[0][1])}: {verdicts[0]}."
+    each = (f"seed {seed_text(e.seed)} {estimate_text(x)}: {v}" for (e, x), v in zip(measured, verdicts, strict=True))
+    details.append((*what, Safe(": " + "; ".join(each) + ".")))
+    mean = f"{seeds_text([x.value for _, x in measured])} in the mean: " if averaged(group, key) else ""
+    return f"{mean}{_count(verdicts, 'seeds' if distinct_seeds(group) else 'runs')}."
 
 
 def _count(verdicts: Sequence[str], things: str) -> str:
@@ -108,7 +125,7 @@ def warnings(found: Collection, baseline: str) -> list[Line]:
     lines: list[Line] = []
     names = found.names(baseline)
     if baseline not in names:
-        lines.append((Safe("No row is named "), baseline, Safe("; gains are over each run’s own baseline.")))
+        lines.append((Safe("No row is named "), baseline, Safe("; gains are over the policy that each started from.")))
     judges = sorted({judge for e in found.evaluations if (judge := e.text("gold"))})
     if len(judges) > 1:
         lines.append((Safe("Rows measured by different gold judges cannot be compared: "), ", ".join(judges)))
@@ -119,6 +136,7 @@ def warnings(found: Collection, baseline: str) -> list[Line]:
         group = found.group(name)
         if len(group) > 1 and not distinct_seeds(group):
             lines.append((name, Safe(": several runs share a seed or have none, so no mean is given.")))
+    lines.extend(dict.fromkeys(line for e in found.evaluations for line in _leaks(e)))
     if found.failures:
         jobs = "1 job" if len(found.failures) == 1 else f"{len(found.failures)} jobs"
         lines.append((Safe(f"{jobs} failed and may be missing here: see Failed jobs."),))
@@ -130,6 +148,15 @@ def warnings(found: Collection, baseline: str) -> list[Line]:
         lines.append((Safe(f"{what} from a labeler whose audit says DO NOT TRAIN: see Label quality."),))
     lines.extend((Safe("Left out: "), problem) for problem in found.problems)
     return lines
+
+
+def _leaks(evaluation: Evaluation) -> Iterator[Line]:
+    """What a row's training data shared with the prompts that it was evaluated on."""
+    if rows := evaluation.whole("leaked_rows"):
+        told = f"{rows} rows of its training data resemble {evaluation.whole('leaked_prompts')} evaluation prompts"
+        yield evaluation.name, Safe(f": {told}, so its figures flatter.")
+    if dropped := evaluation.whole("dropped_leaked"):
+        yield evaluation.name, Safe(f": {dropped} rows that resemble evaluation prompts were left out of its training.")
 
 
 def label_warnings(found: Collection) -> list[Line]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rlaif.artifacts import duration
-from rlaif.reporting.collect import Collection, Evaluation, Record, Sample, finite
+from rlaif.reporting.collect import Collection, Estimate, Evaluation, Record, Sample, finite
 from rlaif.reporting.statement import Line, averaged, distinct_seeds, judging_models, seed_text, values
-from rlaif.reporting.terms import COMPARISON, PREFERENCE_MODEL, QUALITY, Terms
-from rlaif.reporting.text import MISSING, Safe, estimate_text, feedback_text, number, seeds_text
+from rlaif.reporting.terms import COMPARISON, OVER, PREFERENCE_MODEL, QUALITY, START, Terms
+from rlaif.reporting.text import MISSING, Safe, estimate_text, number, origin_text, seeds_text
 from rlaif.text import redacted
 
 
@@ -56,23 +57,43 @@ def _figure(record: Record, key: str, plain: bool) -> str:
 
 
 def comparison(found: Collection, baseline: str) -> Table:
-    """Every estimate of every row by seed; with several seeds also their mean and range."""
+    """Every estimate of every row by seed; with several seeds also their mean and range.
+
+    Gains over the baseline come from both rows' samples. Those over the policy that a row started from, which its own
+    evaluation measured, are shown where they are not the same.
+    """
+    over = {e.folder: found.over(e, baseline).figures for e in found.evaluations if e.name != baseline}
+    gains = tuple(term for term in OVER if any(term[0] in figures for figures in over.values()))
+    start = tuple(term for term in START if any(_differs(e, term[0], over) for e in found.evaluations))
     terms = _columns(found.evaluations, COMPARISON)
     rows: list[Row] = []
     for name in found.names(baseline):
         group = found.group(name)
         unclear = len({e.seed for e in group}) < len(group)
         for index, e in enumerate(group):
-            first: Line = (name, feedback_text(e.text("feedback")), seed_text(e.seed))
+            first: Line = (name, origin_text(e), seed_text(e.seed))
             if unclear:
                 first = (f"{name} ({e.label})", *first[1:])
-            cells = (_cell(e, key, plain) for key, _, _, plain in terms)
+            figures = over.get(e.folder, {})
+            cells: list[str] = [estimate_text(figures.get(key)) for key, *_ in gains]
+            cells += [_cell(e, key, plain) for key, _, _, plain in (*start, *terms)]
             rows.append(Row((*first, *cells), starts=index == 0))
         if distinct_seeds(group):
-            means = (_over_seeds(group, key, plain) for key, _, _, plain in terms)
+            means: list[str] = [
+                _mean(group, key, [figures[key].value for e in group if key in (figures := over.get(e.folder, {}))])
+                for key, *_ in gains
+            ]
+            means += [_over_seeds(group, key, plain) for key, _, _, plain in (*start, *terms)]
             rows.append(Row((name, Safe(""), Safe(f"mean of {len(group)} seeds"), *means), summary=True))
-    heads = (Safe("row"), Safe("feedback"), Safe("seed"), *(Safe(head) for _, head, _, _ in terms))
-    return Table(heads, tuple(rows), _meanings(terms))
+    shown = (*gains, *start, *terms)
+    heads = (Safe("row"), Safe("feedback"), Safe("seed"), *(Safe(head) for _, head, _, _ in shown))
+    return Table(heads, tuple(rows), _meanings(shown))
+
+
+def _differs(evaluation: Evaluation, key: str, over: Mapping[Path, Mapping[str, Estimate]]) -> bool:
+    """Whether a row's own gain says something else than that over the baseline."""
+    own, other = evaluation.estimate(key), over.get(evaluation.folder, {}).get(key)
+    return own is not None and (other is None or abs(own.value - other.value) > 1e-5 or own.n != other.n)
 
 
 def _cell(record: Record, key: str, plain: bool | None) -> str:
@@ -81,9 +102,11 @@ def _cell(record: Record, key: str, plain: bool | None) -> str:
 
 def _over_seeds(group: Sequence[Evaluation], key: str, plain: bool | None) -> str:
     """Mean and range over seeds, where there is one."""
-    if plain is None:
-        return Safe("")
-    return seeds_text(values(group, key)) if averaged(group, key) else Safe(f"{len(judging_models(group))} PMs")
+    return Safe("") if plain is None else _mean(group, key, values(group, key))
+
+
+def _mean(group: Sequence[Evaluation], key: str, figures: Sequence[float]) -> Safe:
+    return seeds_text(figures) if averaged(group, key) else Safe(f"{len(judging_models(group))} PMs")
 
 
 def _meanings(terms: Terms) -> tuple[tuple[str, str], ...]:
@@ -96,7 +119,7 @@ def _records(records: Sequence[Record], terms: Terms) -> Table | None:
     shown = _columns(records, terms)
     rows = []
     for record in records:
-        feedback, seed = feedback_text(record.text("feedback")), seed_text(record.seed)
+        feedback, seed = origin_text(record), seed_text(record.seed)
         figures = (_cell(record, key, plain) for key, _, _, plain in shown)
         rows.append(Row((record.label, feedback, seed, *figures), starts=True))
     heads = (Safe("folder"), Safe("feedback"), Safe("seed"), *(Safe(head) for _, head, _, _ in shown))

@@ -5,13 +5,7 @@ from __future__ import annotations
 Terms = tuple[tuple[str, str, str, bool | None], ...]
 """``(key, head, meaning, plain)``; ``plain``: False for an estimate, True for a number, None for text."""
 
-COMPARISON: Terms = (
-    (
-        "gold_score",
-        "gold score",
-        "Mean score by the gold judge, the programmatic truth of a controlled experiment.",
-        False,
-    ),
+OVER: Terms = (
     (
         "gold_gain",
         "gold gain",
@@ -24,6 +18,34 @@ COMPARISON: Terms = (
         "Share of prompts where the gold judge prefers this row to the baseline; ties count half.",
         False,
     ),
+    ("pm_gain", "PM gain", "Paired difference in PM score to the baseline.", False),
+)
+"""Over the baseline, from both rows' samples."""
+
+START: Terms = (
+    (
+        "gold_gain",
+        "gold gain over start",
+        "Mean difference in gold score to the policy that this row's training started from.",
+        False,
+    ),
+    (
+        "win_rate",
+        "win rate over start",
+        "Share of prompts where the gold judge prefers this row to the policy it started from.",
+        False,
+    ),
+    ("pm_gain", "PM gain over start", "Paired difference in PM score to the policy it started from.", False),
+)
+"""Over the policy that a row started from, which its own evaluation measured."""
+
+COMPARISON: Terms = (
+    (
+        "gold_score",
+        "gold score",
+        "Mean score by the gold judge, the programmatic truth of a controlled experiment.",
+        False,
+    ),
     (
         "pm_score",
         "PM score",
@@ -31,7 +53,6 @@ COMPARISON: Terms = (
         "and two rows compare only if they were scored by the same PM.",
         False,
     ),
-    ("pm_gain", "PM gain", "Paired difference in PM score to the baseline.", False),
     (
         "preference_model",
         "PM",

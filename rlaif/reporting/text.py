@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from rlaif.reporting.collect import Estimate
+from rlaif.reporting.collect import Estimate, Record
 from rlaif.text import visible
 
 SIMULATED = "programmatic annotator, not people"
@@ -87,6 +87,15 @@ def feedback_text(feedback: str | None) -> str:
         "shuffled": "shuffled AI labels, a control",
     }
     return Safe(known[feedback]) if feedback in known else str(feedback)
+
+
+def origin_text(record: Record) -> str:
+    """:func:`feedback_text` of a record, and whether that is the user's word alone."""
+    shown = feedback_text(record.text("feedback"))
+    if record.values.get("feedback_declared") is not True:
+        return shown
+    note = " (declared by the user)"
+    return Safe(shown + note) if isinstance(shown, Safe) else shown + note
 
 
 def cut(text: str, limit: int) -> str:

@@ -108,7 +108,7 @@ def test_an_audit_of_other_pairs_is_refused_before_anything_is_asked(run_command
     assert "no pair in common with this audit" in result.stderr
 
 
-def test_agreement_between_labelers_resamples_prompts(tmp_path):
+def test_agreement_between_labelers_counts_prompts(tmp_path):
     comparisons = [Comparison(str(n), Prompt(f"p{n // 10}", ()), "a", "b", 1) for n in range(40)]
     for name in ("own", "other"):
         (tmp_path / name).mkdir()

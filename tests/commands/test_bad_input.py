@@ -32,7 +32,7 @@ FILES = {
     "role.jsonl": '{"prompt": [{"role": "human", "content": "one"}]}\n',
     "assistant_last.jsonl": '{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
     "nothing.jsonl": "",
-    "three.jsonl": '{"prompt": "one"}\n{"prompt": "two"}\n{"prompt": "three"}\n',
+    "alike.jsonl": '{"prompt": "one two"}\n{"prompt": "One, two!"}\n',
     "yaml.jsonl": "- prompt: [one\n",
     "many_completions.jsonl": json.dumps({"prompt": "one", "completions": [f"text {n}" for n in range(27)]}) + "\n",
     "one_completion.jsonl": '{"prompt": "one", "completions": ["a"]}\n',
@@ -43,6 +43,7 @@ FILES = {
     "constitution_weight.yaml": CONSTITUTION + "    weight: heavy\n",
     "p_chosen/train.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c", "p_chosen": 2}\n',
     "no_rejected/train.jsonl": '{"prompt": "a", "chosen": "b"}\n',
+    "human/train.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c", "feedback": "human"}\n',
     "no_split/other.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
     "empty_split/train.jsonl": "\n",
     "not_parquet/train.parquet": "no\n",
@@ -106,7 +107,16 @@ CASES = {
     "prompts_unknown_role": ("sample", ["prompts={here}/role.jsonl", TINY], ["line 1", "'human'", "assistant"]),
     "prompts_assistant_last": ("sample", ["prompts={here}/assistant_last.jsonl", TINY], ["line 1", "user turn"]),
     "prompts_empty_file": ("sample", ["prompts={here}/nothing.jsonl", TINY], ["nothing.jsonl", "no prompts"]),
-    "prompts_too_few": ("sample", ["prompts={here}/three.jsonl", TINY], ["3 prompts", "data.test_fraction"]),
+    "prompts_too_few": (
+        "run",
+        [*RUN, "prompts={here}/alike.jsonl"],
+        ["no prompt falls into the test split", "2 prompts make 1 groups of near-duplicates", "data.test_fraction=0.2"],
+    ),
+    "prompts_not_in_the_split": (
+        "sample",
+        ["prompts={here}/alike.jsonl", TINY, "sampling.splits=[test,validation]"],
+        ["alike.jsonl: none of its prompts falls into sampling.splits=[test,validation]"],
+    ),
     "prompts_yaml": ("run", [*RUN, "prompts={here}/yaml.jsonl"], ["yaml.jsonl, line 1", "not valid JSON"]),
     # Candidates, constitution and labeler
     "candidates_missing": ("label", ["candidates=no.jsonl", *LABEL[1:]], ["candidates=no.jsonl", "no such file"]),
@@ -186,9 +196,15 @@ CASES = {
     "preferences_missing": ("train", [*TRAIN, "preferences=no"], ["preferences=no", "no such folder"]),
     "preferences_other_feedback": (
         "train",
-        [*TRAIN, "feedback=ai"],
+        [*TRAIN, "preferences={here}/human", "feedback=ai"],
         ["human labels", "feedback=ai", "give feedback=human"],
     ),
+    "preferences_feedback_unknown": (
+        "train",
+        [TRAIN[0], *TRAIN[2:]],
+        ["do not say who labelled them", "give feedback=ai or feedback=human"],
+    ),
+    "drop_leaked_without_prompts": ("train", [*TRAIN, "drop_leaked=true"], ["drop_leaked=true", "give prompts=FILE"]),
     "preferences_no_split": ("train", [*TRAIN, "preferences={here}/no_split"], ["no_split", "train.parquet"]),
     "preferences_empty_split": ("train", [*TRAIN, "preferences={here}/empty_split"], ["empty_split", "empty"]),
     "preferences_bad_row": (

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from rlaif.methods.pm import train_pm
 from rlaif.methods.stages import Arm
 from rlaif.records import Preference, UserError
 from rlaif.rewards import PMReward
-from rlaif.train import _check_evaluation, check, fit
+from rlaif.train import _check_evaluation, _data_facts, check, fit
 
 Command = Callable[..., Any]
 
@@ -45,7 +46,6 @@ QUICK = [
     "eval.gold=letters",
     "eval.max_new_tokens=6",
     "eval.max_prompts=4",
-    "eval.resamples=100",
     "data.test_fraction=0.3",
     "pm.max_steps=2",
     "pm.batch_size=4",
@@ -344,26 +344,79 @@ def test_validation_prompts_are_missed_before_anything_is_trained(tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("source", ["preferences", "demonstrations"])
-def test_evaluation_prompts_that_were_trained_on_are_counted(
-    tmp_path: Path, own: dict[str, Any], caplog: pytest.LogCaptureFixture, source: str
-) -> None:
-    held_out = "what is seen in training" if source == "preferences" else "what is shown"
-    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": held_out}) + "\n")
-    (tmp_path / "shown.jsonl").write_text(json.dumps({"prompt": "what is shown", "completion": "a"}) + "\n")
+def arm_that_leaks(tmp_path: Path, method: Method = Method.dpo, **changes: Any) -> Arm:
+    """Two evaluation prompts of four are trained on, but for a full stop and a capital letter."""
+    prompts = ["what is a whale, and where does it live", "how do ducks swim", "why is the sky blue", "who wrote this"]
+    lines = [{"prompt": text} for text in prompts]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "preferences").mkdir(exist_ok=True)
+    texts = [f"{prompts[0].capitalize()}.", prompts[0], "something else entirely", "and another one"]
+    rows = [{"prompt": text, "chosen": "a", "rejected": "b"} for text in texts]
+    (tmp_path / "preferences" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = [{"prompt": text, "completion": "a"} for text in (f"{prompts[1]}?", "what nobody asked")]
+    (tmp_path / "shown.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*shown, {"text": "a b c"}]))
     settings = config(
-        method=Method.dpo,
-        sft_first=True,
+        method=method,
+        feedback=Feedback.human,
+        preferences=str(tmp_path / "preferences"),
+        sft_first=method is Method.dpo,
         demonstrations=str(tmp_path / "shown.jsonl"),
         prompts=str(tmp_path / "prompts.jsonl"),
         data=DataConfig(validation_fraction=0, test_fraction=0),
         eval=EvalConfig(split=Split.train),
-        **own,
+        **changes,
     )
+    return Arm(settings, tmp_path, settings.policy)
+
+
+def test_training_data_that_resembles_evaluation_prompts_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arm = arm_that_leaks(tmp_path)
     with caplog.at_level("WARNING", logger="rlaif"):
-        _check_evaluation(Arm(settings, tmp_path, settings.policy))
-    assert f"1 of 1 evaluation prompts are also in the {'training ' * (source == 'preferences')}{source}" in caplog.text
-    assert caplog.text.count("will flatter") == 1
+        _check_evaluation(arm)
+    assert "3 rows of the training data resemble 2 of 4 evaluation prompts; the evaluation will flatter" in caplog.text
+    assert "drop_leaked=true" in caplog.text
+    facts = {"leaked_rows": 3, "leaked_prompts": 2, "dropped_leaked": 0, "feedback": "human", "feedback_declared": True}
+    assert _data_facts(arm) == facts
+    assert (len(arm.preferences("train")), len(arm.demonstrations())) == (4, 3)
+    # SFT on demonstrations reads no preferences.
+    assert (arm_that_leaks(tmp_path, Method.sft).leaks.rows, arm_that_leaks(tmp_path, Method.sft).leaks.prompts) == (
+        1,
+        1,
+    )
+    # A PM is not evaluated on prompts.
+    assert arm_that_leaks(tmp_path, Method.pm).leaks.rows == 0
+
+
+def test_training_data_that_resembles_evaluation_prompts_is_dropped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arm = arm_that_leaks(tmp_path, drop_leaked=True)
+    with caplog.at_level("INFO", logger="rlaif"):
+        _check_evaluation(arm)
+    assert "3 rows of the training data resemble 2 of 4 evaluation prompts: they are left out" in caplog.text
+    assert [row.prompt[-1]["content"] for row in arm.preferences("train")] == [
+        "something else entirely",
+        "and another one",
+    ]
+    assert [each.prompt[-1]["content"] if each.prompt else "" for each in arm.demonstrations()] == [
+        "what nobody asked",
+        "",
+    ]
+    assert (_data_facts(arm)["leaked_rows"], _data_facts(arm)["dropped_leaked"]) == (0, 3)
+    # What is left out is part of the fingerprint.
+    assert arm.preference_inputs != arm_that_leaks(tmp_path).preference_inputs
+    pm = arm_that_leaks(tmp_path, Method.pm, drop_leaked=True)
+    assert len(pm.preferences("train")) == 2
+    with pytest.raises(UserError, match="drop_leaked=true needs the prompts that evaluation holds out: give prompts="):
+        _check_evaluation(Arm(replace(arm.config, prompts=None), tmp_path, arm.start))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "something else entirely"}\n{"prompt": "and another one!"}\n')
+    (tmp_path / "preferences" / "train.jsonl").write_text(
+        json.dumps({"prompt": "Something else, entirely", "chosen": "a", "rejected": "b"}) + "\n"
+    )
+    with pytest.raises(UserError, match="drop_leaked=true leaves nothing to train on"):
+        Arm(arm.config, tmp_path, arm.start).preferences("train")
 
 
 def test_a_folder_that_moved_is_up_to_date(tmp_path: Path) -> None:

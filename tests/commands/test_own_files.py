@@ -169,7 +169,6 @@ def test_a_trained_policy_is_evaluated_and_trained_on(trained, inputs, run_comma
         f"preference_model={trained}/method=pm,preferences=text/pm/preference_model",
         "eval.gold=letters",
         "eval.max_new_tokens=6",
-        "eval.resamples=100",
         "name=mine",
         f"output_dir={tmp_path}/evaluation",
     )

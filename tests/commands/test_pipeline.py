@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from rlaif.config import DataConfig
+from rlaif.near_duplicates import near_duplicate_clusters
+
 pytestmark = pytest.mark.slow  # each test runs several commands
 
 ARMS = {"rlaif_ppo": "ppo", "rlhf_ppo": "ppo", "dpo": "dpo"}
@@ -128,6 +131,29 @@ def test_preferences_load_with_datasets(smoke, tmp_path):
                 assert row["chosen"] != row["rejected"]
                 assert 0.5 < row["p_chosen"] <= 1
                 assert row["feedback"] == feedback
+
+
+def test_no_stage_trains_on_what_another_evaluates(smoke):
+    """Sampling, labels, rollouts and evaluation of one run, near-duplicates included."""
+    splits = {}
+    for line in lines_of(smoke / "candidates" / "candidates.jsonl"):
+        splits[line["prompt"][-1]["content"]] = line["split"]
+    assert set(splits.values()) == {"train", "validation"}
+    evaluated = [
+        {line["prompt"][-1]["content"] for line in lines_of(file)}
+        for file in smoke.glob("arms/*/evaluation/samples.jsonl")
+    ]
+    rolled_out = [
+        line["prompt"][-1]["content"] for file in smoke.glob("arms/*/ppo/samples.jsonl") for line in lines_of(file)
+    ]
+    assert len(evaluated) > 1
+    assert rolled_out
+    assert all(one == evaluated[0] for one in evaluated)
+    assert {splits[text] for text in rolled_out if text in splits} == {"train"}
+    trained = sorted({*splits, *rolled_out})
+    held_out = sorted(evaluated[0])
+    clusters = near_duplicate_clusters([*trained, *held_out], DataConfig().near_duplicate_threshold)
+    assert not set(clusters[: len(trained)]) & set(clusters[len(trained) :])
 
 
 def test_preference_model_is_a_plain_transformers_model(smoke, command_env, monkeypatch):

@@ -15,7 +15,6 @@ TINY_SETTINGS = [
     "eval.gold=letters",
     "eval.max_new_tokens=8",
     "eval.max_prompts=6",
-    "eval.resamples=100",
     "pm.max_steps=2",
     "pm.batch_size=4",
     "dpo.max_steps=2",

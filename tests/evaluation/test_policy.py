@@ -26,15 +26,11 @@ def sample(prompt_id, number=0, gold=None, pm=None, tokens=10, reason="stop", kl
     return Sample(prompt_id, USER, number, f"text {prompt_id} {number}", tokens, reason, kl, gold, pm)
 
 
-def metrics(samples, baseline, seed=0):
-    return policy_metrics(samples, baseline, resamples=200, seed=seed)
-
-
 def test_win_rate_and_gain():
     # Gains 0.3, -0.1, 0, 0.2: wins 1, 0, 1/2, 1 = 0.625; mean gain 0.1; mean score 0.35.
     samples = [sample("p", gold=0.5), sample("q", gold=0.1), sample("r", gold=0.2), sample("s", gold=0.6)]
     baseline = [sample("s", gold=0.4), sample("r", gold=0.2), sample("q", gold=0.2), sample("p", gold=0.2)]
-    found = metrics(samples, baseline)
+    found = policy_metrics(samples, baseline)
     assert found["win_rate"] == pytest.approx(0.625)
     assert found["gold_gain"] == pytest.approx(0.1)
     assert found["gold_score"] == pytest.approx(0.35)
@@ -45,38 +41,40 @@ def test_win_rate_and_gain():
 
 def test_a_policy_ties_with_itself():
     samples = [sample(name, gold=0.1 * place, pm=place) for place, name in enumerate("pqrs")]
-    found = metrics(samples, samples)
-    assert [found[f"win_rate{end}"] for end in ("", "_low", "_high")] == [0.5, 0.5, 0.5]
+    found = policy_metrics(samples, samples)
+    assert found["win_rate"] == 0.5
+    # Four ties are not proof of a tie.
+    assert found["win_rate_low"] < 0.5 < found["win_rate_high"]
     assert (found["gold_gain"], found["pm_gain"], found["pm_score"]) == (0, 0, 1.5)
 
 
 def test_pairing_makes_the_gain_sharper_than_the_score():
     samples = [sample(str(i), gold=i + 0.5) for i in range(20)]
     baseline = [sample(str(i), gold=float(i)) for i in range(20)]
-    found = metrics(samples, baseline)
+    found = policy_metrics(samples, baseline)
     assert found["gold_gain_high"] - found["gold_gain_low"] == pytest.approx(0, abs=1e-6)
     assert found["gold_score_high"] - found["gold_score_low"] > 2
 
 
 def test_samples_are_paired_by_number_and_counted_by_prompt():
-    # Sample 0 gains 1, sample 1 loses 1 on both prompts: every resampled mean is 0.
+    # Sample 0 gains 1, sample 1 loses 1 on both prompts: the mean of each is 0.
     samples = [sample(name, number, gold=1.0 - number) for name in "pq" for number in (0, 1)]
     baseline = [sample(name, number, gold=float(number)) for name in "pq" for number in (1, 0)]
-    found = metrics(samples, baseline)
+    found = policy_metrics(samples, baseline)
     assert (found["n_prompts"], found["n_samples"], found["gold_gain_n"]) == (2, 4, 2)
     assert [found[f"gold_gain{end}"] for end in ("", "_low", "_high")] == [0, 0, 0]
 
 
 def test_length_end_and_kl():
     samples = [sample("p", tokens=4, kl=-0.5), sample("q", tokens=8, reason="length", kl=2.5)]
-    found = metrics(samples, samples)
+    found = policy_metrics(samples, samples)
     assert (found["length"], found["eos_rate"], found["kl"]) == (6, 0.5, 1.0)
     # Single values of the signed estimate may be negative, and are not clamped.
-    assert found["kl_low"] == -0.5
+    assert found["kl_low"] < 0
 
 
 def test_scores_that_the_baseline_lacks_have_no_gain():
-    found = metrics([sample("p", gold=1.0), sample("q", gold=0.0)], [sample("p"), sample("q")])
+    found = policy_metrics([sample("p", gold=1.0), sample("q", gold=0.0)], [sample("p"), sample("q")])
     assert found["gold_score"] == 0.5
     assert "gold_gain" not in found
     assert "win_rate" not in found
@@ -84,9 +82,9 @@ def test_scores_that_the_baseline_lacks_have_no_gain():
 
 def test_a_baseline_must_have_every_sample():
     with pytest.raises(UserError, match="baseline_samples lacks 2 of the evaluated prompts, first q"):
-        metrics([sample("p"), sample("q"), sample("r")], [sample("p"), sample("x")])
+        policy_metrics([sample("p"), sample("q"), sample("r")], [sample("p"), sample("x")])
     with pytest.raises(UserError, match="lacks 1 of"):
-        metrics([sample("p", 0), sample("p", 1)], [sample("p", 0)])
+        policy_metrics([sample("p", 0), sample("p", 1)], [sample("p", 0)])
 
 
 def test_samples_roundtrip_in_a_fixed_order(tmp_path):
@@ -133,7 +131,7 @@ def test_the_best_of_n_are_not_the_baselines_completions(tmp_path):
         reference=ModelConfig(name="tiny", device="cpu"),
         prompts=[Prompt(f"p{n}", ({"role": "user", "content": "ab" * n},)) for n in range(1, 5)],
         prompts_file=tmp_path / "prompts.jsonl",
-        config=EvalConfig(gold="letters", max_new_tokens=8, resamples=100),
+        config=EvalConfig(gold="letters", max_new_tokens=8),
         row={"name": "bon"},
         seed=0,
         best_of=(2, First()),

@@ -122,7 +122,7 @@ def test_the_verdict_cannot_be_missed(right: float, words: str) -> None:
 
 
 def test_a_few_pairs_that_all_agree_show_nothing() -> None:
-    """The bootstrap has nothing to resample there; the score interval is not empty."""
+    """Not a single one differs, and yet the interval is not empty."""
     rows = [comparison(str(n), -1 if n % 2 else 1) for n in range(3)]
     right = [pair(row.name, float(row.truth)) for row in rows]
     result = audit(rows, [], right)

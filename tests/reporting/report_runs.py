@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlaif.evaluation.statistics import paired_gain
+
 GAINS = {"base": None, "rlaif_ppo": 0.41, "dpo": 0.02, "rlhf_ppo": -0.2}
 METHODS = {"base": "base", "rlaif_ppo": "ppo", "dpo": "dpo", "rlhf_ppo": "ppo"}
 FEEDBACK = {"base": None, "rlaif_ppo": "ai", "dpo": "ai", "rlhf_ppo": "simulated_human"}
@@ -24,8 +26,13 @@ def write(path: Path, value: Any) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
+PROMPTS = 128
+# Every other prompt gains so much more or less: Student's interval over 128 prompts is then 0.05 each way.
+SPREAD = 0.28475
+
+
 def metrics(name: str, seed: int) -> dict[str, Any]:
-    """An evaluation; seed 2 lies 0.1 above seed 1."""
+    """An evaluation; seed 2 gains 0.1 more than seed 1."""
     gain, shift = GAINS[name], 0.1 * (seed - 1)
     result: dict[str, Any] = {
         "name": name,
@@ -34,30 +41,36 @@ def metrics(name: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "gold": "sentiment",
         "preference_model": None,
-        "n_prompts": 128,
-        "n_samples": 128,
-        **estimate("gold_score", 0.1 + (gain or 0) + shift, 0.05),
+        "n_prompts": PROMPTS,
+        "n_samples": PROMPTS,
+        **estimate("gold_score", 0.1 + (0 if gain is None else gain + shift), 0.05),
         **estimate("kl", 0.0 if gain is None else 4 + 10 * gain, 0.4),
         **estimate("length", 31.5, 1.5),
         **estimate("eos_rate", 0.9, 0.04),
     }
     if gain is not None:
-        result |= estimate("gold_gain", gain + shift, 0.05) | estimate("win_rate", 0.5 + gain / 2, 0.04)
+        scores = [[line["gold_score"] for line in samples(one, seed=seed)] for one in (name, "base")]
+        paired = paired_gain(*scores, range(PROMPTS))
+        assert paired is not None
+        result |= paired.gain.flat("gold_gain") | paired.win_rate.flat("win_rate")
     return result
 
 
-def samples(name: str, count: int = 30) -> list[dict[str, Any]]:
+def samples(name: str, count: int = PROMPTS, seed: int = 1) -> list[dict[str, Any]]:
+    """Completions whose gold scores have the gains of :data:`GAINS` over ``base``."""
+    gain = GAINS[name]
+    rises = [0.0 if gain is None else gain + 0.1 * (seed - 1) + SPREAD * (-1) ** index for index in range(count)]
     return [
         {
             "prompt_id": f"p{index}",
             "prompt": [{"role": "user", "content": f"Say something kind about day {index}."}],
             "completion": f"{name} says: day {index} was lovely, " + "and warm " * (index % 7),
-            "gold_score": 0.01 * index,
+            "gold_score": round(0.1 + rise, 6),
             "tokens": 9,
             "finish_reason": "stop",
             "sample": 0,
         }
-        for index in range(count)
+        for index, rise in enumerate(rises)
     ]
 
 
@@ -98,7 +111,7 @@ def build(root: Path, seeds: tuple[int, ...] = (1, 2), agreement: float = 0.71) 
         for name, method in METHODS.items():
             arm = job / "arms" / name
             write(arm / "evaluation" / "metrics.json", metrics(name, seed))
-            write(arm / "evaluation" / "samples.jsonl", samples(name))
+            write(arm / "evaluation" / "samples.jsonl", samples(name, seed=seed))
             write(arm / "evaluation" / "provenance.json", provenance("evaluate", 12.5, seed))
             if method != "base":
                 write(arm / "training.jsonl", ppo_curve() if method == "ppo" else loss_curve("dpo"))

@@ -100,6 +100,112 @@ def test_statement_says_what_the_numbers_say(run: Path) -> None:
         assert "simulated_human, programmatic annotator, not people" in text
 
 
+def test_any_row_may_be_the_baseline(run: Path) -> None:
+    """Gains over it come from the samples of both: over `base` the rows gain 0.41 and -0.2, so 0.61 over each other."""
+    html, markdown = report(run, baseline="rlhf_ppo")
+    for text in (html, markdown):
+        assert "rlaif_ppo (feedback: AI): gold score gain over rlhf_ppo 0.61 (2 seeds, 0.61 to 0.61)" in text
+        assert "rlaif_ppo: win rate against rlhf_ppo 1.00 (2 seeds" in text
+        assert "base: gold score gain over rlhf_ppo 0.15 (2 seeds, 0.10 to 0.20)" in text
+    table = comparison(collect([run]), "rlhf_ppo")
+    rows = {row.cells[0]: dict(zip(table.columns, row.cells, strict=True)) for row in table.rows if row.starts}
+    assert rows["dpo"]["gold gain"].startswith("0.22")
+    # What its own evaluation measured keeps its name.
+    assert rows["dpo"]["gold gain over start"].startswith("0.02 ")
+    assert rows["rlhf_ppo"]["gold gain"] == "–"
+    assert "gold gain over start" not in comparison(collect([run]), "base").columns
+
+
+def row(root: Path, name: str, scores: dict[str, list[float]], seed: int = 0, **values: object) -> Path:
+    """An evaluation with these gold scores of each prompt's samples."""
+    lines = [
+        {"prompt_id": prompt, "prompt": f"{prompt}?", "completion": "text", "sample": number, "gold_score": score}
+        for prompt, of_samples in scores.items()
+        for number, score in enumerate(of_samples)
+    ]
+    write(root / name / "samples.jsonl", lines)
+    write(root / name / "metrics.json", {"name": name, "seed": seed, "gold": "vader", "length": 9.0, **values})
+    return root / name
+
+
+def over(root: Path, name: str, baseline: str) -> tuple[dict[str, float], str]:
+    found = collect([root])
+    compared = found.over(found.group(name)[0], baseline)
+    return {key: round(estimate.value, 6) for key, estimate in compared.figures.items()}, compared.problem
+
+
+def test_rows_are_paired_by_prompt_and_sample(tmp_path: Path) -> None:
+    row(tmp_path, "one", {"a": [0.1, 0.5], "b": [0.3], "c": [0.9]})
+    row(tmp_path, "two", {"a": [0.4, 0.5], "b": [0.1, 0.8], "d": [0.0]})
+    # Gains -0.3, 0 and 0.2: a loss, a tie and a win.
+    assert over(tmp_path, "one", "two") == ({"gold_gain": -0.033333, "win_rate": 0.5}, "")
+    estimate = collect([tmp_path]).over(collect([tmp_path]).group("one")[0], "two").figures["gold_gain"]
+    assert estimate.n == 2
+
+
+def test_rows_that_share_no_prompts_are_not_compared(tmp_path: Path) -> None:
+    figures = {"gold_gain": 0.4, "gold_gain_n": 2, "gold_gain_low": 0.3, "gold_gain_high": 0.5}
+    row(tmp_path, "one", {"a": [0.1]}, **figures)
+    row(tmp_path, "two", {"b": [0.2]}, **figures)
+    assert over(tmp_path, "one", "two") == ({}, "they share no prompts")
+    for text in report(tmp_path, baseline="two"):
+        assert "one: not compared with two: they share no prompts. " in text
+        assert "one: gold score gain over the policy it started from 0.40 [0.30, 0.50] (n=2): better." in text
+        assert "over two" not in text
+    assert "gold gain" not in comparison(collect([tmp_path]), "two").columns
+
+
+def test_what_cannot_be_paired_has_no_figure(tmp_path: Path) -> None:
+    one = row(tmp_path, "one", {"a": [0.1], "b": [0.2]})
+    other = row(tmp_path, "other", {"a": [0.1]})
+    assert over(tmp_path, "one", "other")[0] == {"gold_gain": 0.0, "win_rate": 0.5}
+    lines = [{"prompt_id": "a", "prompt": "another text", "completion": "x", "gold_score": 1.0}]
+    write(other / "samples.jsonl", lines)
+    assert over(tmp_path, "one", "other") == ({}, "the same prompt ids stand for other texts")
+    row(tmp_path, "other", {"a": [0.1]}, gold="letters")
+    assert over(tmp_path, "one", "other") == ({}, "no judge scored both")
+    (other / "samples.jsonl").unlink()
+    assert over(tmp_path, "one", "other") == ({}, "one of them has no samples.jsonl")
+    # PM scores compare under the same PM.
+    for folder, score in ((one, 2.0), (other, 0.5)):
+        line = {"prompt_id": "a", "prompt": "a?", "completion": "x", "pm_score": score}
+        write(folder / "samples.jsonl", line)
+        change(folder / "metrics.json", gold=None, preference_model_id="aaaa")
+    assert over(tmp_path, "one", "other")[0] == {"pm_gain": 1.5}
+    change(other / "metrics.json", preference_model_id="bbbb")
+    assert over(tmp_path, "one", "other") == ({}, "no judge scored both")
+
+
+def test_a_row_is_compared_with_its_own_run(tmp_path: Path) -> None:
+    for job, base in (("x", 0.1), ("y", 0.2)):
+        row(tmp_path / job, "base", {"a": [base], "b": [base]}, seed=1)
+        row(tmp_path / job, "ppo", {"a": [0.5], "b": [0.5]}, seed=1)
+    found = collect([tmp_path])
+    gains = [found.over(e, "base").figures["gold_gain"].value for e in found.group("ppo")]
+    assert gains == pytest.approx([0.4, 0.3])
+    row(tmp_path, "alone", {"a": [0.5]}, seed=1)
+    assert over(tmp_path, "alone", "base") == ({}, "it has several rows of that seed")
+    # Another seed has no partner, unless there is only one.
+    row(tmp_path, "alone", {"a": [0.5]}, seed=2)
+    assert over(tmp_path, "alone", "base") == ({}, "it has no row of that seed")
+    shutil.rmtree(tmp_path / "y")
+    assert over(tmp_path, "alone", "base")[0] == {"gold_gain": 0.4, "win_rate": 1.0}
+
+
+def test_leaks_and_declared_feedback_are_said(run: Path) -> None:
+    for seed in (1, 2):
+        file = run / f"seed={seed}" / "arms" / "dpo" / "evaluation" / "metrics.json"
+        change(file, feedback="human", feedback_declared=True, leaked_rows=7, leaked_prompts=3, dropped_leaked=0)
+        file = run / f"seed={seed}" / "arms" / "rlaif_ppo" / "evaluation" / "metrics.json"
+        change(file, feedback_declared=False, leaked_rows=0, leaked_prompts=0, dropped_leaked=5)
+    for text in report(run):
+        assert "dpo (feedback: human (declared by the user)): gold score gain over base" in text
+        leak = "dpo: 7 rows of its training data resemble 3 evaluation prompts, so its figures flatter."
+        assert text.count(leak) == 1
+        assert "rlaif_ppo: 5 rows that resemble evaluation prompts were left out of its training." in text
+        assert "rlaif_ppo (feedback: AI): gold" in text
+
+
 def test_one_seed(tmp_path: Path) -> None:
     _, markdown = report(build(tmp_path / "run", seeds=(1,)))
     assert "gold score gain over base 0.41 [0.36, 0.46] (n=128): better." in markdown
@@ -203,7 +309,7 @@ def test_missing_keys_are_tolerated(tmp_path: Path) -> None:
     write(root / "b" / "provenance.json", {"stage": "evaluate"})
     html, markdown = report(root)
     for text in (html, markdown):
-        assert "b: win rate against base 0.60 [no interval] (n not recorded): no verdict" in text
+        assert "b: win rate against the policy it started from 0.60 [no interval] (n not recorded): no verdict" in text
         assert "No row is named base" in text
         assert "a: no comparison with base was recorded" in text
 
