@@ -162,6 +162,8 @@ class Preference:
     """Place among the prompt's candidates by Bradley-Terry score, 1 for the best; None where it is not known."""
     inferred: bool = False
     """The labeler was not asked about this very pair; its label follows from those on others."""
+    missing_weight: float = 0.0
+    """Share of the principles' weight that has no verdict on this pair: ``principles`` has the others."""
     source: str = ""
     """Which part of its dataset it comes from (a ``subset`` or ``source`` column), for figures by part."""
 
@@ -183,6 +185,7 @@ class Preference:
             "chosen_rank": self.chosen_rank,
             "rejected_rank": self.rejected_rank,
             "inferred": self.inferred,
+            "missing_weight": self.missing_weight,
         }
 
 

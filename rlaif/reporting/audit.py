@@ -32,12 +32,14 @@ _SINGLE = (
 _COUNTS = (
     ("n_comparisons", "pairs", None),
     ("n_labelled", "labelled", "n_comparisons"),
+    ("n_partial", "labelled by some of their principles", "n_labelled"),
     ("missing", "without a label", "n_comparisons"),
     ("human_ties", "ties of people (left out)", "n_comparisons"),
     ("labeler_ties", "ties of the labeler (count half)", "n_labelled"),
     ("n_verdicts", "verdicts asked", None),
     ("uncovered", "uncovered verdicts", "n_verdicts"),
     ("unlisted", "verdicts that the listed options leave open", "n_verdicts"),
+    ("withheld", "verdicts withheld by a content filter", "n_verdicts"),
     ("failed", "failed verdicts, unparsed ones included", "n_verdicts"),
 )
 _COST = (

@@ -276,12 +276,19 @@ class Contrastive(Mode):
     bias, tilt = "score_mean", staticmethod(float)
 
 
+def principles(mode: Any, found: Found, one: str, other: str) -> dict[str, float]:
+    """The logits of a pair under the principles that have their verdicts on it."""
+    logits = {name: mode.pair(found, name, one, other) for name in WEIGHTS}
+    return {name: value for name, value in logits.items() if value is not None}
+
+
 def logits(mode: Any, found: Found, one: str, other: str) -> float | None:
-    """The logit of a pair: the mean over principles by weight; None if any has no verdict."""
-    by_principle = {name: mode.pair(found, name, one, other) for name in WEIGHTS}
-    if None in by_principle.values():
+    """The logit of a pair: the mean over its principles by weight; None if they have less than half of the weight."""
+    by_principle = principles(mode, found, one, other)
+    weight = sum(WEIGHTS[name] for name in by_principle)
+    if weight < sum(WEIGHTS.values()) / 2:
         return None
-    return float(sum(WEIGHTS[name] * value for name, value in by_principle.items()) / sum(WEIGHTS.values()))
+    return float(sum(WEIGHTS[name] * value for name, value in by_principle.items()) / weight)
 
 
 def check(folder: Path, mode: Any, expected: Mapping[str, Found]) -> None:
@@ -301,9 +308,16 @@ def check(folder: Path, mode: Any, expected: Mapping[str, Found]) -> None:
         for one, other in itertools.combinations(names, 2):
             pairs[prompt, one, other] = logits(mode, found, one, other)
     dropped = check_preferences(folder, pairs)
+    lost = dropped["no_verdict"]
+    dropped["no_verdict"] = sum(not principles(mode, expected[prompt], *names) for prompt, *names in pairs)
+    dropped["missing_weight"] = lost - dropped["no_verdict"]
     quality = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
     assert quality["dropped"] == {reason: count for reason, count in dropped.items() if count}
-    assert quality["n_pairs"] == len(pairs) - dropped["no_verdict"]
+    assert quality["n_pairs"] == len(pairs) - lost
+    partial = [
+        principles(mode, expected[prompt], *names) for (prompt, *names), logit in pairs.items() if logit is not None
+    ]
+    assert quality["n_partial"] == sum(len(found) < len(WEIGHTS) for found in partial)
     valid = [value for found in expected.values() for value in mode.valid(found)]
     assert quality[mode.bias] == pytest.approx(sum(map(mode.tilt, valid)) / len(valid), abs=1e-5)
 

@@ -98,6 +98,7 @@ QUALITY = {
     "n_verdicts": 204,
     "uncovered": 3,
     "unlisted": 0,
+    "withheld": 2,
     "failed_reasons": {"timeout": 1},
     "methods": {"logprob": 150, "text": 50},
     "option_mass_mean": 0.913,
@@ -118,7 +119,7 @@ def test_the_summary_names_what_was_lost_and_warns():
     for part in (
         "90 preferences from 100 pairs",
         "dropped: 10 tie",
-        "verdicts: 204, missing: 3 uncovered, 1 timeout; mean option mass 0.91",
+        "verdicts: 204, missing: 3 uncovered, 2 withheld, 1 timeout; mean option mass 0.91",
         "found by logprob: 150, text: 50",
         "12.3 verdicts/s, 51.0k prompt tokens",
         "the same in both orders for 81% of pairs, bias +1.50 logits",
@@ -133,6 +134,10 @@ def test_the_summary_names_what_was_lost_and_warns():
     assert "spent by every run into this folder: 210 requests, 51,204 tokens, $0.0123" in paid
     audited = summary({**QUALITY, "audit_verdict": "DO NOT TRAIN ON THESE LABELS: x."})
     assert audited.splitlines()[-1].endswith("DO NOT TRAIN ON THESE LABELS: x.")
+    open_ended = summary({**QUALITY, "agreement_low": 0.51, "unlisted": 51})
+    assert "WARNING: 25% of the verdicts are left open by the tokens that the server lists" in open_ended
+    partial = summary({**QUALITY, "n_partial": 12, "missing_weight_mean": 0.031})
+    assert "12 pairs are labelled by some of their principles (missing weight, over all pairs: 3.1%)" in partial
     cut = summary({**QUALITY, "agreement_low": 0.51, "truncated": 7})
     assert "WARNING: 7 verdicts saw a long text without its middle" in cut
 
