@@ -57,7 +57,7 @@ Label candidate completions by written principles; build the preference dataset.
                                   any OpenAI-compatible server; the key comes from $OPENAI_API_KEY
   labeler=scripted                a deterministic labeler with a known utility, bias and noise
   labeling.mode=pairwise          or listwise (the best of all), pointwise (verdict words on one completion), score
-                                  (1 to 10), contrastive (likelihood under the principle against its opposite)
+                                  (1 to 9), contrastive (likelihood under the principle against its opposite)
   labeling.principles=each        or sample (one principle for each comparison), together (all in one prompt)
   labeling.rationales=2           pairwise: let the labeler reason first, twice, and average the verdicts
   labeling.pairs=adaptive         ask only the pairs whose order is uncertain (or against_best, or all)

@@ -79,7 +79,7 @@ class Label:
 
     What was shown are candidate ids: ``first`` and ``second`` (pairwise), ``order`` (listwise, in the order shown) or
     ``candidate`` (the other modes). The verdict is ``p``, P(first is better) or P(the completion satisfies the
-    principle) (pairwise, pointwise); ``score`` with its distribution ``probs`` over 1 to 10 (score); ``probs``, P(each
+    principle) (pairwise, pointwise); ``score`` with its distribution ``probs`` over 1 to 9 (score); ``probs``, P(each
     is the best) in the order shown (listwise); or ``score``, a log-likelihood ratio (contrastive). Where there is none
     it is ``None`` with a ``reason``: a missing verdict is kept and counted, never guessed.
     """
@@ -99,6 +99,8 @@ class Label:
     score: float | None = None
     probs: tuple[float, ...] | None = None
     reply: str | None = None
+    replies: int | None = None
+    """How many replies the verdict was read from (votes, text): those that name an option."""
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     truncated: bool | None = None

@@ -224,7 +224,7 @@ class LabelingConfig(Settings):
 
     mode: LabelMode = LabelMode.pairwise
     """``pairwise``: which of two completions; ``listwise``: which of all; ``pointwise``: verdict words on one
-    completion; ``score``: a number from 1 to 10 for one; ``contrastive``: how much likelier one is under a system
+    completion; ``score``: a number from 1 to 9 for one; ``contrastive``: how much likelier one is under a system
     prompt that encourages the principle than under one that discourages it."""
     principles: Principles = Principles.each
     """``each``: every principle by itself, weighted mean; ``sample``: one, drawn by weight, for each comparison (Bai et

@@ -287,7 +287,7 @@ class OpenAIEngine(Engine):
                 scored = await self._score_by_replies(request)
         except AttemptError as problem:
             return [Failure(problem.reason, problem.detail, time.perf_counter() - started)]
-        return [OptionMass(*scored[:-1], time.perf_counter() - started, scored.observed)]
+        return [OptionMass(latency_s=time.perf_counter() - started, **scored._asdict())]
 
     async def _score_by_logprobs(self, request: OptionRequest) -> _Scored | None:
         """``None`` if the server gives no log-probabilities for this request."""
@@ -452,6 +452,7 @@ class OpenAIEngine(Engine):
             " | ".join(replies),
             total([got.prompt_tokens for got in usage]),
             total([got.completion_tokens for got in usage]),
+            replies=votes,
         )
 
     async def _chat(self, parse: Callable[[dict[str, Any]], A], **body: Any) -> A:
@@ -483,6 +484,7 @@ class _Scored(NamedTuple):
     prompt_tokens: int | None
     completion_tokens: int | None
     observed: float | None = None
+    replies: int | None = None
 
 
 def _account_headers() -> dict[str, str]:

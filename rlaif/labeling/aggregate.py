@@ -218,7 +218,7 @@ def p_higher(left: Sequence[float], right: Sequence[float]) -> float:
 
     It is a preference already, uses the scale's order alone (that 9 is one more than 8 means nothing to a labeler), and
     knows how sure the labeler was: means of 6 and 7 say little where both distributions are wide, and the logit
-    of a mean, (E - 1) / 9, would not show it.
+    of a mean, (E - 1) / 8, would not show it.
     """
     pairs = list(itertools.product(enumerate(left), enumerate(right)))
     # Exactly 1/2 for equal distributions: fsum does not depend on the order of what it adds.

@@ -163,5 +163,12 @@ class Combination:
 
 def _by_prompt(file: Path) -> Iterator[tuple[str, list[Label]]]:
     """The labels of one prompt after the other."""
-    for name, labels in itertools.groupby(read_jsonl(file, Label.from_json), lambda label: label.prompt_id):
+
+    def parse(line: dict[str, Any]) -> Label:
+        label = Label.from_json(line)
+        if label.method in ("votes", "text") and label.verdict is not None and label.replies is None:
+            raise ValueError("read from replies by an earlier version; run rlaif.label on that folder again")
+        return label
+
+    for name, labels in itertools.groupby(read_jsonl(file, parse), lambda label: label.prompt_id):
         yield name, list(labels)

@@ -176,8 +176,8 @@ def summary(quality: Mapping[str, Any]) -> str:
         if quality["unlisted"] > UNLISTED * quality["n_verdicts"]:
             share = quality["unlisted"] / quality["n_verdicts"]
             lines.append(
-                f"WARNING: {share:.0%} of the verdicts are left open by the tokens that the server lists; where words of "
-                "several tokens are why, labeler.prefill=true or labeler.endpoint=completions asks for the rest of them"
+                f"WARNING: {share:.0%} of the verdicts are left open by the tokens that the server lists; where words "
+                "of several tokens are why, labeler.prefill=true or labeler.endpoint=completions asks for their rest"
             )
     if quality.get("n_partial"):
         lines.append(

@@ -61,8 +61,11 @@ def clipped_logit(p: float) -> float:
     return max(-CERTAIN, min(CERTAIN, math.log(p / (1 - p)) if 0 < p < 1 else math.inf * (p - 0.5)))
 
 
-def said(logits: Sequence[float], texts: Sequence[str], oracle: Oracle, votes: int) -> Said:
-    """What the oracle says about texts whose options have these logits."""
+def said(logits: Sequence[float], texts: Sequence[str], oracle: Oracle, votes: int, raw: bool = False) -> Said:
+    """What the oracle says about texts whose options have these logits.
+
+    Shares of replies count one more reply, which is shared evenly between the options, but where they are ``raw``.
+    """
     shown = " ".join(texts)
     if BROKEN in shown:
         return None, f"http_{oracle.broken}"
@@ -73,7 +76,8 @@ def said(logits: Sequence[float], texts: Sequence[str], oracle: Oracle, votes: i
     counts = ballots(p, votes)
     if UNCLEAR in shown or not any(counts):
         return None, "uncovered"
-    return [count / votes for count in counts], None
+    more = 0 if raw else 1
+    return [(count + more / len(p)) / (votes + more) for count in counts], None
 
 
 def first(found: Said) -> tuple[float | None, str | None]:
@@ -147,10 +151,14 @@ class Reasoned(Pairwise):
         for move in moves:
             assert move is not None
             logits = (worth(name, one) - worth(name, other) + move, 0.0)
-            p, reason = first(said(logits, (one, other), oracle, votes))
+            p, reason = first(said(logits, (one, other), oracle, votes, raw=True))
             if p is not None:
                 found.append(min(max(p, self.clamp), 1 - self.clamp))
-        return (sum(found) / len(found), None) if found else (None, reason)
+        if not found:
+            return None, reason
+        replies = 0 if oracle.gives == "logprobs" else votes * len(found)
+        mean = sum(found) / len(found)
+        return (mean * replies + 0.5) / (replies + 1) if replies else mean, None
 
 
 class Pointwise(Mode):
@@ -177,7 +185,7 @@ class Pointwise(Mode):
 
 
 class Score(Mode):
-    """Each completion alone, under each principle: how likely every number from 1 to 10 is."""
+    """Each completion alone, under each principle: how likely every number from 1 to 9 is."""
 
     overrides = ("labeling.mode=score",)
 

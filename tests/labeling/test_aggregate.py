@@ -265,7 +265,7 @@ def test_p_higher_by_hand():
     assert p_higher((0.0, 1.0), (1.0, 0.0)) == 1.0
 
 
-distributions = st.lists(st.floats(1e-9, 1), min_size=10, max_size=10).map(
+distributions = st.lists(st.floats(1e-9, 1), min_size=9, max_size=9).map(
     lambda values: [value / sum(values) for value in values]
 )
 
