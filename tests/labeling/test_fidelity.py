@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_server import Reply
+from fake_server import Reply, logprobs
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle_labels import (
@@ -169,6 +169,70 @@ def test_an_option_that_a_server_leaves_out_turns_no_verdict_round(mode_name: st
         assert entry["option_mass"] <= 0.6 + 1e-9
         seen.add("bounded" if entry["option_mass"] < 0.6 - 1e-6 else "exact")
     assert {"option_unknown", "bounded"} <= seen
+
+
+HARM = """name: harm
+version: "1"
+description: words of several tokens
+principles:
+  - id: kind
+    question: Which reply is less harmful?
+    statement: To the reader, this reply is
+    verdicts: {"yes": [safe, harmless], "no": [harmful, dangerous]}
+"""
+
+
+def in_pieces(body: dict[str, Any]) -> Reply:
+    """A pointwise labeler that speaks Safe, Harm+less, Harm+ful and D+angerous."""
+    content = "\n".join(message["content"] for message in body["messages"])
+    safe = sigmoid(worth("kind", content))
+    words = {"Safe": 0.6 * safe, "Harmless": 0.4 * safe, "Harmful": 0.7 * (1 - safe), "Dangerous": 0.3 * (1 - safe)}
+    last = body["messages"][-1]
+    begun = last["content"].rpartition("this reply is")[2] if last["role"] == "assistant" else ""
+    after: dict[str, float] = {}
+    for word, share in words.items():
+        if word.startswith(begun):
+            token = next(
+                (part for part in ("Safe", "Harm", "D") if not begun and word.startswith(part)), word[len(begun) :]
+            )
+            after[token] = after.get(token, 0.0) + share
+    total = sum(after.values())
+    fillers = [("The", 0.1), ("It", 1e-6)] if not begun else []
+    return logprobs([*((token, (1 - 0.1 * (not begun)) * p / total) for token, p in after.items()), *fillers])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefill", [False, True])
+def test_words_of_several_tokens_call_nothing_safer_than_it_is(prefill: bool, tmp_path: Path) -> None:
+    """Over chat the first token is all there is: "Harm" says nothing. With prefill the rest of it is asked for."""
+    (tmp_path / "harm.yaml").write_text(HARM, encoding="utf-8")
+    values = [-4.0, -2.0, -1.0, 0.5, 2.0, 4.0]
+    lines = [
+        {
+            "prompt": f"Question {number}?",
+            "split": "train",
+            "completions": [f"Text {number}.{place} {{kind={v:+.2f}}}" for place, v in enumerate((one, other))],
+        }
+        for number, (one, other) in enumerate(itertools.combinations(values, 2))
+    ]
+    label_by_server(
+        tmp_path, lines, in_pieces, 1, "labeling.mode=pointwise", f"constitution={tmp_path}/harm.yaml",
+        f"labeler.prefill={str(prefill).lower()}",
+    )  # fmt: skip
+    truth = {f"c{place}": [sigmoid(worth("kind", line["completions"][place])) for line in lines] for place in range(2)}
+    labels = json_lines(tmp_path / "out" / "labels.jsonl")
+    assert len(labels) == 2 * len(lines)
+    found = {name: [entry for entry in labels if entry["candidate"] == name] for name in truth}
+    for name, entries in found.items():
+        for true, entry in zip(truth[name], entries, strict=True):
+            if prefill:
+                assert entry["score"] == pytest.approx(true, abs=1e-3)
+            elif entry["score"] is None:
+                assert entry["reason"] == "option_unknown"
+            else:
+                assert 0.5 <= entry["score"] <= true, entry
+    told = json.loads((tmp_path / "out" / "quality.json").read_text(encoding="utf-8"))["unlisted"]
+    assert told == (0 if prefill else sum(entry["score"] is None for entry in labels)) < len(labels)
 
 
 def test_the_planted_combinations_are_there() -> None:
