@@ -81,7 +81,7 @@ def row(name: str, mode: str, found: Mapping[str, Any]) -> str:
         value, low, high = (form.format(found[key + end]) for end in ("", "_low", "_high"))
         return f"{value} [{low}, {high}]"
 
-    missing = sum(found.get(key, 0) for key in ("uncovered", "unlisted", "withheld", "failed"))
+    missing = sum(found.get(key, 0) for key in ("uncovered", "unlisted", "failed"))
     kappa, mass, ece = (
         f"{found[key]:.2f}" if found.get(key) is not None else "–" for key in ("kappa", "option_mass_mean", "ece")
     )

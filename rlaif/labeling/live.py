@@ -162,8 +162,7 @@ def summary(quality: Mapping[str, Any]) -> str:
     if quality.get("dropped"):
         lines.append("dropped: " + ", ".join(f"{count} {reason}" for reason, count in quality["dropped"].items()))
     if "n_verdicts" in quality:
-        named = {name: quality[name] for name in ("uncovered", "unlisted", "withheld")}
-        lost = {**named, **quality["failed_reasons"]}
+        lost = {"uncovered": quality["uncovered"], "unlisted": quality["unlisted"], **quality["failed_reasons"]}
         missing = ", ".join(f"{count} {reason}" for reason, count in lost.items() if count)
         mass = quality["option_mass_mean"]
         lines.append(

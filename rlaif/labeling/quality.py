@@ -93,8 +93,6 @@ class VerdictQuality:
             "n_verdicts": self._verdicts,
             "uncovered": reasons.pop("uncovered", 0),
             "unlisted": reasons.pop("option_unknown", 0),
-            # No rerun gets an answer to these.
-            "withheld": reasons.pop("content_filter", 0),
             "failed": sum(reasons.values()),
             "failed_reasons": dict(reasons),
             "truncated": self._truncated,

@@ -39,7 +39,6 @@ _COUNTS = (
     ("n_verdicts", "verdicts asked", None),
     ("uncovered", "uncovered verdicts", "n_verdicts"),
     ("unlisted", "verdicts that the listed options leave open", "n_verdicts"),
-    ("withheld", "verdicts withheld by a content filter", "n_verdicts"),
     ("failed", "failed verdicts, unparsed ones included", "n_verdicts"),
 )
 _COST = (

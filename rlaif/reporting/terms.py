@@ -124,7 +124,6 @@ QUALITY: Terms = (
     ("n_preferences", "preferences", "Pairs that became training preferences.", True),
     ("failed", "failed", "Verdicts that could not be had or parsed; kept and counted, never guessed.", True),
     ("uncovered", "uncovered", "Verdicts with too little probability on the allowed words.", True),
-    ("withheld", "withheld", "Verdicts that a content filter withheld for good.", True),
     (
         "missing_weight_mean",
         "missing weight",

@@ -97,8 +97,15 @@ def test_pairs_outlive_refusals_under_some_principles(run_command, tmp_path, min
     assert quality["n_partial"] == sum(share > 0 for share in shares)
     assert quality["missing_weight_mean"] == pytest.approx(sum(shares) / len(shares), abs=1e-6)
     assert sum(quality["dropped"].values()) == 60 - len(expected)
-    # 0.64 of 60 pairs have both orders under x, and as many of these again under each of the others.
-    assert (28 if minimum == 0.5 else 7) <= len(expected) <= (50 if minimum == 0.5 else 25)
+    # Combined with itself it is the same.
+    both = tmp_path / "both"
+    run_command("label", f"combine=[{out},{out}]", f"candidates={tmp_path}/candidates.jsonl", f"output_dir={both}")
+    rows = pyarrow.parquet.read_table(both / "preferences" / "train.parquet").to_pylist()
+    for row in rows:
+        assert (row["p_chosen"], row["missing_weight"]) == pytest.approx(found[row["prompt_id"]][:2], abs=1e-6)
+    assert len(rows) == len(found)
+    # As docs/label.md says.
+    assert len(expected) == (35 if minimum == 0.5 else 15)
 
 
 @pytest.mark.parametrize("principles", ["sample", "together"])

@@ -332,6 +332,11 @@ def test_labels_from_replies_are_no_surer_than_replies_can_be(mode_name: str, vo
 
     assert entropy(truth) < entropy(labels) < 0.68
     assert entropy(labels) < 0.75 * entropy(unsmoothed)
+    if mode_name == "pairwise":
+        # As docs/label.md says.
+        told = {1: (1.90, 0.61), 8: (0.83, 0.55)}[votes]
+        assert (entropy(unsmoothed), entropy(labels)) == pytest.approx(told, abs=0.005)
+        assert entropy(truth) == pytest.approx(0.52, abs=0.005)
 
 
 @pytest.mark.slow

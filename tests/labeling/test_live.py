@@ -98,7 +98,6 @@ QUALITY = {
     "n_verdicts": 204,
     "uncovered": 3,
     "unlisted": 0,
-    "withheld": 2,
     "failed_reasons": {"timeout": 1},
     "methods": {"logprob": 150, "text": 50},
     "option_mass_mean": 0.913,
@@ -119,7 +118,7 @@ def test_the_summary_names_what_was_lost_and_warns():
     for part in (
         "90 preferences from 100 pairs",
         "dropped: 10 tie",
-        "verdicts: 204, missing: 3 uncovered, 2 withheld, 1 timeout; mean option mass 0.91",
+        "verdicts: 204, missing: 3 uncovered, 1 timeout; mean option mass 0.91",
         "found by logprob: 150, text: 50",
         "12.3 verdicts/s, 51.0k prompt tokens",
         "the same in both orders for 81% of pairs, bias +1.50 logits",
