@@ -57,7 +57,7 @@ Label candidate completions by written principles; build the preference dataset.
                                   any OpenAI-compatible server; the key comes from $OPENAI_API_KEY
   labeler=scripted                a deterministic labeler with a known utility, bias and noise
   labeling.mode=pairwise          or listwise (the best of all), pointwise (verdict words on one completion), score
-                                  (1 to 10), contrastive (likelihood under the principle against its opposite)
+                                  (1 to 9), contrastive (likelihood under the principle against its opposite)
   labeling.principles=each        or sample (one principle for each comparison), together (all in one prompt)
   labeling.rationales=2           pairwise: let the labeler reason first, twice, and average the verdicts
   labeling.pairs=adaptive         ask only the pairs whose order is uncertain (or against_best, or all)
@@ -281,7 +281,7 @@ def _calibrated(
     every_order = replace(setup.config, both_orders=True, second_order_below=None, stop_principles_above=None)
     asked = [comparison.candidates() for comparison in comparisons if comparison.truth]
     labels = label_candidates(asked, setup.constitution, engine, every_order, store, setup.seed)
-    calibration, record = measure(engine.name, comparisons, labels, setup.weights)
+    calibration, record = measure(engine.name, comparisons, labels, setup.weights, setup.config.min_principle_weight)
     log.info("calibration of %s: temperature %.3g, bias %+.3g", engine.name, calibration.temperature, calibration.bias)
     return replace(setup, calibration=calibration), record
 
@@ -462,14 +462,19 @@ def _write_dataset(
     min_margin = config.labeling.min_margin if config.feedback is Feedback.ai else 0.0
     agreement = GoldAgreement(config.gold) if config.gold is not None else None
     counts: Counter[str] = Counter()
+    missing_weight = 0.0
 
     def selected() -> Iterator[tuple[str, Preference]]:
+        nonlocal missing_weight
         for line, found in pairs:
             if rank:
                 names = [candidate.candidate_id for candidate in line.candidates]
                 found, unconnected = ranked_pairs(line.prompt.prompt_id, names, found)
                 dropped["not_connected"] += unconnected
             counts.update(n_pairs=len(found), n_inferred=sum(pair.inferred for pair in found))
+            own = [pair.missing_weight for pair in found if not pair.inferred]
+            counts.update(own=len(own), n_partial=sum(map(bool, own)))
+            missing_weight += sum(own)
             if agreement is not None:
                 agreement.add(line, found)
             kept, unselected = select_preferences(line, found, selection, min_margin, labeler, config.feedback.value)
@@ -488,13 +493,16 @@ def _write_dataset(
         writer.card |= {name: quality[name] for name in made if name in quality}
         if rank:
             # Such pairs have a label after all, or are not connected.
-            del dropped["no_verdict"], dropped["not_by_all"]
+            del dropped["no_verdict"], dropped["missing_weight"], dropped["not_by_all"]
             quality["n_inferred"] = counts["n_inferred"]
         reasons = {reason: count for reason, count in dropped.items() if count}
         if not writer.counts["train"]:
             raise UserError(f"no preference is left for training; dropped: {reasons}")
     if agreement is not None:
         quality |= agreement.result()
+    if config.feedback is Feedback.ai:
+        quality["n_partial"] = counts["n_partial"]
+        quality["missing_weight_mean"] = round(missing_weight / counts["own"], 6) if counts["own"] else None
     quality |= {
         "seed": config.seed,
         "feedback": config.feedback.value,

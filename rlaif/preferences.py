@@ -96,6 +96,7 @@ def select_preferences(
                 chosen_rank=places[winner],
                 rejected_rank=places[loser],
                 inferred=pair.inferred,
+                missing_weight=round(pair.missing_weight, 6),
             )
         )
     return result, dropped
@@ -264,6 +265,7 @@ def _schema() -> Any:
             *((name, flag) for name in ("chosen_ended", "rejected_ended")),
             *((name, pyarrow.int64()) for name in ("chosen_rank", "rejected_rank")),
             ("inferred", flag),
+            ("missing_weight", pyarrow.float64()),
         ]
     )
 

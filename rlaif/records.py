@@ -79,7 +79,7 @@ class Label:
 
     What was shown are candidate ids: ``first`` and ``second`` (pairwise), ``order`` (listwise, in the order shown) or
     ``candidate`` (the other modes). The verdict is ``p``, P(first is better) or P(the completion satisfies the
-    principle) (pairwise, pointwise); ``score`` with its distribution ``probs`` over 1 to 10 (score); ``probs``, P(each
+    principle) (pairwise, pointwise); ``score`` with its distribution ``probs`` over 1 to 9 (score); ``probs``, P(each
     is the best) in the order shown (listwise); or ``score``, a log-likelihood ratio (contrastive). Where there is none
     it is ``None`` with a ``reason``: a missing verdict is kept and counted, never guessed.
     """
@@ -99,6 +99,8 @@ class Label:
     score: float | None = None
     probs: tuple[float, ...] | None = None
     reply: str | None = None
+    replies: int | None = None
+    """How many replies the verdict was read from (votes, text): those that name an option."""
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     truncated: bool | None = None
@@ -162,6 +164,8 @@ class Preference:
     """Place among the prompt's candidates by Bradley-Terry score, 1 for the best; None where it is not known."""
     inferred: bool = False
     """The labeler was not asked about this very pair; its label follows from those on others."""
+    missing_weight: float = 0.0
+    """Share of the principles' weight that has no verdict on this pair: ``principles`` has the others."""
     source: str = ""
     """Which part of its dataset it comes from (a ``subset`` or ``source`` column), for figures by part."""
     declared: bool = False  # whose feedback it is, by the user: its file does not say
@@ -184,6 +188,7 @@ class Preference:
             "chosen_rank": self.chosen_rank,
             "rejected_rank": self.rejected_rank,
             "inferred": self.inferred,
+            "missing_weight": self.missing_weight,
         }
 
 

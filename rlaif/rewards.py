@@ -219,8 +219,8 @@ class LabelerScores:
 def verdict_value(label: Label) -> float | None:
     """What a verdict on one completion is worth; None if there is none.
 
-    Score: the expected score, from 1 ... 10 to -1 ... 1 (Lee et al. 2023, section 2.3). Pointwise: the logit of P(the
-    completion satisfies the principle).
+    Score: the expected score, from 1 ... 9 to -1 ... 1 (Lee et al. 2023, section 2.3, who take 1 ... 10). Pointwise:
+    the logit of P(the completion satisfies the principle).
     """
     if label.score is not None:
         middle = (SCALE[0] + SCALE[-1]) / 2

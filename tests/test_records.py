@@ -313,7 +313,7 @@ def test_content_hash_is_stable_and_tells_parts_apart():
         Label("p", "pairwise", "k", "l", "none", None, "timeout", first="a", second="b"),
         Label("p", "pointwise", "k", "l", "logprob", 1.0, candidate="a"),
         Label("p", "pointwise", "k", "l", "none", None, "timeout", candidate="a"),
-        Label("p", "score", "k", "l", "logprob", candidate="a", score=2.5, probs=(0.1,) * 10, truncated=True),
+        Label("p", "score", "k", "l", "logprob", candidate="a", score=2.5, probs=(1 / 9,) * 9, truncated=True),
         Label("p", "listwise", "k", "l", "logprob", order=("a", "b"), probs=(0.25, 0.75)),
         Label("p", "listwise", "k", "l", "none", None, "timeout", order=("a", "b")),
         Label("p", "contrastive", "k", "l", "logprob", candidate="a", score=-3.5),

@@ -54,7 +54,7 @@ def test_the_score_is_the_logit_of_the_verdicts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("principles", list(Principles))
 def test_the_expected_score_is_normalised(tmp_path: Path, principles: Principles) -> None:
-    """The scripted labeler's 1 + Binomial(9, p) has mean 1 + 9 p, and (1 + 9 p - 5.5) / 4.5 = 2 p - 1."""
+    """The scripted labeler's 1 + Binomial(8, p) has mean 1 + 8 p, and (1 + 8 p - 5) / 4 = 2 p - 1."""
     expected = [2 * sigmoid(4 * gold_score("letters", text)) - 1 for text in TEXTS]
     assert max(expected) > 0.5
     assert scores(tmp_path, mode=LabelMode.score, principles=principles) == pytest.approx(expected, abs=1e-6)

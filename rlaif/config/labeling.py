@@ -219,12 +219,12 @@ class LabelingConfig(Settings):
             "stop_principles_above",
         )
         | BELOW_HALF.of("clamp", "min_margin")
-        | FRACTION.of("min_option_mass")
+        | FRACTION.of("min_option_mass", "min_principle_weight")
     )
 
     mode: LabelMode = LabelMode.pairwise
     """``pairwise``: which of two completions; ``listwise``: which of all; ``pointwise``: verdict words on one
-    completion; ``score``: a number from 1 to 10 for one; ``contrastive``: how much likelier one is under a system
+    completion; ``score``: a number from 1 to 9 for one; ``contrastive``: how much likelier one is under a system
     prompt that encourages the principle than under one that discourages it."""
     principles: Principles = Principles.each
     """``each``: every principle by itself, weighted mean; ``sample``: one, drawn by weight, for each comparison (Bai et
@@ -252,6 +252,9 @@ class LabelingConfig(Settings):
     measured on them and removed from the soft labels."""
     min_option_mass: float | None = None
     """Verdicts with less probability on the options are "uncovered". Null: 0.01 pointwise, else 0.5."""
+    min_principle_weight: float = 0.5
+    """A pair is labelled by the principles that have their verdicts on it (in both orders); it is dropped if these have
+    less than this share of the weight of all that it was asked under. 1: every principle must have them."""
     temperature: float = 1.0
     """Soft labels are sigmoid(logit / temperature); above 1 softens an over-confident labeler."""
     selection: Selection = Selection.all_pairs

@@ -82,6 +82,8 @@ class OptionMass:
     latency_s: float | None = None
     observed: float | None = None
     """What the options have for certain, where some of ``masses`` are upper bounds; ``None``: their sum."""
+    replies: int | None = None
+    """How many replies the masses are shares of (``votes``, ``text``)."""
 
     @property
     def mass(self) -> float:

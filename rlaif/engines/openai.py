@@ -24,12 +24,13 @@ from rlaif.engines.client import Client, check_url, find_key
 from rlaif.engines.limits import Limits, Spend, Usage
 from rlaif.engines.options import (
     LOG_NEGLIGIBLE,
+    UNDECIDED,
+    Bounds,
     accepted_tokens,
-    continued,
-    observed_mass,
+    option_bounds,
     option_masses,
     parse_reply,
-    token_text,
+    rests,
 )
 from rlaif.engines.wire import (
     WITHHELD,
@@ -113,7 +114,6 @@ class OpenAIEngine(Engine):
         self._settling = asyncio.Lock()
         self._many_choices = True
         self._template_tokens = TEMPLATE_TOKENS
-        self._whole: dict[tuple[tuple[str, ...], ...], set[int]] = {}
         self._limits = Limits(
             config.concurrency,
             config.requests_per_minute,
@@ -287,7 +287,7 @@ class OpenAIEngine(Engine):
                 scored = await self._score_by_replies(request)
         except AttemptError as problem:
             return [Failure(problem.reason, problem.detail, time.perf_counter() - started)]
-        return [OptionMass(*scored[:-1], time.perf_counter() - started, scored.observed)]
+        return [OptionMass(latency_s=time.perf_counter() - started, **scored._asdict())]
 
     async def _score_by_logprobs(self, request: OptionRequest) -> _Scored | None:
         """``None`` if the server gives no log-probabilities for this request."""
@@ -317,14 +317,10 @@ class OpenAIEngine(Engine):
                 log.warning("%s gives only %d log-probabilities per position", self._base_url, top)
                 self._top_logprobs = top
             self._logprobs = True
-            self._note_whole(token.listed, request.options)
-            whole = self._whole[request.options]
-            masses = option_masses(token.listed, token.sampled, request.options, whole)
-            split = [pair for pair in continued(request.options) if pair[1] not in whole]
-            if None in masses and split and self._config.prefill:
-                masses = await self._follow(request, token, split)
-            seen = observed_mass(token.listed, request.options)
-            return _Scored(masses, "logprob", token.reply, token.prompt_tokens, token.completion_tokens, seen)
+            bounds = await self._bounds(request, token, accepted_tokens(request.options))
+            return _Scored(
+                option_masses(bounds), "logprob", token.reply, token.prompt_tokens, token.completion_tokens, bounds.seen
+            )
         # Was it the log-probabilities or the request that the server refused? The plain request will tell.
         assert refusal is not None
         scored = await self._score_by_replies(request)
@@ -332,39 +328,35 @@ class OpenAIEngine(Engine):
             raise refusal
         return scored
 
-    def _note_whole(self, listed: Sequence[tuple[str, float]], options: tuple[tuple[str, ...], ...]) -> None:
-        """Remember which options that go on from others ("10") the server has ever listed as one token."""
-        whole = self._whole.setdefault(options, set())
-        if missing := {long for _, long in continued(options)} - whole:
-            accepted = accepted_tokens(options)
-            texts = {token_text(token) for token, _ in listed}
-            whole |= {option for option in missing if texts & accepted[option]}
+    async def _bounds(
+        self, request: OptionRequest, token: FirstToken, accepted: Sequence[frozenset[str]], share: float = 1.0
+    ) -> Bounds:
+        """What a position says of the options, asking on where a likely token only begins a spelling ("Harm").
 
-    async def _follow(
-        self, request: OptionRequest, token: FirstToken, split: Sequence[tuple[int, int]]
-    ) -> tuple[float | None, ...]:
-        """Masses where "1" may go on to "10": what follows "1" is asked with "1" as the beginning of the reply."""
-        listed, accepted = token.listed or [], accepted_tokens(request.options)
-        absent = {long for _, long in split}
-        masses = list(option_masses(listed, token.sampled, request.options, range(len(accepted)), absent))
-        if None in masses:
-            return tuple(masses)
-        for short in {short for short, _ in split}:
-            for text, logprob in ((token_text(text), logprob) for text, logprob in listed):
-                if text not in accepted[short] or logprob < LOG_NEGLIGIBLE:
-                    continue
-                begun = replace(request, stem=request.stem + text)
-                body = {**chat_body(begun, True), "max_tokens": 1, "temperature": 1.0, "logprobs": True}
-                following = await self._chat(parse_first_token, **body, top_logprobs=self._top_logprobs)
-                if following.listed is None:
-                    raise AttemptError("no_logprobs", "the server gives log-probabilities, but not for this request")
-                for long in (long for one, long in split if one == short):
-                    rest = {word[len(text) :] for word in accepted[long] if word.startswith(text)}
-                    share = sum(math.exp(min(logp, 0.0)) for after, logp in following.listed if after in rest)
-                    moved = math.exp(logprob) * min(share, 1.0)
-                    masses[short] = max(0.0, (masses[short] or 0.0) - moved)
-                    masses[long] = (masses[long] or 0.0) + moved
-        return tuple(masses)
+        What follows such a token is asked with it as the beginning of the reply, and so on to the end of the spellings.
+
+        Args:
+            request: what the position is the answer to.
+            token: the answer.
+            accepted: the options' spellings from here on.
+            share: the probability of what the reply begins with.
+        """
+        assert token.listed is not None
+        bounds = option_bounds(token.listed, token.sampled, accepted)
+        if not self._config.prefill or sum(bounds.open.values()) <= UNDECIDED * max(bounds.least):
+            return bounds
+        after: dict[str, Bounds] = {}
+        for text, p in bounds.open.items():
+            # A template may cut a space off the end of the reply.
+            if share * p < math.exp(LOG_NEGLIGIBLE) or not text.strip():
+                continue
+            begun = replace(request, stem=request.stem + text)
+            body = {**chat_body(begun, True), "max_tokens": 1, "temperature": 1.0, "logprobs": True}
+            following = await self._chat(parse_first_token, **body, top_logprobs=self._top_logprobs)
+            if following.listed is None:
+                raise AttemptError("no_logprobs", "the server gives log-probabilities, but not for this request")
+            after[text] = await self._bounds(begun, following, rests(accepted, text), share * p)
+        return option_bounds(token.listed, token.sampled, accepted, after)
 
     async def _gives_logprobs(self, why: str) -> bool:
         """Whether the server gives log-probabilities, where a request went without: found out once.
@@ -452,6 +444,7 @@ class OpenAIEngine(Engine):
             " | ".join(replies),
             total([got.prompt_tokens for got in usage]),
             total([got.completion_tokens for got in usage]),
+            replies=votes,
         )
 
     async def _chat(self, parse: Callable[[dict[str, Any]], A], **body: Any) -> A:
@@ -483,6 +476,7 @@ class _Scored(NamedTuple):
     prompt_tokens: int | None
     completion_tokens: int | None
     observed: float | None = None
+    replies: int | None = None
 
 
 def _account_headers() -> dict[str, str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from rlaif.chat import encode_text
@@ -111,7 +112,7 @@ def _accepted(options: tuple[tuple[str, ...], ...]) -> tuple[frozenset[str], ...
 
 
 UNDECIDED = 0.05
-"""Mass that may belong to one option or to another, above which both are unknown."""
+"""Mass that may or may not be an option's, in parts of what the likeliest one has, above which it is not left open."""
 
 
 _SPACES = re.compile(r"^[\s▁Ġ]+")
@@ -123,73 +124,123 @@ def token_text(token: str) -> str:
     return _SPACES.sub(" ", token)
 
 
-@functools.lru_cache(maxsize=1024)
-def continued(options: tuple[tuple[str, ...], ...]) -> list[tuple[int, int]]:
-    """Pairs of options of which the second has a spelling that goes on from one of the first's ("1", "10")."""
-    words = [{spelling.strip() for spelling in spellings} - {""} for spellings in options]
-    return [
-        (short, long)
-        for short in range(len(words))
-        for long in range(len(words))
-        if short != long and any(b != a and b.startswith(a) for a in words[short] for b in words[long])
-    ]
+@functools.lru_cache(maxsize=4096)
+def _spelt(accepted: tuple[frozenset[str], ...]) -> tuple[dict[str, int], dict[str, list[tuple[int, str]]]]:
+    """The option of each spelling; and for each text that longer spellings begin with these, with their options."""
+    owners = {word: option for option, group in enumerate(accepted) for word in sorted(group)}
+    begun: dict[str, list[tuple[int, str]]] = {}
+    for word, option in owners.items():
+        for size in range(1, len(word)):
+            begun.setdefault(word[:size], []).append((option, word))
+    return owners, begun
 
 
-def option_masses(
+def rests(accepted: Sequence[frozenset[str]], begun: str) -> tuple[frozenset[str], ...]:
+    """What is left of each option's spellings that go on from a text.
+
+    >>> [sorted(group) for group in rests([{"harmless", "safe"}, {"harmful", "harm"}], "harm")]
+    [['less'], ['ful']]
+    """
+    return tuple(
+        frozenset(word[len(begun) :] for word in group if word != begun and word.startswith(begun))
+        for group in accepted
+    )
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Between what masses each option is, as far as the likeliest tokens of a position tell."""
+
+    least: tuple[float, ...]
+    most: tuple[float, ...]
+    seen: float
+    """What the options have together for certain."""
+    open: Mapping[str, float]
+    """Tokens that may go on to spell one option or another, or none, with their probabilities."""
+
+
+def option_bounds(
     listed: Sequence[tuple[str, float]],
     sampled: str,
-    options: Sequence[Sequence[str]],
-    whole: Container[int] = (),
-    absent: Container[int] = (),
-) -> tuple[float | None, ...]:
-    """Probability mass of each option among the listed (token, log-probability) pairs of one position.
+    accepted: Sequence[frozenset[str]],
+    after: Mapping[str, Bounds] | None = None,
+) -> Bounds:
+    """What the listed (token, log-probability) pairs of one position say of options with these spellings.
 
-    All listed tokens that spell an option (:func:`accepted_tokens`) are summed. An option that is not listed
-    is unknown, not zero: each of its tokens has at most the smallest listed probability, and all of them
-    together at most what the list leaves over. If the unlisted options may have as much as the likeliest listed
-    one, nobody can say which is ahead: every mass is ``None``, as where no option is listed. Else each gets its
-    upper bound, so of two options the label is never more extreme than the truth; of more, an unlisted one is
-    never put ahead of a listed one. A verdict word of several tokens is seen only if it is listed whole.
+    A listed token that spells an option (:func:`accepted_tokens`) is its mass. One that spellings of another option go
+    on from ("Harm", of "Harmful" and "Harmless") may be anybody's, whether it spells an option itself or not: it counts
+    in the ``most`` of each. (A spelling that is listed whole is not spelt in pieces as well.) An option of which
+    nothing is listed has besides that at most the smallest listed probability for each of its spellings, and no more
+    than what the list leaves over. Of an option that is listed, spellings that are not are left out.
 
-    Where "1" is listed and "10" is not, "10" may be two tokens, and the mass of "1" that of either: above
-    ``UNDECIDED`` both are ``None``. ``whole`` has the options that are known to be single tokens, ``absent`` those
-    that are known to be none.
+    Args:
+        listed: the likeliest tokens.
+        sampled: the token that the server chose. vLLM lists it whatever its rank, so that it may bound nothing.
+        accepted: the spellings of each option.
+        after: for some of the tokens that spellings go on from: what follows them, under :func:`rests`.
     """
-    accepted = accepted_tokens(options)
-    tokens, found = _found(listed, accepted)
-    if not any(found):
-        return (None,) * len(accepted)
-    # vLLM lists the sampled token whatever its rank; as the least likely of the list it bounds nothing.
-    ranked = sorted((p, token) for (token, _), (_, p) in zip(listed, tokens, strict=True))
-    smallest = ranked[1 if len(ranked) > 1 and ranked[0][1] == sampled else 0][0]
-    left = max(0.0, 1.0 - sum(p for _, p in tokens))
-    seen = [sum(group) for group in found if group]
-    bounds = [
-        0.0 if group or option in absent else smallest * len(accepted[option]) for option, group in enumerate(found)
-    ]
-    if any(bounds) and min(sum(bounds), left) >= max(seen):
-        return (None,) * len(accepted)
-    masses: list[float | None] = [
-        sum(group) if group else min(bound, left, *seen) for group, bound in zip(found, bounds, strict=True)
-    ]
-    for short, long in continued(tuple(map(tuple, options))):
-        if not found[long] and long not in whole and long not in absent and sum(found[short]) > UNDECIDED:
-            masses[short] = masses[long] = None
-    return tuple(masses)
-
-
-def observed_mass(listed: Sequence[tuple[str, float]], options: Sequence[Sequence[str]]) -> float:
-    """Probability of the listed tokens that spell an option: what the options have for certain."""
-    accepted = frozenset().union(*accepted_tokens(options))
-    return sum(math.exp(min(logprob, 0.0)) for token, logprob in listed if token_text(token) in accepted)
-
-
-def _found(
-    listed: Sequence[tuple[str, float]], accepted: Sequence[frozenset[str]]
-) -> tuple[list[tuple[str, float]], list[list[float]]]:
-    """The listed tokens as texts with their probabilities, and the probabilities of those that spell each option."""
+    groups = tuple(map(frozenset, accepted))
     tokens = [(token_text(token), math.exp(min(logprob, 0.0))) for token, logprob in listed]
-    return tokens, [[p for token, p in tokens if token in group] for group in accepted]
+    texts = {text for text, _ in tokens}
+    owners, begun = _spelt(groups)
+    least, extra = [0.0] * len(groups), [0.0] * len(groups)
+    whole, seen, undecided = set[int](), 0.0, dict[str, float]()
+    for text, p in tokens:
+        if text not in owners and text not in begun:
+            continue
+        owner = owners.get(text)
+        if owner is not None:
+            whole.add(owner)
+            seen += p
+        longer = {option for option, word in begun.get(text, ()) if word not in texts}
+        if not longer or longer == {owner}:
+            if owner is not None:
+                least[owner] += p
+        elif after and text in after:
+            follows = after[text]
+            for option in longer:
+                least[option] += p * follows.least[option]
+                extra[option] += p * (follows.most[option] - follows.least[option])
+            if owner is None:
+                seen += p * follows.seen
+            else:
+                certain, possible = (max(0.0, 1 - sum(masses)) for masses in (follows.most, follows.least))
+                least[owner] += p * certain
+                extra[owner] += p * (possible - certain)
+        else:
+            undecided[text] = undecided.get(text, 0.0) + p
+            for option in longer if owner is None else longer | {owner}:
+                extra[option] += p
+    if unlisted := [option for option in range(len(groups)) if option not in whole and not least[option]]:
+        ranked = sorted((p, token) for (token, _), (_, p) in zip(listed, tokens, strict=True))
+        smallest = ranked[1 if len(ranked) > 1 and ranked[0][1] == sampled else 0][0]
+        left = max(0.0, 1.0 - sum(p for _, p in tokens))
+        for option in unlisted:
+            extra[option] += min(smallest * len(groups[option]), left)
+    most = tuple(min(one + more, 1.0) for one, more in zip(least, extra, strict=True))
+    return Bounds(tuple(least), most, seen, undecided)
+
+
+def option_masses(bounds: Bounds) -> tuple[float | None, ...]:
+    """One mass for each option, or ``None`` for all of them where nobody can say which is ahead.
+
+    That is where another option may have as much as the likeliest one, or none is listed. Else the likeliest gets its
+    least and each other its most: so of two options the label is never more extreme than the truth. Of more, one of
+    which nothing is listed gets no more than any that is. What is open by no more than ``UNDECIDED`` of the likeliest
+    one's mass leaves a tie, not a doubt.
+    """
+    lead = max(bounds.least)
+    ahead = bounds.least.index(lead)
+    others = [option for option in range(len(bounds.least)) if option != ahead]
+    if lead == 0 or any(
+        bounds.most[option] >= lead and bounds.most[option] - bounds.least[option] > UNDECIDED * lead
+        for option in others
+    ):
+        return (None,) * len(bounds.least)
+    fewest = min(mass for mass in bounds.least if mass)
+    masses = [min(most, lead if least else fewest) for least, most in zip(bounds.least, bounds.most, strict=True)]
+    masses[ahead] = lead
+    return tuple(masses)
 
 
 _OPENERS = r"[\s*_`#>\"'“”’(\[{]*"

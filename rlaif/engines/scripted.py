@@ -4,7 +4,7 @@ It answers from ``OptionRequest.meta``, not from the messages:
 
 - ``{"mode": "pairwise", "first": text, "second": text, ...}`` with options in the order (first, second);
 - ``{"mode": "pointwise", "completion": text, ...}`` with options in the order (yes, no);
-- ``{"mode": "score", "completion": text, ...}`` with the options 1 to 10;
+- ``{"mode": "score", "completion": text, ...}`` with the options 1 to 9;
 - ``{"mode": "listwise", "completions": [text, ...], ...}`` with an option for each;
 - ``{"mode": "contrastive", "encouraged": true or false, ...}`` for a likelihood.
 """
@@ -46,7 +46,7 @@ class ScriptedEngine(Engine):
     """Labels by a gold utility: the logit is ``sharpness * utility difference + position bias + noise``.
 
     Of a list, each is the best with a probability proportional to exp(sharpness * utility), with the position bias for
-    the first. Numbers follow a binomial distribution with the mean 1 + 9 * sigmoid(sharpness * utility). The
+    the first. Numbers follow a binomial distribution with the mean 1 + 8 * sigmoid(sharpness * utility). The
     log-likelihood ratio of a completion is sharpness * utility.
 
     Every answer is a function of the settings, the seed and the request; faults also of how often this engine
@@ -121,7 +121,7 @@ class ScriptedEngine(Engine):
             return [_sigmoid(logit), _sigmoid(-logit)]
         if mode == "score":
             p = _sigmoid(self._logit(meta["completion"]) + noise)
-            return [math.comb(9, k) * p**k * (1 - p) ** (9 - k) for k in range(10)]
+            return [math.comb(8, k) * p**k * (1 - p) ** (8 - k) for k in range(9)]
         if mode == "listwise":
             first, *others = (self._logit(text) for text in meta["completions"])
             return _softmax([first + self._config.position_bias + noise, *others])

@@ -19,7 +19,15 @@ from rlaif.config import LabelerConfig, ModelConfig
 from rlaif.engines.base import Failure, OptionMass, OptionRequest, Sampled, SampleRequest
 from rlaif.engines.client import Client
 from rlaif.engines.limits import Usage
-from rlaif.engines.options import Spelling, beginnings, observed_mass, option_masses, sequence_masses, spellings
+from rlaif.engines.options import (
+    Spelling,
+    accepted_tokens,
+    beginnings,
+    option_bounds,
+    option_masses,
+    sequence_masses,
+    spellings,
+)
 from rlaif.engines.wire import TOKEN_ID, AttemptError, Continuation, parse_continuations
 from rlaif.models import load_tokenizer
 from rlaif.records import UserError, content_hash
@@ -224,8 +232,8 @@ class TokenScorer:
                 results.append(answer)
                 continue
             listed = [(self._text(token), logp) for token, logp in (answer.listed or {}).items()]
-            masses = option_masses(listed, self._text(answer.sampled), request.options)
-            results.append((masses, observed_mass(listed, request.options)))
+            bounds = option_bounds(listed, self._text(answer.sampled), accepted_tokens(request.options))
+            results.append((option_masses(bounds), bounds.seen))
         return results
 
     def _text(self, token: str) -> str:

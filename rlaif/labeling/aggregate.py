@@ -21,8 +21,9 @@ TIE = 1e-9
 class PairLabel:
     """What the labeler thinks of one unordered pair: ``logit`` of P(one is better than other).
 
-    ``principles`` has the logit under each principle that was asked, before any temperature. ``inferred``: there is
-    no verdict on this very pair; the logit follows from those on others.
+    ``principles`` has the logit under each principle that has its verdicts, before any temperature.
+    ``missing_weight``: the share of the weight of all principles asked that is without. ``inferred``: there is no
+    verdict on this very pair (all of the weight is missing); the logit follows from those on others.
     """
 
     prompt_id: str
@@ -31,6 +32,7 @@ class PairLabel:
     logit: float
     principles: dict[str, float]
     inferred: bool = False
+    missing_weight: float = 0.0
 
     @property
     def p(self) -> float:
@@ -94,6 +96,7 @@ def combine(
         both_orders=config.both_orders and config.second_order_below is None,
         all_principles=config.stop_principles_above is None,
         calibration=calibration,
+        min_weight=config.min_principle_weight,
     )
 
 
@@ -104,22 +107,24 @@ def pair_labels(
     both_orders: bool = True,
     all_principles: bool = True,
     calibration: Calibration | None = None,
+    min_weight: float = 1.0,
 ) -> tuple[list[PairLabel], dict[str, int]]:
     """Soft labels of pairs from verdicts, all of one mode.
 
     Pairwise: logits of the two orders are averaged, which cancels an additive position bias exactly; from the logit of
-    a single order the calibrated bias is subtracted. A pair with a missing order is dropped. Listwise:
+    a single order the calibrated bias is subtracted. A principle with a missing order has no say. Listwise:
     :func:`list_logits`, averaged over the orders of the list in the same way. Otherwise :func:`point_logit` of the two
-    completions' labels. Principles are averaged by weight; a pair counts only if every principle that it was asked
-    under has its verdict.
+    completions' labels; a principle under which either is missing has no say. The principles that have one are
+    averaged by weight.
 
     Args:
         labels: verdicts of one labeler.
         weights: weight of each principle, asked or not.
         temperature: divides the combined logit.
-        both_orders: whether a pair needs both orders; else one is enough, but none that was asked may be missing.
+        both_orders: whether a principle needs both orders; else one is enough, but none that was asked may be missing.
         all_principles: the principles that were asked are all that count; else the others count as undecided (logit 0).
         calibration: its temperature divides the combined logit too.
+        min_weight: a pair is dropped if the principles that have no say have more than 1 - this of the weight.
 
     Returns:
         The pair labels in the order of the first verdict on each pair, and counts of dropped pairs by reason.
@@ -148,7 +153,11 @@ def pair_labels(
         for pair, by_principle in logits.items()
     }
     # A pair is as sure as its least sure part.
-    single = {pair for pair, asked in logits.items() if pairwise and min(map(len, asked.values())) == 1}
+    single = {
+        pair
+        for pair, asked in logits.items()
+        if pairwise and any(len(asked[name]) == 1 for name, value in combined[pair].items() if value is not None)
+    }
     for prompt_id, candidates in points.items():
         for one, other in itertools.combinations(sorted(candidates), 2):
             left, right = candidates[one], candidates[other]
@@ -162,7 +171,7 @@ def pair_labels(
         pair: temperature * (calibration.single_temperature if pair in single else calibration.temperature)
         for pair in combined
     }
-    return _weigh(combined, weights, temperatures, None if all_principles else sum(weights.values()))
+    return _weigh(combined, weights, temperatures, None if all_principles else sum(weights.values()), min_weight)
 
 
 def _mean(values: Sequence[float | None], needed: int) -> float | None:
@@ -209,7 +218,7 @@ def p_higher(left: Sequence[float], right: Sequence[float]) -> float:
 
     It is a preference already, uses the scale's order alone (that 9 is one more than 8 means nothing to a labeler), and
     knows how sure the labeler was: means of 6 and 7 say little where both distributions are wide, and the logit
-    of a mean, (E - 1) / 9, would not show it.
+    of a mean, (E - 1) / 8, would not show it.
     """
     pairs = list(itertools.product(enumerate(left), enumerate(right)))
     # Exactly 1/2 for equal distributions: fsum does not depend on the order of what it adds.
@@ -218,20 +227,32 @@ def p_higher(left: Sequence[float], right: Sequence[float]) -> float:
     return (1 + (above - below)) / 2
 
 
+def is_lost(missing_weight: float, min_weight: float) -> bool:
+    """Whether a pair has no label: principles with so large a share of the weight are without their verdicts."""
+    return missing_weight > 1 - min_weight + TIE
+
+
 def _weigh(
     combined: Mapping[tuple[str, str, str], Mapping[str, float | None]],
     weights: Mapping[str, float],
     temperatures: Mapping[tuple[str, str, str], float],
     total: float | None,
+    min_weight: float,
 ) -> tuple[list[PairLabel], dict[str, int]]:
     """The mean over principles; ``total`` is what their weights add up to, or None for that of those asked."""
     result, dropped = [], {"no_verdict": 0}
     for pair, by_principle in combined.items():
         valid = {principle: value for principle, value in by_principle.items() if value is not None}
-        if len(valid) < len(by_principle):
-            dropped["no_verdict"] += 1
+        missing = sum(weights[principle] for principle in by_principle if principle not in valid)
+        present = sum(weights[principle] for principle in valid)
+        if total is not None:
+            # What was not asked is undecided, not missing.
+            present = total - missing
+        share = missing / (present + missing)
+        if not valid or is_lost(share, min_weight):
+            reason = "missing_weight" if valid else "no_verdict"
+            dropped[reason] = dropped.get(reason, 0) + 1
             continue
-        mean = sum(weights[principle] * value for principle, value in valid.items())
-        mean /= total or sum(weights[principle] for principle in valid)
-        result.append(PairLabel(*pair, or_tie(mean / temperatures[pair]), valid))
+        mean = sum(weights[principle] * value for principle, value in valid.items()) / present
+        result.append(PairLabel(*pair, or_tie(mean / temperatures[pair]), valid, missing_weight=share))
     return result, dropped

@@ -167,6 +167,7 @@ def audit(
         "n_comparisons": len(comparisons),
         "n_labelled": len(rows),
         "missing": len(comparisons) - len(rows),
+        "n_partial": sum(pair.missing_weight > 0 for _, pair in rows),
         "human_ties": sum(comparison.truth == 0 for comparison in comparisons),
         "labeler_ties": sum(logit == 0 for _, logit in sided),
     }

@@ -107,7 +107,11 @@ def _logistic(x: np.ndarray, won: np.ndarray, counts: np.ndarray) -> tuple[float
 
 
 def measure(
-    labeler: str, comparisons: Sequence[Comparison], labels: Sequence[Label], weights: Mapping[str, float]
+    labeler: str,
+    comparisons: Sequence[Comparison],
+    labels: Sequence[Label],
+    weights: Mapping[str, float],
+    min_weight: float = 1.0,
 ) -> tuple[Calibration, dict[str, Any]]:
     """What to apply to a labeler's labels, from its verdicts on pairs that people have labelled.
 
@@ -119,6 +123,7 @@ def measure(
         comparisons: what people said.
         labels: the labeler's verdicts on them, in both orders.
         weights: of the principles.
+        min_weight: as for :func:`pair_labels`.
 
     Returns:
         The calibration, and the record of it for ``calibration.json``: flat, with n (prompts) and intervals.
@@ -130,7 +135,7 @@ def measure(
 
     def fitted(chosen: Sequence[Label], first: str, single: bool) -> tuple[list[float], list[bool], list[str]]:
         """Logits of the completion called ``first``, whether people preferred it, and the prompts."""
-        pairs, _ = pair_labels(chosen, weights, both_orders=not single)
+        pairs, _ = pair_labels(chosen, weights, both_orders=not single, min_weight=min_weight)
         rows = [(pair, sides[pair.prompt_id]) for pair in pairs if pair.prompt_id in sides]
         return (
             [pair.logit if pair.one == first else -pair.logit for pair, _ in rows],

@@ -69,7 +69,8 @@ class Combination:
     """Labels of several runs, read in step, prompt by prompt.
 
     A pair's logit is the mean of the labelers' (each with its own temperature and bias) by weight, that is the
-    logarithmic opinion pool (Genest and Zidek 1986). Only pairs that every labeler labelled have one.
+    logarithmic opinion pool (Genest and Zidek 1986), and so is its missing weight. Only pairs that every labeler
+    labelled have one.
     """
 
     def __init__(self, lines: Iterable[Candidates], sources: Sequence[Source]) -> None:
@@ -117,7 +118,9 @@ class Combination:
             for name in names
         }
         logit = mean([(weight, pair.logit) for weight, pair in zip(weights, pairs, strict=True)])
-        return PairLabel(pairs[0].prompt_id, pairs[0].one, pairs[0].other, or_tie(logit), by_principle)
+        missing = mean([(weight, pair.missing_weight) for weight, pair in zip(weights, pairs, strict=True)])
+        first = pairs[0]
+        return PairLabel(first.prompt_id, first.one, first.other, or_tie(logit), by_principle, missing_weight=missing)
 
     def _count(self, found: Sequence[dict[tuple[str, str], PairLabel]], prompt: int) -> None:
         for (one, other), mean in self._agreement.items():
@@ -160,5 +163,12 @@ class Combination:
 
 def _by_prompt(file: Path) -> Iterator[tuple[str, list[Label]]]:
     """The labels of one prompt after the other."""
-    for name, labels in itertools.groupby(read_jsonl(file, Label.from_json), lambda label: label.prompt_id):
+
+    def parse(line: dict[str, Any]) -> Label:
+        label = Label.from_json(line)
+        if label.method in ("votes", "text") and label.verdict is not None and label.replies is None:
+            raise ValueError("read from replies by an earlier version; run rlaif.label on that folder again")
+        return label
+
+    for name, labels in itertools.groupby(read_jsonl(file, parse), lambda label: label.prompt_id):
         yield name, list(labels)

@@ -238,9 +238,14 @@ class Labeling:
 
     def _known(self, keys: Sequence[str]) -> dict[str, Answer]:
         stored: dict[str, Answer] = {key: _from_json(value) for key, value in self.store.get(keys).items()}
-        known = {key: answer for key, answer in stored.items() if not (_is_fallback(answer) and self._superseded)}
+        known = {key: answer for key, answer in stored.items() if not (_is_fallback(answer) and self._outdated(answer))}
         failed = self.failed.get(key for key in keys if key not in known)
         return known | {key: Failure(reason) for key, reason in failed.items()}
+
+    def _outdated(self, answer: Answer) -> bool:
+        """Whether a verdict from replies is asked again: votes of earlier versions do not say how many they are."""
+        uncounted = isinstance(answer, OptionMass) and answer.replies is None
+        return uncounted or self._superseded
 
     @functools.cached_property
     def _superseded(self) -> bool:
@@ -331,4 +336,7 @@ def _from_json(value: Mapping[str, Any]) -> Answer:
     known = {name: field for name, field in value.items() if name in kind.__dataclass_fields__}
     if kind is OptionMass:
         known["masses"] = tuple(known["masses"])
+        if known.get("method") == "text":
+            # As earlier versions stored it: one reply, by its method alone.
+            known.setdefault("replies", 1)
     return kind(**known)

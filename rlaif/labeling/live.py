@@ -17,6 +17,8 @@ _JUDGED_EVERY = 10
 """Beyond the first thousand, one verdict in so many is compared with the truth: judging takes time too."""
 
 _REFRESH_S = 0.2
+UNLISTED = 0.05
+"""Beyond this share of verdicts that the listed tokens leave open, the summary says what to do."""
 _RATE_S = 5
 """So long a rate is measured before it foretells the end."""
 
@@ -170,6 +172,17 @@ def summary(quality: Mapping[str, Any]) -> str:
         by_method = quality["methods"]
         if set(by_method) - {"logprob"}:
             lines.append("found by " + ", ".join(f"{name}: {count}" for name, count in by_method.items()))
+        if quality["unlisted"] > UNLISTED * quality["n_verdicts"]:
+            share = quality["unlisted"] / quality["n_verdicts"]
+            lines.append(
+                f"WARNING: {share:.0%} of the verdicts are left open by the tokens that the server lists; where words "
+                "of several tokens are why, labeler.prefill=true or labeler.endpoint=completions asks for their rest"
+            )
+    if quality.get("n_partial"):
+        lines.append(
+            f"{quality['n_partial']} pairs are labelled by some of their principles (missing weight, over all pairs: "
+            f"{quality['missing_weight_mean']:.1%})"
+        )
     if quality.get("truncated"):
         lines.append(f"WARNING: {quality['truncated']} verdicts saw a long text without its middle")
     if any(quality.get("saved", {}).values()):

@@ -326,7 +326,7 @@ def _listwise(setup: Setup, line: Candidates) -> Talk:
 
 
 def _score(setup: Setup, line: Candidates) -> Talk:
-    """A number from 1 to 10 for each completion under each principle."""
+    """A number from 1 to 9 for each completion under each principle."""
     asked = list(itertools.product(line.candidates, setup.principles(line.prompt)))
     answers = yield [
         OptionRequest(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlaif.config import Pairs, Principles
 from rlaif.constitution import Principle
-from rlaif.labeling.aggregate import logit
+from rlaif.labeling.aggregate import is_lost, logit
 from rlaif.labeling.ranking import uncertain_pairs
 from rlaif.records import Candidates, Completion, Label, Prompt, content_hash
 
@@ -83,7 +83,8 @@ def _judge(setup: Setup, prompt: Prompt, pairs: Sequence[Pair], ask: Ask) -> Ver
 
         |sum of weight * logit so far| > B * sum of the weights to come,
 
-    because then no verdict within the bound could turn it. It is not asked further either once a verdict is missing.
+    because then no verdict within the bound could turn it. It is not asked further either once so many verdicts are
+    missing that it is lost.
     """
     bound = setup.config.stop_principles_above
     if bound is None:
@@ -91,7 +92,8 @@ def _judge(setup: Setup, prompt: Prompt, pairs: Sequence[Pair], ask: Ask) -> Ver
         return (yield from _orders(setup, shown, ask))
     labels: list[Label] = []
     totals = {_ids(pair): 0.0 for pair in pairs}
-    left = sum(setup.weights.values())
+    missing = dict.fromkeys(totals, 0.0)
+    whole = left = sum(setup.weights.values())
     for principle in sorted(setup.constitution.principles, key=lambda principle: -principle.weight):
         still = [(principle, *pair) for pair in pairs if _ids(pair) in totals]
         if not still:
@@ -101,16 +103,18 @@ def _judge(setup: Setup, prompt: Prompt, pairs: Sequence[Pair], ask: Ask) -> Ver
         left -= principle.weight
         logits = {(pair.one, pair.other): pair.principles[principle.id] for pair in setup.pairs(found)[0]}
         for ids in list(totals):
-            if ids not in logits or abs(totals[ids] + principle.weight * logits[ids]) > bound * left:
+            totals[ids] += principle.weight * logits.get(ids, 0.0)
+            missing[ids] += 0.0 if ids in logits else principle.weight
+            lost = is_lost(missing[ids] / whole, setup.config.min_principle_weight)
+            if lost or abs(totals[ids]) > bound * left:
                 del totals[ids]
-            else:
-                totals[ids] += principle.weight * logits[ids]
     return labels
 
 
-def _ids(pair: Pair) -> tuple[str, ...]:
+def _ids(pair: Pair) -> tuple[str, str]:
     """As in a pair label: in alphabetical order."""
-    return tuple(sorted(candidate.candidate_id for candidate in pair))
+    one, other = sorted(candidate.candidate_id for candidate in pair)
+    return one, other
 
 
 def _orders(setup: Setup, first: Sequence[Shown], ask: Ask) -> Verdicts:
@@ -119,7 +123,7 @@ def _orders(setup: Setup, first: Sequence[Shown], ask: Ask) -> Verdicts:
     Both orders and all principles of a pair stand close together, so that engines can reuse what they share. Where
     one order may be all there is, chance decides which: else a position bias would always help the same candidates.
     The first order is clear if its logit, less the calibrated position bias, is at least ``second_order_below`` away
-    from 0; one without a verdict takes the pair with it, and its second order is not asked.
+    from 0; after one without a verdict the second is not asked, for it would count for nothing.
     """
     config = setup.config
     if config.both_orders and config.second_order_below is None:
@@ -150,7 +154,8 @@ def _by_chance(seed: int, shown: Shown) -> bool:
 def saved(setup: Setup, candidates: int, labels: Sequence[Label]) -> Counter[str]:
     """Verdicts on one prompt that were not asked, by what saved them, against all pairs, orders and principles.
 
-    What was not asked about a pair because a verdict on it is missing has been saved by nothing, and does not count.
+    What was not asked because a verdict is missing has been saved by nothing, and does not count: the second order
+    after a first one without a verdict, and the other principles of a pair that is lost.
 
     Args:
         setup: how they were asked.
@@ -160,12 +165,18 @@ def saved(setup: Setup, candidates: int, labels: Sequence[Label]) -> Counter[str
     config = setup.config
     orders = 2 if config.both_orders else 1
     principles = len(setup.weights) if config.principles is Principles.each else 1
-    asked = [(frozenset((label.first, label.second)), label) for label in labels]
-    pairs = {pair for pair, _ in asked}
-    sound = pairs - {pair for pair, label in asked if label.p is None}
-    judged = Counter((pair, label.principle) for pair, label in asked if pair in sound)
-    return Counter(
-        pairs=(candidates * (candidates - 1) // 2 - len(pairs)) * principles * orders,
-        principles=(len(sound) * principles - len(judged)) * orders,
-        second_order=len(judged) * orders - judged.total(),
+    asked: dict[frozenset[str | None], dict[str, list[Label]]] = {}
+    for label in labels:
+        pair = asked.setdefault(frozenset((label.first, label.second)), {})
+        pair.setdefault(label.principle, []).append(label)
+    result = Counter(
+        pairs=(candidates * (candidates - 1) // 2 - len(asked)) * principles * orders, principles=0, second_order=0
     )
+    whole = sum(setup.weights.values())
+    for by_principle in asked.values():
+        sound = [name for name, found in by_principle.items() if all(label.p is not None for label in found)]
+        missing = sum(setup.weights[name] for name in by_principle if name not in sound)
+        if sound and not is_lost(missing / whole, config.min_principle_weight):
+            result["principles"] += (principles - len(by_principle)) * orders
+        result["second_order"] += sum(orders - len(by_principle[name]) for name in sound)
+    return result

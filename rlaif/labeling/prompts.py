@@ -17,8 +17,8 @@ from rlaif.constitution import Exemplar, Principle
 from rlaif.records import Message
 
 LETTERS = tuple(string.ascii_uppercase)
-SCALE = tuple(range(1, 11))
-"""What a completion is rated on."""
+SCALE = tuple(range(1, 10))
+"""What a completion is rated on: a digit is one token in every common vocabulary, "10" often is two."""
 # What has no shape of its own: controls, joiners, fillers, direction marks, tag characters and variation selectors
 # (except U+FE0F, which ordinary emoji end in). Long runs of them can spell out instructions that no reader sees.
 _INVISIBLE = re.compile(
@@ -135,12 +135,12 @@ def after_rationale(asked: Sequence[Message], rationale: str, principle: Princip
     )
 
 
-def _head(task: str, principle: Principle) -> str:
-    """The task and what to judge by: one principle, or all of a constitution as a numbered list."""
+def _head(task: str, principle: Principle, worded: str = "") -> str:
+    """The task and what to judge by: one principle, or all of a constitution as a numbered list, ``worded`` so."""
     if not principle.parts:
-        return f"{task}\n\nPrinciple: {principle.question}"
+        return f"{task}\n\nPrinciple{worded}: {principle.question}"
     listed = "\n".join(f"{number}. {part}" for number, part in enumerate(principle.parts, 1))
-    return f"{task.replace('one principle', 'several principles')}\n\nPrinciples:\n{listed}"
+    return f"{task.replace('one principle', 'several principles')}\n\nPrinciples{worded}:\n{listed}"
 
 
 def _question(principle: Principle) -> str:
@@ -170,15 +170,19 @@ def listwise_prompt(
 
 
 def score_prompt(principle: Principle, conversation: Sequence[Message], completion: str) -> tuple[Message, ...]:
-    """Ask how good one completion is; the answer is a number from 1 to 10."""
+    """Ask how good one completion is; the answer is a number from 1 to 9.
+
+    The principle compares replies, so that is what is said of it: by itself it would ask for the better of one.
+    """
     tag = _free_tag([completion, *(message["content"] for message in conversation)])
     body = f"{_block('Conversation', _transcript(conversation), tag)}\n\n{_block('Reply', completion, tag)}"
     which = "these principles" if principle.parts else "this principle"
     ask = (
-        f"How good is the reply by {which}, from 1 (as bad as a reply can be) to 10 (as good as a reply can be)? "
-        "Answer with one number."
+        f"Next to other replies that could stand in its place, how good is this one by {which}, from {SCALE[0]} "
+        f"(as bad as a reply can be) to {SCALE[-1]} (as good as a reply can be)? Answer with one number."
     )
-    return ({"role": "user", "content": f"{_head(_SCORE_HEAD, principle)}\n\n{body}\n\n{ask}"},)
+    head = _head(_SCORE_HEAD, principle, " (in words for several replies)")
+    return ({"role": "user", "content": f"{head}\n\n{body}\n\n{ask}"},)
 
 
 def contrastive_prompt(instruction: str, conversation: Sequence[Message]) -> tuple[Message, ...]:

@@ -176,13 +176,13 @@ def ranked_pairs(prompt_id: str, names: Sequence[str], pairs: Sequence[PairLabel
     scores = scores_of(pairs)
     own = {(pair.one, pair.other): pair for pair in pairs}
     group = groups(names, own)
-    result, missing = [], 0
+    result, unconnected = [], 0
     for one, other in itertools.combinations(sorted(names), 2):
         if group[one] != group[other]:
-            missing += 1
+            unconnected += 1
             continue
         known = own.get((one, other))
-        breakdown = known.principles if known else {}
+        breakdown, missing = (known.principles, known.missing_weight) if known else ({}, 1.0)
         logit = or_tie(scores[one] - scores[other])
-        result.append(PairLabel(prompt_id, one, other, logit, breakdown, inferred=known is None))
-    return result, missing
+        result.append(PairLabel(prompt_id, one, other, logit, breakdown, known is None, missing))
+    return result, unconnected

@@ -16,8 +16,26 @@ Blank = Callable[..., Label]
 """Makes a label, given what there is to say of its verdict."""
 
 
+def smoothed(share: float, replies: int, options: int) -> float:
+    """The probability of an option that ``share`` of so many replies name: (k + 1 / options) / (replies + 1).
+
+    That is as if one more reply were shared evenly between the options (Perks 1947). Of two it makes the logit
+    log((k + 1/2) / (n - k + 1/2)), the estimate with the least bias (Haldane 1956; Anscombe 1956). Without it one reply
+    would be as certain as a thousand.
+
+    >>> [round(smoothed(share, 1, 2), 3) for share in (0.0, 1.0)], round(smoothed(0.75, 8, 2), 4)
+    ([0.25, 0.75], 0.7222)
+    """
+    return (share * replies + 1 / options) / (replies + 1)
+
+
+def counted(answer: OptionMass) -> int:
+    """How many replies name an option; 0 where masses come from log-probabilities."""
+    return round(answer.replies * answer.mass) if answer.replies else 0
+
+
 def probability(blank: Blank, answers: Sequence[Answer], minimum: float, clamp: float = 0.0) -> Label:
-    """The share of the first of two options, the mean over several answers.
+    """The share of the first of two options, the mean over several answers; of replies, :func:`smoothed`.
 
     Args:
         blank: all of the label but its verdict.
@@ -42,25 +60,29 @@ def probability(blank: Blank, answers: Sequence[Answer], minimum: float, clamp: 
     if failed:
         return blank(method="none", reason=failed[0].reason, **read)
     found = [answer for answer in answers if isinstance(answer, OptionMass)]
-    known = [
-        (yes, no, answer.mass) for answer in found for yes, no in [answer.masses] if yes is not None and no is not None
-    ]
+    known = [(yes, no, answer) for answer in found for yes, no in [answer.masses] if yes is not None and no is not None]
     finite = all(math.isfinite(yes + no) for yes, no, _ in known)
-    covered = [(yes, no) for yes, no, mass in known if yes + no > 0 and mass >= minimum] if finite else []
-    verdicts = [yes / (yes + no) for yes, no in covered]
+    covered = [row for row in known if row[0] + row[1] > 0 and row[2].mass >= minimum] if finite else []
+    verdicts = [yes / (yes + no) for yes, no, _ in covered]
     if clamp:
         verdicts = [min(max(p, clamp), 1 - clamp) for p in verdicts]
+    p = sum(verdicts) / len(verdicts) if verdicts else None
+    replies = sum(counted(answer) for *_, answer in covered)
     return blank(
         method=found[0].method,
-        p=sum(verdicts) / len(verdicts) if verdicts else None,
+        p=smoothed(p, replies, 2) if p is not None and replies else p,
+        replies=replies or None,
         reason=None if verdicts else _missing(bool(known), finite),
-        option_mass=round(sum(mass for _, _, mass in known) / len(known), 6) if known and finite else None,
+        option_mass=round(sum(answer.mass for *_, answer in known) / len(known), 6) if known and finite else None,
         **read,
     )
 
 
 def distribution(blank: Blank, answer: Answer, minimum: float) -> Label:
-    """The share of each of many options in their mass; an option that the engine cannot see makes it unknown."""
+    """The share of each of many options in their mass; of replies, :func:`smoothed`.
+
+    An option that the engine cannot see makes it unknown.
+    """
     if isinstance(answer, Failure):
         return blank(method="none", reason=answer.reason)
     assert isinstance(answer, OptionMass)
@@ -68,9 +90,14 @@ def distribution(blank: Blank, answer: Answer, minimum: float) -> Label:
     seen, total = len(known) == len(answer.masses), sum(known)
     finite = math.isfinite(total)
     covered = seen and finite and total > 0 and answer.mass >= minimum
+    replies = counted(answer) if covered else 0
+    shares = [mass / total for mass in known] if covered else []
+    if replies:
+        shares = [smoothed(share, replies, len(shares)) for share in shares]
     return blank(
         method=answer.method,
-        probs=tuple(mass / total for mass in known) if covered else None,
+        probs=tuple(shares) or None,
+        replies=replies or None,
         reason=None if covered else _missing(seen, finite),
         option_mass=round(answer.mass, 6) if seen and finite else None,
         reply=answer.reply,
@@ -80,7 +107,7 @@ def distribution(blank: Blank, answer: Answer, minimum: float) -> Label:
 
 
 def expected_score(blank: Blank, answer: Answer, minimum: float) -> Label:
-    """E[score] = sum over k from 1 to 10 of k p(k), with the distribution that it is the mean of."""
+    """E[score] = sum over k from 1 to 9 of k p(k), with the distribution that it is the mean of."""
     label = distribution(blank, answer, minimum)
     if label.probs is None:
         return label

@@ -27,6 +27,7 @@ from rlaif.methods.supervised import (
     save_result,
     shares_prefix,
     trainer_arguments,
+    with_targets,
 )
 from rlaif.models import load_causal_lm, load_tokenizer, seed_everything
 from rlaif.policy import Packed, Policy, completion_logits, pack
@@ -96,7 +97,7 @@ def train_dpo(config: DPOConfig, start: ModelConfig, train: Sequence[Preference]
     tokenizer = load_tokenizer(start)
     end = turn_end(tokenizer)
     rows = []
-    for preference in train:
+    for preference, target in with_targets(train, config.soft_labels, "dpo"):
         ends = [end if ended else None for ended in (preference.chosen_ended, preference.rejected_ended)]
         rows.append(
             {
@@ -104,7 +105,7 @@ def train_dpo(config: DPOConfig, start: ModelConfig, train: Sequence[Preference]
                 "prompt_ids": encode_chat(tokenizer, preference.prompt),
                 "chosen_ids": completion_ids(tokenizer, preference.chosen, ends[0]),
                 "rejected_ids": completion_ids(tokenizer, preference.rejected, ends[1]),
-                "p_chosen": preference.p_chosen if config.soft_labels else float(preference.p_chosen >= 0.5),
+                "p_chosen": target,
             }
         )
     kept = drop_long(

@@ -26,6 +26,7 @@ from rlaif.methods.supervised import (
     save_result,
     shares_prefix,
     trainer_arguments,
+    with_targets,
 )
 from rlaif.models import is_adapter, load_sequence_scorer, load_tokenizer, merge, save_model, seed_everything
 from rlaif.preference_model import (
@@ -163,9 +164,9 @@ def _train_member(
             "prompt_ids": [],
             "chosen_ids": encode_example(tokenizer, preference.prompt, preference.chosen),
             "rejected_ids": encode_example(tokenizer, preference.prompt, preference.rejected),
-            "p_chosen": preference.p_chosen if config.soft_labels else float(preference.p_chosen >= 0.5),
+            "p_chosen": label,
         }
-        for preference in train
+        for preference, label in with_targets(train, config.soft_labels, "pm")
     ]
     kept = drop_long(rows, lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])), config.max_length, "pm")
     groups = group_comparisons(kept)
@@ -206,6 +207,7 @@ def _train_member(
         "train_pairs": len(kept),
         "train_prompts": len({row["prompt_id"] for row in kept}),
         "dropped_long": len(rows) - len(kept),
+        "dropped_ties": len(train) - len(rows),
     }
 
     def save() -> None:

@@ -22,7 +22,7 @@ from rlaif.models import autocasts, check_vocabulary, load_causal_lm, lora_confi
 from rlaif.prefix import shareable, split_prefix
 from rlaif.processes import is_main, spreads_weights, wait_for_all, world_size
 from rlaif.progress import keep_lines, progress
-from rlaif.records import UserError, read_json, write_json
+from rlaif.records import Preference, UserError, read_json, write_json
 from rlaif.sharding import gather_weights
 
 log = logging.getLogger("rlaif")
@@ -100,6 +100,27 @@ def peft_arguments(
         return {}
     settings: LoraSettings = config.lora
     return {"peft_config": lora_config(settings, model, task, keep, start.revision)}
+
+
+def with_targets(preferences: Sequence[Preference], soft: bool, what: str) -> list[tuple[Preference, float]]:
+    """Each preference with the probability of ``chosen`` that it trains towards: its soft label, or the hard choice.
+
+    A tie has no hard label: such preferences are left out, and a line says how many.
+
+    Raises:
+        UserError: if none is left.
+    """
+    if soft:
+        return [(preference, preference.p_chosen) for preference in preferences]
+    kept = [(preference, float(preference.p_chosen > 0.5)) for preference in preferences if preference.p_chosen != 0.5]
+    if len(kept) < len(preferences):
+        ties = f"{len(preferences) - len(kept)} of {len(preferences)} preferences are ties (p_chosen is 0.5)"
+        if not kept:
+            raise UserError(
+                f"{what}.soft_labels=false: {ties}, which have no hard label, so there is nothing to train on"
+            )
+        log.warning("%s: %s, which have no hard label and are left out", what, ties)
+    return kept
 
 
 def drop_long(

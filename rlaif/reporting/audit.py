@@ -32,6 +32,7 @@ _SINGLE = (
 _COUNTS = (
     ("n_comparisons", "pairs", None),
     ("n_labelled", "labelled", "n_comparisons"),
+    ("n_partial", "labelled by some of their principles", "n_labelled"),
     ("missing", "without a label", "n_comparisons"),
     ("human_ties", "ties of people (left out)", "n_comparisons"),
     ("labeler_ties", "ties of the labeler (count half)", "n_labelled"),

@@ -145,6 +145,12 @@ QUALITY: Terms = (
     ("n_preferences", "preferences", "Pairs that became training preferences.", True),
     ("failed", "failed", "Verdicts that could not be had or parsed; kept and counted, never guessed.", True),
     ("uncovered", "uncovered", "Verdicts with too little probability on the allowed words.", True),
+    (
+        "missing_weight_mean",
+        "missing weight",
+        "Mean share of the principles' weight that is without a verdict on a labelled pair.",
+        True,
+    ),
     ("dropped", "dropped", "Pairs left out of the preferences, by reason.", True),
     (
         "verdicts_per_s",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from oracle_server import CONSTITUTION
 
@@ -42,6 +44,68 @@ def test_labels_follow_the_scripted_truth(run_command, inputs, tmp_path, mode):
     assert own <= set(labels[0])
     assert not {"p_first", "first", "second"} & set(labels[0])
     assert (out / "preferences" / "train.parquet").is_file()
+
+
+@pytest.mark.parametrize("minimum", [0.5, 1.0])
+def test_pairs_outlive_refusals_under_some_principles(run_command, tmp_path, minimum):
+    """One request in five is refused, so that three of four pairs are without a verdict under some principle."""
+    weights = {"x": 1.0, "y": 0.5, "z": 0.25}
+    listed = "".join(f"  - {{id: {n}, weight: {w}, question: 'Which is better in {n}?'}}\n" for n, w in weights.items())
+    (tmp_path / "three.yaml").write_text(f"name: three\nversion: '1'\ndescription: d\nprinciples:\n{listed}")
+    lines = [
+        {
+            "prompt": f"Question {n}?",
+            "prompt_id": f"p{n}",
+            "split": "train",
+            "completions": ["aei" + "b" * n, "xyz" * n],
+        }
+        for n in range(1, 61)
+    ]
+    (tmp_path / "candidates.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "out"
+    given = () if minimum == 0.5 else (f"labeling.min_principle_weight={minimum}",)
+    run_command(
+        "label",
+        f"candidates={tmp_path}/candidates.jsonl",
+        f"constitution={tmp_path}/three.yaml",
+        *("labeler=scripted", "labeler.scripted.fault_rate=0.2", "labeler.scripted.noise=1", *given),
+        f"output_dir={out}",
+    )
+    said: dict = {}
+    for label in lines_of(out / "labels.jsonl"):
+        sign = 1 if (label["first"], label["second"]) == ("c0", "c1") else -1
+        p = label["p_first"]
+        logit = None if p is None else sign * math.log(p / (1 - p))
+        said.setdefault(label["prompt_id"], {}).setdefault(label["principle"], []).append(logit)
+    expected, shares = {}, []
+    for name, by_principle in said.items():
+        there = {n: sum(both) / 2 for n, both in by_principle.items() if None not in both}
+        weight = sum(weights[n] for n in there)
+        if weight and weight >= minimum * 1.75:
+            logit = sum(weights[n] * value for n, value in there.items()) / weight
+            expected[name] = 1 / (1 + math.exp(-abs(logit))), 1 - weight / 1.75, set(there)
+            shares.append(1 - weight / 1.75)
+    rows = pyarrow.parquet.read_table(out / "preferences" / "train.parquet").to_pylist()
+    found = {
+        row["prompt_id"]: (row["p_chosen"], row["missing_weight"], set(json.loads(row["principles"]))) for row in rows
+    }
+    assert found.keys() == expected.keys()
+    for name, (p, missing, there) in expected.items():
+        assert found[name] == (pytest.approx(p, abs=1e-6), pytest.approx(missing, abs=1e-6), there)
+    quality = json.loads((out / "quality.json").read_text())
+    assert quality["n_pairs"] == len(expected)
+    assert quality["n_partial"] == sum(share > 0 for share in shares)
+    assert quality["missing_weight_mean"] == pytest.approx(sum(shares) / len(shares), abs=1e-6)
+    assert sum(quality["dropped"].values()) == 60 - len(expected)
+    # Combined with itself it is the same.
+    both = tmp_path / "both"
+    run_command("label", f"combine=[{out},{out}]", f"candidates={tmp_path}/candidates.jsonl", f"output_dir={both}")
+    rows = pyarrow.parquet.read_table(both / "preferences" / "train.parquet").to_pylist()
+    for row in rows:
+        assert (row["p_chosen"], row["missing_weight"]) == pytest.approx(found[row["prompt_id"]][:2], abs=1e-6)
+    assert len(rows) == len(found)
+    # As docs/label.md says.
+    assert len(expected) == (35 if minimum == 0.5 else 15)
 
 
 @pytest.mark.parametrize("principles", ["sample", "together"])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from rlaif.engines.options import Spelling, option_masses, parse_reply, sequence_masses, spellings
+from rlaif.engines.options import Spelling, parse_reply, sequence_masses, spellings
 from rlaif.labeling.prompts import SCALE, letter_spellings, number_spellings
 
 NUMBERS = tuple(number_spellings(number) for number in SCALE)
@@ -37,29 +37,18 @@ def test_masses_of_nested_spellings_by_hand():
     assert sequence_masses(spelled, logps, 3) == pytest.approx((0.1, 0.3, 0.2))
 
 
-def test_a_listed_beginning_of_an_option_that_is_not_listed_is_unknown():
-    listed = [("9", math.log(0.6)), ("1", math.log(0.3)), ("8", math.log(0.05))]
-    masses = option_masses(listed, "9", NUMBERS)
-    assert [number for number, mass in enumerate(masses, 1) if mass is None] == [1, 10]
-    # With the whole number beside it, or without mass on it, there is no doubt.
-    masses = option_masses([*listed, ("10", math.log(0.04))], "9", NUMBERS)
-    assert (masses[0], masses[9]) == pytest.approx((0.3, 0.04))
-    masses = option_masses([("9", math.log(0.9)), ("1", math.log(5e-4))], "9", NUMBERS)
-    assert (masses[0], masses[8]) == pytest.approx((5e-4, 0.9))
-
-
 @pytest.mark.parametrize(
     ("reply", "expected"),
     [
         ("7", 7),
-        (" 10", 10),
+        (" 9", 9),
         ("**8**", 8),
-        ("8/10", 8),
-        ("10/10", 10),
-        ("10 / 10", 10),
-        ("7 out of 10.", 7),
+        ("8/9", 8),
+        ("9/9", 9),
+        ("9 / 9", 9),
+        ("7 out of 9.", 7),
         ("Score: 7", 7),
-        ("Rating: **9/10**", 9),
+        ("Rating: **9/9**", 9),
         ("The reply is warm.\nScore: 3", 3),
         ("The score is 4.", 4),
         ("Answer: 2. It is cold.", 2),
@@ -68,6 +57,10 @@ def test_a_listed_beginning_of_an_option_that_is_not_listed_is_unknown():
         ("7,5", None),
         ("7-8", None),
         ("7 or 8", None),
+        # On another scale than that which was asked for.
+        ("10", None),
+        ("8/10", None),
+        ("7 out of 10.", None),
         ("11", None),
         ("0", None),
         ("100", None),

@@ -5,6 +5,7 @@ import logging
 import math
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from email.utils import formatdate
 from typing import Any
@@ -18,7 +19,7 @@ from rlaif.config import BudgetConfig, LabelerConfig, LabelerType
 from rlaif.engines import build_labeler, client, wire
 from rlaif.engines.base import Failure, OptionMass, OptionRequest, Sampled, SampleRequest
 from rlaif.engines.openai import OpenAIEngine
-from rlaif.engines.options import accepted_tokens, observed_mass, option_masses, parse_reply
+from rlaif.engines.options import UNDECIDED, Bounds, accepted_tokens, option_bounds, option_masses, parse_reply
 from rlaif.labeling.prompts import letter_spellings
 from rlaif.records import UserError
 
@@ -61,8 +62,11 @@ def masses(server: FakeServer, **settings: Any) -> tuple[float | None, ...]:
 class TestOptionMasses:
     """The arithmetic, without a server."""
 
-    def mass(self, listed: list[tuple[str, float]], options: Any = AB, sampled: str = "", whole: Any = ()) -> Any:
-        return option_masses([(token, math.log(p)) for token, p in listed], sampled, options, whole)
+    def bounds(self, listed: list[tuple[str, float]], options: Any = AB, sampled: str = "") -> Bounds:
+        return option_bounds([(token, math.log(p)) for token, p in listed], sampled, accepted_tokens(options))
+
+    def mass(self, listed: list[tuple[str, float]], options: Any = AB, sampled: str = "") -> Any:
+        return option_masses(self.bounds(listed, options, sampled))
 
     def test_all_spellings_are_summed(self) -> None:
         listed = [("A", 0.3), (" A", 0.2), ("▁A", 0.05), ("ĠA", 0.01), (" a", 0.04), ("B", 0.1), ("b", 0.02)]
@@ -72,7 +76,7 @@ class TestOptionMasses:
         assert self.mass([("A", 0.3), ("A", 0.1), ("B", 0.5)]) == pytest.approx((0.4, 0.5))
 
     def test_words_match_in_any_case_but_whole(self) -> None:
-        listed = [(" Positive", 0.2), ("WARM", 0.1), ("positively", 0.3), (" cold", 0.25), ("neg", 0.1)]
+        listed = [(" Positive", 0.2), ("WARM", 0.1), ("positively", 0.3), (" cold", 0.25), ("negligible", 0.1)]
         assert self.mass(listed, TONE) == pytest.approx((0.3, 0.25))
 
     def test_case_matters_where_two_options_differ_only_in_case(self) -> None:
@@ -113,7 +117,7 @@ class TestOptionMasses:
         true = [sum(p for word, p in truth if word in group) for group in accepted_tokens(options)]
         seen = [sum(p for word, p in listed if word in group) for group in accepted_tokens(options)]
         found = self.mass(listed, options)
-        assert observed_mass([(w, math.log(p)) for w, p in listed], options) == pytest.approx(sum(seen))
+        assert self.bounds(listed, options).seen == pytest.approx(sum(seen))
         if None in found:
             assert found == (None,) * len(options)
             return
@@ -127,13 +131,65 @@ class TestOptionMasses:
         listed = [("Zebra", 1e-6), ("A", 0.8), ("The", 0.01)]
         assert self.mass(listed, sampled="Zebra") == pytest.approx((0.8, 0.04))
 
-    def test_a_number_that_may_be_the_beginning_of_another(self) -> None:
-        """Where "10" is not listed it may be "1" and "0", and the mass of "1" that of either."""
-        options = (("1",), ("2",), ("10",))
-        assert self.mass([("1", 0.5), ("2", 0.3), ("10", 0.1)], options) == pytest.approx((0.5, 0.3, 0.1))
-        assert self.mass([("1", 0.5), ("2", 0.3), ("x", 0.1)], options) == (None, pytest.approx(0.3), None)
-        assert self.mass([("2", 0.9), ("1", 0.04), ("x", 0.01)], options) == pytest.approx((0.04, 0.9, 0.02))
-        assert self.mass([("1", 0.9), ("2", 0.04), ("x", 0.01)], options, whole={2}) == pytest.approx((0.9, 0.04, 0.02))
+    def test_a_token_that_words_of_an_option_go_on_from_may_be_all_of_it(self) -> None:
+        # Two words, each in three cases, with and without a space: at most 12 * 0.001 beside "Harm".
+        listed = [("Safe", 0.6), ("Harm", 0.3), ("The", 0.001)]
+        assert self.mass(listed, SAFETY) == pytest.approx((0.6, 0.312))
+        assert self.bounds(listed, SAFETY).least == pytest.approx((0.6, 0.0))
+        assert self.bounds(listed, SAFETY).seen == pytest.approx(0.6)
+        # It may be as likely as what is listed whole, so nobody can say which is ahead.
+        assert self.mass([("Harm", 0.5), ("Safe", 0.4), ("The", 0.001)], SAFETY) == (None, None)
+        assert self.mass([("Harm", 0.9), ("The", 0.001)], SAFETY) == (None, None)
+        # What is listed whole is not spelt in pieces: then "Harm" can only become "Harmful".
+        assert self.mass([("Harmless", 0.6), ("Harm", 0.3), ("The", 0.001)], SAFETY) == pytest.approx((0.6, 0.312))
+
+    def test_a_word_that_another_options_word_goes_on_from_may_be_of_either(self) -> None:
+        options = (("harmless",), ("harm", "danger"))
+        listed = [("danger", 0.6), ("harm", 0.2), ("harming", 0.001)]
+        # danger is certain, harm may be its own or the other's: 0.2, and 6 * 0.001 of spellings that are not listed.
+        assert self.mass(listed, options) == pytest.approx((0.206, 0.6))
+        assert self.bounds(listed, options).seen == pytest.approx(0.8)
+        assert self.mass([("harm", 0.8), ("danger", 0.1), ("x", 0.001)], options) == (None, None)
+        # Of one option alone it is its own, whatever it goes on to be.
+        assert self.mass([("harm", 0.8), ("safe", 0.1)], (("safe",), ("harm", "harmful"))) == pytest.approx((0.1, 0.8))
+
+    def test_a_beginning_that_hardly_matters_leaves_a_tie_and_no_doubt(self) -> None:
+        for b, bracket, found in ((0.449, 0.005, (0.45, 0.45)), (0.3, 0.005, (0.45, 0.305))):
+            assert self.mass([("A", 0.45), ("B", b), ("(", bracket)], LETTERED) == pytest.approx(found)
+        assert self.mass([("A", 0.45), ("B", 0.4), ("(", 0.1)], LETTERED) == (None, None)
+
+    @given(st.data())
+    @settings(deadline=None, max_examples=300)
+    def test_no_label_is_more_extreme_than_what_is_spelt_behind_it(self, data: st.DataObject) -> None:
+        """A vocabulary cuts each word of two options somewhere; the server lists the likeliest first tokens."""
+        stems = st.sampled_from(["harm", "safe", "un", "d", "right"])
+        ends = st.sampled_from(["less", "ful", "", "ly", "anger", "kind"])
+        words = st.lists(st.tuples(stems, ends).map("".join), min_size=2, max_size=6, unique=True)
+        spelt = data.draw(words)
+        options = (tuple(spelt[: len(spelt) // 2]), tuple(spelt[len(spelt) // 2 :]))
+        cuts = {word: data.draw(st.integers(1, len(word)), label=word) for word in spelt}
+        others = ["The", "x", " "]
+        weights = {word: data.draw(st.floats(1e-4, 1), label=word) for word in [*spelt, *others]}
+        total = sum(weights.values())
+        tokens: dict[str, float] = defaultdict(float)
+        for word, weight in weights.items():
+            tokens[word[: cuts.get(word, len(word))]] += weight / total
+        ranked = sorted(tokens.items(), key=lambda entry: -entry[1])
+        listed = ranked[: data.draw(st.integers(1, len(ranked)), label="listed")]
+        found = self.mass(listed, options)
+        if None in found:
+            assert found == (None, None)
+            return
+        # A word of a listed option that is not begun by a listed token is left out.
+        whole = {word for word, _ in listed}
+        shown = [any(word in whole for word in option) for option in options]
+        true = [
+            sum(weights[word] / total for word in option if word[: cuts[word]] in whole or not shown[place])
+            for place, option in enumerate(options)
+        ]
+        p, truth = found[0] / sum(found), true[0] / sum(true)
+        slack = UNDECIDED / 4 + 1e-9 if found[0] == found[1] else 1e-9
+        assert 0.5 - slack <= p <= truth + slack or truth - slack <= p <= 0.5 + slack
 
     def test_nothing_listed_is_unknown(self) -> None:
         assert self.mass([("The", 0.5), ("I", 0.4)]) == (None, None)
@@ -285,49 +341,64 @@ def test_stem_is_asked_for_or_prefilled(server: FakeServer) -> None:
     assert prefilled["add_generation_prompt"] is False
 
 
-NUMBERS = (("1",), ("2",), ("10",))
+SAFETY = (("safe", "harmless"), ("harmful", "dangerous"))
+STEM = "This reply is"
 
 
-def rated(body: dict[str, Any]) -> Reply:
-    """A server whose tokenizer splits "10": after "1" it goes on with "0" four times in five."""
-    if body["messages"][-1] == {"role": "assistant", "content": "1"}:
-        return logprobs([("0", 0.8), (".", 0.2)])
-    return logprobs([("1", 0.5), ("2", 0.25), ("x", 0.01)])
+def spelling(body: dict[str, Any]) -> Reply:
+    """A server whose tokenizer knows "Safe", and the others in pieces: Harm+less, Harm+ful, D+anger+ous."""
+    begun = body["messages"][-1]["content"].removeprefix(STEM) if body["messages"][-1]["role"] == "assistant" else ""
+    return logprobs(
+        {
+            "": [("Safe", 0.4), ("Harm", 0.3), ("D", 0.2), ("The", 0.0001)],
+            "Harm": [("less", 0.5), ("ful", 0.4), ("ony", 0.1)],
+            "D": [("anger", 0.9), ("oes", 0.1)],
+            "Danger": [("ous", 0.75), (".", 0.25)],
+        }[begun]
+    )
 
 
-def test_what_goes_on_from_an_option_is_asked_for_with_prefill(server: FakeServer) -> None:
-    server.default = rated
+def test_words_of_several_tokens_are_asked_for_to_their_end_with_prefill(server: FakeServer) -> None:
+    server.default = spelling
     with build(server, prefill=True) as engine:
-        result = score(engine, ask(options=NUMBERS))
+        result = score(engine, ask(options=SAFETY, stem=STEM))
     assert isinstance(result, OptionMass)
-    assert result.masses == pytest.approx((0.1, 0.25, 0.4))
-    assert len(server.bodies) == 2
+    # Safe and 0.3 * 0.5; 0.3 * 0.4 and 0.2 * 0.9 * 0.75.
+    assert result.masses == pytest.approx((0.55, 0.255))
+    assert result.mass == pytest.approx(0.805)
+    assert [body["messages"][-1]["content"][len(STEM) :] for body in server.bodies] == ["", "Harm", "D", "Danger"]
 
 
-def test_an_option_that_never_is_one_token_bounds_nothing_with_prefill(server: FakeServer) -> None:
-    """ "10" as one token could have more than "1" has, but what follows "1" says what it has."""
+def test_a_word_that_goes_on_to_be_another_options_keeps_what_does_not_with_prefill(server: FakeServer) -> None:
+    after = logprobs([("less", 0.8), (".", 0.2)])
     server.default = lambda body: (
-        rated(body) if body["messages"][-1]["content"] == "1" else logprobs([("1", 0.25), ("2", 0.125), ("x", 0.125)])
+        after
+        if body["messages"][-1]["content"].endswith("harm")
+        else logprobs([("harm", 0.5), ("safe", 0.25), ("x", 0.01)])
     )
     with build(server, prefill=True) as engine:
-        result = score(engine, ask(options=NUMBERS))
+        result = score(engine, ask(options=(("safe", "harmless"), ("harm",)), stem=STEM))
     assert isinstance(result, OptionMass)
-    assert result.masses == pytest.approx((0.05, 0.125, 0.2))
+    assert result.masses == pytest.approx((0.65, 0.1))
+    assert result.mass == pytest.approx(0.75)
 
 
-def test_what_goes_on_from_an_option_is_unknown_without_prefill(server: FakeServer) -> None:
-    server.default = rated
+def test_what_hardly_matters_is_not_asked_for(server: FakeServer) -> None:
+    server.default = logprobs([("A", 0.6), ("B", 0.3), ("(", 0.01)])
+    with build(server, prefill=True) as engine:
+        result = score(engine, ask(options=LETTERED))
+    assert isinstance(result, OptionMass)
+    assert result.masses == pytest.approx((0.6, 0.31))
+    assert len(server.bodies) == 1
+
+
+def test_words_of_several_tokens_are_unknown_without_prefill(server: FakeServer) -> None:
+    server.default = spelling
     with build(server) as engine:
-        before = score(engine, ask(options=NUMBERS))
-        # Once "10" has been listed, it is known to be a token of its own.
-        server.default = logprobs([("2", 0.5), ("10", 0.3), ("x", 0.1)])
-        score(engine, ask(options=NUMBERS))
-        server.default = rated
-        after = score(engine, ask(options=NUMBERS))
-    assert isinstance(before, OptionMass)
-    assert isinstance(after, OptionMass)
-    assert before.masses == (None, 0.25, None)
-    assert after.masses == pytest.approx((0.5, 0.25, 0.02))
+        result = score(engine, ask(options=SAFETY, stem=STEM))
+    assert isinstance(result, OptionMass)
+    assert result.masses == (None, None)
+    assert len(server.bodies) == 1
 
 
 def test_hostile_text_is_sent(server: FakeServer) -> None:

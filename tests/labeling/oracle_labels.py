@@ -61,8 +61,11 @@ def clipped_logit(p: float) -> float:
     return max(-CERTAIN, min(CERTAIN, math.log(p / (1 - p)) if 0 < p < 1 else math.inf * (p - 0.5)))
 
 
-def said(logits: Sequence[float], texts: Sequence[str], oracle: Oracle, votes: int) -> Said:
-    """What the oracle says about texts whose options have these logits."""
+def said(logits: Sequence[float], texts: Sequence[str], oracle: Oracle, votes: int, raw: bool = False) -> Said:
+    """What the oracle says about texts whose options have these logits.
+
+    Shares of replies count one more reply, which is shared evenly between the options, but where they are ``raw``.
+    """
     shown = " ".join(texts)
     if BROKEN in shown:
         return None, f"http_{oracle.broken}"
@@ -73,7 +76,8 @@ def said(logits: Sequence[float], texts: Sequence[str], oracle: Oracle, votes: i
     counts = ballots(p, votes)
     if UNCLEAR in shown or not any(counts):
         return None, "uncovered"
-    return [count / votes for count in counts], None
+    more = 0 if raw else 1
+    return [(count + more / len(p)) / (votes + more) for count in counts], None
 
 
 def first(found: Said) -> tuple[float | None, str | None]:
@@ -147,10 +151,14 @@ class Reasoned(Pairwise):
         for move in moves:
             assert move is not None
             logits = (worth(name, one) - worth(name, other) + move, 0.0)
-            p, reason = first(said(logits, (one, other), oracle, votes))
+            p, reason = first(said(logits, (one, other), oracle, votes, raw=True))
             if p is not None:
                 found.append(min(max(p, self.clamp), 1 - self.clamp))
-        return (sum(found) / len(found), None) if found else (None, reason)
+        if not found:
+            return None, reason
+        replies = 0 if oracle.gives == "logprobs" else votes * len(found)
+        mean = sum(found) / len(found)
+        return (mean * replies + 0.5) / (replies + 1) if replies else mean, None
 
 
 class Pointwise(Mode):
@@ -177,7 +185,7 @@ class Pointwise(Mode):
 
 
 class Score(Mode):
-    """Each completion alone, under each principle: how likely every number from 1 to 10 is."""
+    """Each completion alone, under each principle: how likely every number from 1 to 9 is."""
 
     overrides = ("labeling.mode=score",)
 
@@ -276,12 +284,19 @@ class Contrastive(Mode):
     bias, tilt = "score_mean", staticmethod(float)
 
 
+def principles(mode: Any, found: Found, one: str, other: str) -> dict[str, float]:
+    """The logits of a pair under the principles that have their verdicts on it."""
+    logits = {name: mode.pair(found, name, one, other) for name in WEIGHTS}
+    return {name: value for name, value in logits.items() if value is not None}
+
+
 def logits(mode: Any, found: Found, one: str, other: str) -> float | None:
-    """The logit of a pair: the mean over principles by weight; None if any has no verdict."""
-    by_principle = {name: mode.pair(found, name, one, other) for name in WEIGHTS}
-    if None in by_principle.values():
+    """The logit of a pair: the mean over its principles by weight; None if they have less than half of the weight."""
+    by_principle = principles(mode, found, one, other)
+    weight = sum(WEIGHTS[name] for name in by_principle)
+    if weight < sum(WEIGHTS.values()) / 2:
         return None
-    return float(sum(WEIGHTS[name] * value for name, value in by_principle.items()) / sum(WEIGHTS.values()))
+    return float(sum(WEIGHTS[name] * value for name, value in by_principle.items()) / weight)
 
 
 def check(folder: Path, mode: Any, expected: Mapping[str, Found]) -> None:
@@ -301,9 +316,16 @@ def check(folder: Path, mode: Any, expected: Mapping[str, Found]) -> None:
         for one, other in itertools.combinations(names, 2):
             pairs[prompt, one, other] = logits(mode, found, one, other)
     dropped = check_preferences(folder, pairs)
+    lost = dropped["no_verdict"]
+    dropped["no_verdict"] = sum(not principles(mode, expected[prompt], *names) for prompt, *names in pairs)
+    dropped["missing_weight"] = lost - dropped["no_verdict"]
     quality = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
     assert quality["dropped"] == {reason: count for reason, count in dropped.items() if count}
-    assert quality["n_pairs"] == len(pairs) - dropped["no_verdict"]
+    assert quality["n_pairs"] == len(pairs) - lost
+    partial = [
+        principles(mode, expected[prompt], *names) for (prompt, *names), logit in pairs.items() if logit is not None
+    ]
+    assert quality["n_partial"] == sum(len(found) < len(WEIGHTS) for found in partial)
     valid = [value for found in expected.values() for value in mode.valid(found)]
     assert quality[mode.bias] == pytest.approx(sum(map(mode.tilt, valid)) / len(valid), abs=1e-5)
 

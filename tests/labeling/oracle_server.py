@@ -34,7 +34,7 @@ LEANS = (-2.0, -0.25, 0.5, 1.5)
 """Logits by which a rationale moves the verdict after it; the seed says which."""
 
 
-SCALE = "from 1 (as bad as a reply can be) to 10"
+SCALE = "from 1 (as bad as a reply can be) to 9"
 """What tells a question for a number from one for a verdict word."""
 
 
@@ -80,8 +80,8 @@ def is_mute(shown: str, seed: int) -> bool:
 
 
 def grades(value: float) -> tuple[float, ...]:
-    """Logits of the numbers from 1 to 10 for something worth ``value``: a discretised normal around 5.5 + value."""
-    return tuple(-((number - 5.5 - value) ** 2) / 4 for number in range(1, 11))
+    """Logits of the numbers from 1 to 9 for something worth ``value``: a discretised normal around 5 + value."""
+    return tuple(-((number - 5 - value) ** 2) / 4 for number in range(1, 10))
 
 
 def read_pairwise(content: str) -> Asked | None:
@@ -125,8 +125,8 @@ def read_score(content: str) -> Asked | None:
     found = re.search(r"\[Reply\]\n(.*)\n\[End of reply\]", content, re.DOTALL)
     if found is None or SCALE not in content:
         return None
-    [principle] = [name for name, question in QUESTIONS.items() if f"Principle: {question}" in content]
-    return Asked(grades(worth(principle, found[1])), tuple(map(str, range(1, 11))), found.groups())
+    [principle] = [name for name, question in QUESTIONS.items() if f"several replies): {question}" in content]
+    return Asked(grades(worth(principle, found[1])), tuple(map(str, range(1, 10))), found.groups())
 
 
 READERS: dict[str, Callable[[str], Asked | None]] = {

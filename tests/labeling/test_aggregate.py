@@ -94,11 +94,58 @@ def test_principles_are_averaged_by_weight():
     [pair], _ = pair_labels(labels, {"x": 3.0, "y": 1.0})
     assert pair.logit == pytest.approx(0.549306, abs=1e-6)
     assert pair.principles == {"x": pytest.approx(1.098612, abs=1e-6), "y": pytest.approx(-1.098612, abs=1e-6)}
-    # A principle that it was not asked under has no say in it; one that has no verdict on the pair takes it along.
+    # A principle that it was not asked under has no say in it, and nothing of it is missing.
     assert pair_labels(labels, {"x": 3.0, "y": 1.0, "z": 1.0})[0] == [pair]
-    labels += [pairwise("a", "b", 0.75, "z"), pairwise("b", "a", None, "z", reason="timeout")]
-    pairs, dropped = pair_labels(labels, {"x": 3.0, "y": 1.0, "z": 1.0})
-    assert (pairs, dropped) == ([], {"no_verdict": 1})
+    assert pair.missing_weight == 0
+
+
+@pytest.mark.parametrize("second", [[], [pairwise("b", "a", None, "z", reason="timeout")]])
+def test_a_pair_is_labelled_by_the_principles_that_have_both_orders(second):
+    # z has 2 of 6 of the weight; without it (3 * log 3 + 1 * log(1/3)) / 4 = 0.549306, over a temperature of 2.
+    labels = [pairwise("a", "b", 0.75, "x"), pairwise("b", "a", 0.25, "x")]
+    labels += [pairwise("a", "b", 0.25, "y"), pairwise("b", "a", 0.75, "y"), pairwise("a", "b", 0.999, "z"), *second]
+    weights = {"x": 3.0, "y": 1.0, "z": 2.0}
+    for minimum in (0.0, 0.5, 4 / 6):
+        [pair], dropped = pair_labels(labels, weights, temperature=2.0, min_weight=minimum)
+        assert pair.logit == pytest.approx(0.549306 / 2, abs=1e-6)
+        assert pair.missing_weight == pytest.approx(2 / 6)
+        assert list(pair.principles) == ["x", "y"]
+        assert dropped == {"no_verdict": 0}
+    for minimum in (0.7, 1.0):
+        assert pair_labels(labels, weights, min_weight=minimum) == ([], {"no_verdict": 0, "missing_weight": 1})
+
+
+def test_a_pair_without_any_principle_has_no_verdict_whatever_the_minimum():
+    labels = [pairwise("a", "b", 0.75, "x"), pairwise("a", "b", None, "y"), pairwise("b", "a", 0.5, "y")]
+    assert pair_labels(labels, {"x": 3.0, "y": 1.0}, min_weight=0.0) == ([], {"no_verdict": 1})
+
+
+def test_candidates_are_compared_under_the_principles_that_both_have():
+    # x: a log 3, b 0, c unknown; y: a unknown, b 0, c -log 3. So a and b by x, b and c by y, a and c by none.
+    labels = [pointwise("a", 0.75, "x"), pointwise("b", 0.5, "x"), pointwise("c", None, "x")]
+    labels += [pointwise("a", None, "y"), pointwise("b", 0.5, "y"), pointwise("c", 0.25, "y")]
+    pairs, dropped = pair_labels(labels, {"x": 1.0, "y": 3.0}, min_weight=0.25)
+    found = {(pair.one, pair.other): (pair.logit, pair.missing_weight, list(pair.principles)) for pair in pairs}
+    assert found == {
+        ("a", "b"): (pytest.approx(1.098612, abs=1e-6), 0.75, ["x"]),
+        ("b", "c"): (pytest.approx(1.098612, abs=1e-6), 0.25, ["y"]),
+    }
+    assert dropped == {"no_verdict": 1}
+
+
+def test_a_list_that_failed_in_one_order_takes_its_principle_alone():
+    labels = [listed("ab", (0.75, 0.25), "x"), listed("ba", (0.25, 0.75), "x")]
+    labels += [listed("ab", (0.1, 0.9), "y"), listed("ba", None, "y")]
+    [pair], _ = pair_labels(labels, {"x": 1.0, "y": 1.0}, min_weight=0.5)
+    assert (pair.logit, pair.missing_weight) == (pytest.approx(1.098612, abs=1e-6), 0.5)
+
+
+def test_how_sure_a_pair_is_does_not_depend_on_verdicts_that_are_missing():
+    """The second order of y was not asked, because the first has no verdict: the label is that of both orders of x."""
+    calibration = Calibration(temperature=2.0, bias=0.5, single_temperature=4.0)
+    labels = [pairwise("a", "b", 0.75, "x"), pairwise("b", "a", 0.25, "x"), pairwise("a", "b", None, "y")]
+    [pair], _ = pair_labels(labels, {"x": 1.0, "y": 1.0}, both_orders=False, calibration=calibration, min_weight=0.5)
+    assert pair.logit == pytest.approx(1.098612 / 2, abs=1e-6)
 
 
 def test_temperature_divides_the_logit():
@@ -127,9 +174,12 @@ def test_principles_that_were_not_asked_count_as_undecided():
     labels = [pairwise("a", "b", 0.75, "x"), pairwise("b", "a", 0.25, "x")]
     [pair], _ = pair_labels(labels, {"x": 3.0, "y": 1.0}, all_principles=False)
     assert pair.logit == pytest.approx(0.823959, abs=1e-6)
-    # One that was asked and has no verdict takes the pair with it.
+    # One that was asked and has no verdict is missing, not undecided: (3 * log 3 + 1 * 0) / (5 - 1).
     labels += [pairwise("a", "b", None, "y"), pairwise("b", "a", 0.5, "y")]
-    assert pair_labels(labels, {"x": 3.0, "y": 1.0}, all_principles=False) == ([], {"no_verdict": 1})
+    weights = {"x": 3.0, "y": 1.0, "z": 1.0}
+    [pair], _ = pair_labels(labels, weights, all_principles=False, min_weight=0.8)
+    assert (pair.logit, pair.missing_weight) == (pytest.approx(0.823959, abs=1e-6), pytest.approx(0.2))
+    assert pair_labels(labels, weights, all_principles=False, min_weight=0.9)[1]["missing_weight"] == 1
 
 
 def test_pointwise_is_the_difference_of_logits():
@@ -215,7 +265,7 @@ def test_p_higher_by_hand():
     assert p_higher((0.0, 1.0), (1.0, 0.0)) == 1.0
 
 
-distributions = st.lists(st.floats(1e-9, 1), min_size=10, max_size=10).map(
+distributions = st.lists(st.floats(1e-9, 1), min_size=9, max_size=9).map(
     lambda values: [value / sum(values) for value in values]
 )
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_server import Reply
-from hypothesis import given, settings
+from fake_server import Reply, logprobs
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle_labels import (
     MODES,
@@ -27,6 +27,7 @@ from oracle_labels import (
     command,
     json_lines,
     logits,
+    preferences,
     sigmoid,
     write_lines,
 )
@@ -139,8 +140,7 @@ def test_a_server_with_a_known_answer_comes_out_as_it_went_in(mode_name: str, se
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode_name", "bias"),
-    # Away from 1 so little is left on it that nobody asks how much of that goes on to 10.
-    [(name, bias) for name in MODES for bias in (0.0, -2.5) if (name, bias) != ("score", -2.5)],
+    [(name, bias) for name in MODES for bias in (0.0, -2.5)],
 )
 def test_token_ids_come_out_as_they_went_in(mode_name: str, bias: float, tmp_path: Path) -> None:
     """Many prompts in a request, of which one may be refused; spellings of several tokens."""
@@ -169,6 +169,70 @@ def test_an_option_that_a_server_leaves_out_turns_no_verdict_round(mode_name: st
         assert entry["option_mass"] <= 0.6 + 1e-9
         seen.add("bounded" if entry["option_mass"] < 0.6 - 1e-6 else "exact")
     assert {"option_unknown", "bounded"} <= seen
+
+
+HARM = """name: harm
+version: "1"
+description: words of several tokens
+principles:
+  - id: kind
+    question: Which reply is less harmful?
+    statement: To the reader, this reply is
+    verdicts: {"yes": [safe, harmless], "no": [harmful, dangerous]}
+"""
+
+
+def in_pieces(body: dict[str, Any]) -> Reply:
+    """A pointwise labeler that speaks Safe, Harm+less, Harm+ful and D+angerous."""
+    content = "\n".join(message["content"] for message in body["messages"])
+    safe = sigmoid(worth("kind", content))
+    words = {"Safe": 0.6 * safe, "Harmless": 0.4 * safe, "Harmful": 0.7 * (1 - safe), "Dangerous": 0.3 * (1 - safe)}
+    last = body["messages"][-1]
+    begun = last["content"].rpartition("this reply is")[2] if last["role"] == "assistant" else ""
+    after: dict[str, float] = {}
+    for word, share in words.items():
+        if word.startswith(begun):
+            token = next(
+                (part for part in ("Safe", "Harm", "D") if not begun and word.startswith(part)), word[len(begun) :]
+            )
+            after[token] = after.get(token, 0.0) + share
+    total = sum(after.values())
+    fillers = [("The", 0.1), ("It", 1e-6)] if not begun else []
+    return logprobs([*((token, (1 - 0.1 * (not begun)) * p / total) for token, p in after.items()), *fillers])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefill", [False, True])
+def test_words_of_several_tokens_call_nothing_safer_than_it_is(prefill: bool, tmp_path: Path) -> None:
+    """Over chat the first token is all there is: "Harm" says nothing. With prefill the rest of it is asked for."""
+    (tmp_path / "harm.yaml").write_text(HARM, encoding="utf-8")
+    values = [-4.0, -2.0, -1.0, 0.5, 2.0, 4.0]
+    lines = [
+        {
+            "prompt": f"Question {number}?",
+            "split": "train",
+            "completions": [f"Text {number}.{place} {{kind={v:+.2f}}}" for place, v in enumerate((one, other))],
+        }
+        for number, (one, other) in enumerate(itertools.combinations(values, 2))
+    ]
+    label_by_server(
+        tmp_path, lines, in_pieces, 1, "labeling.mode=pointwise", f"constitution={tmp_path}/harm.yaml",
+        f"labeler.prefill={str(prefill).lower()}",
+    )  # fmt: skip
+    truth = {f"c{place}": [sigmoid(worth("kind", line["completions"][place])) for line in lines] for place in range(2)}
+    labels = json_lines(tmp_path / "out" / "labels.jsonl")
+    assert len(labels) == 2 * len(lines)
+    found = {name: [entry for entry in labels if entry["candidate"] == name] for name in truth}
+    for name, entries in found.items():
+        for true, entry in zip(truth[name], entries, strict=True):
+            if prefill:
+                assert entry["score"] == pytest.approx(true, abs=1e-3)
+            elif entry["score"] is None:
+                assert entry["reason"] == "option_unknown"
+            else:
+                assert 0.5 <= entry["score"] <= true, entry
+    told = json.loads((tmp_path / "out" / "quality.json").read_text(encoding="utf-8"))["unlisted"]
+    assert told == (0 if prefill else sum(entry["score"] is None for entry in labels)) < len(labels)
 
 
 def test_the_planted_combinations_are_there() -> None:
@@ -229,6 +293,50 @@ def test_votes_lose_a_bias_to_sampling_error(mode_name: str, bias: float, tmp_pa
     assert abs(sum(off)) / math.sqrt(len(off)) < 4
     # And the preferences are those of the shares, whatever the chance that made them.
     check(tmp_path / "out", mode, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode_name", "votes"), [("pairwise", 1), ("pairwise", 8), ("pointwise", 1), ("score", 1)])
+def test_labels_from_replies_are_no_surer_than_replies_can_be(mode_name: str, votes: int, tmp_path: Path) -> None:
+    """Cross-entropy against the planted preference, in nats; always saying one half costs log 2 = 0.693."""
+    mode, draw = MODES[mode_name], random.Random(0)
+    lines = [
+        {
+            "prompt": f"Question {number}?",
+            "prompt_id": f"p{number}",
+            "split": "train",
+            "completions": [
+                f"Text {number}.{place} {{kind={draw.gauss(0, 1.5):+.2f} short={draw.gauss(0, 1.5):+.2f}}}"
+                for place in range(2)
+            ],
+        }
+        for number in range(60)
+    ]
+    label_by_server(tmp_path, lines, Oracle(bias=1.0, gives="draws"), votes, *mode.overrides)
+    known = {line["prompt_id"]: mode.expected(line, Oracle(), 1) for line in lines}
+    truth = {name: sigmoid(logits(mode, found, "c0", "c1")) for name, found in known.items()}
+    labels = dict.fromkeys(truth, 0.5)  # a tie is no preference
+    for (name, chosen, _), p in preferences(tmp_path / "out").items():
+        labels[name] = p if chosen == "c0" else 1 - p
+    raw: dict[str, Any] = {name: {} for name in truth}
+    for entry in json_lines(tmp_path / "out" / "labels.jsonl"):
+        assert entry["replies"] == votes
+        shares = entry[mode.value] if mode_name == "score" else [entry[mode.value], 1 - entry[mode.value]]
+        shares = [(p * (votes + 1) - 1 / len(shares)) / votes for p in shares]
+        raw[entry["prompt_id"]][mode.key(entry)] = (shares if mode_name == "score" else shares[0], None)
+    unsmoothed = {name: sigmoid(logits(mode, found, "c0", "c1")) for name, found in raw.items()}
+
+    def entropy(found: dict[str, float]) -> float:
+        costs = [truth[name] * math.log(p) + (1 - truth[name]) * math.log(1 - p) for name, p in found.items()]
+        return -sum(costs) / len(costs)
+
+    assert entropy(truth) < entropy(labels) < 0.68
+    assert entropy(labels) < 0.75 * entropy(unsmoothed)
+    if mode_name == "pairwise":
+        # As docs/label.md says.
+        told = {1: (1.90, 0.61), 8: (0.83, 0.55)}[votes]
+        assert (entropy(unsmoothed), entropy(labels)) == pytest.approx(told, abs=0.005)
+        assert entropy(truth) == pytest.approx(0.52, abs=0.005)
 
 
 @pytest.mark.slow
@@ -436,6 +544,7 @@ def questioned(draw: Any) -> dict[str, Any]:
         "missing": draw(st.sets(st.integers(0, 40), max_size=4)),
         "order": draw(st.randoms(use_true_random=False)),
         "temperature": draw(st.floats(0.1, 10)),
+        "min_weight": draw(st.floats(0, 1)),
     }
 
 
@@ -466,7 +575,7 @@ def verdicts(case: dict[str, Any], mode: str) -> list[Label]:
 @given(questioned(), st.sampled_from(["pairwise", "pointwise"]))
 def test_any_oracle_is_recovered_from_its_biased_verdicts(case: dict[str, Any], mode: str) -> None:
     labels = verdicts(case, mode)
-    pairs, dropped = pair_labels(labels, case["principles"], case["temperature"])
+    pairs, dropped = pair_labels(labels, case["principles"], case["temperature"], min_weight=case["min_weight"])
     failed = {
         (label.principle, label.candidate or frozenset((label.first, label.second)))
         for label in labels
@@ -474,21 +583,27 @@ def test_any_oracle_is_recovered_from_its_biased_verdicts(case: dict[str, Any], 
     }
     total = sum(case["principles"].values())
     expected = {}
+    without = 0
     for one, other in itertools.combinations(sorted(case["candidates"]), 2):
-        needed = {
-            (name, place)
-            for name in case["principles"]
-            for place in ([frozenset((one, other))] if mode == "pairwise" else [one, other])
+        needed = [frozenset((one, other))] if mode == "pairwise" else [one, other]
+        there = {
+            name: weight
+            for name, weight in case["principles"].items()
+            if not failed & {(name, place) for place in needed}
         }
-        if not needed & failed:
+        present = sum(there.values())
+        without += not there
+        assume(not there or abs(present / total - case["min_weight"]) > 1e-6 or present == total)
+        if there and present / total > case["min_weight"] - 1e-6:
             difference = sum(
-                weight * (case["values"][name, one] - case["values"][name, other])
-                for name, weight in case["principles"].items()
+                weight * (case["values"][name, one] - case["values"][name, other]) for name, weight in there.items()
             )
-            expected[one, other] = pytest.approx(difference / total / case["temperature"], abs=1e-4)
-    assert {(pair.one, pair.other): pair.logit for pair in pairs} == expected
+            logit = pytest.approx(difference / present / case["temperature"], abs=1e-4)
+            expected[one, other] = logit, pytest.approx(1 - present / total, abs=1e-9)
+    assert {(pair.one, pair.other): (pair.logit, pair.missing_weight) for pair in pairs} == expected
     assert len(pairs) == len(expected)
-    assert dropped == {"no_verdict": math.comb(len(case["candidates"]), 2) - len(expected)}
+    assert dropped["no_verdict"] == without
+    assert sum(dropped.values()) == math.comb(len(case["candidates"]), 2) - len(expected)
 
 
 @settings(deadline=None, max_examples=100)

@@ -101,7 +101,7 @@ def scripted(mode_name: str, key: tuple[str, ...], words: dict[str, int]) -> Any
         return sigmoid(logit[key[1]])
     if mode_name == "score":
         p = sigmoid(logit[key[1]])
-        return [math.comb(9, k) * p**k * (1 - p) ** (9 - k) for k in range(10)]
+        return [math.comb(8, k) * p**k * (1 - p) ** (8 - k) for k in range(9)]
     if mode_name == "listwise":
         return shares([logit[name] for name in key[1:]], 4)
     return logit[key[1]]

@@ -518,3 +518,33 @@ def test_reasoned_verdicts_are_clamped(store):
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(ValueError, match=r"labeling\.(rationales|clamp)="):
         LabelingConfig(**settings)
+
+
+class Replying(Recording):
+    """Gives no log-probabilities: one reply of some is for the first."""
+
+    def __init__(self, votes):
+        super().__init__(engine())
+        self.votes = votes
+
+    def gives_logprobs(self):
+        return False
+
+    def score_options(self, requests):
+        for index, request in enumerate(requests):
+            self.asked.append(request)
+            method = "votes" if self.votes > 1 else "text"
+            yield index, OptionMass((1 / self.votes, 1 - 1 / self.votes), method, replies=self.votes)
+
+
+@pytest.mark.parametrize(("votes", "asked"), [(1, 0), (4, 1)])
+def test_a_stored_verdict_from_votes_that_does_not_say_how_many_is_asked_again(store, votes, asked):
+    """As earlier versions stored it; of text it is known that it is one."""
+    [line] = lines(1, ("a", "b"))
+    labels = label_candidates([line], CONSTITUTION, Replying(votes), PAIRWISE, store)
+    assert [(label.replies, label.p) for label in labels] == [(votes, pytest.approx(1.5 / (votes + 1)))] * 2
+    first = "(SELECT min(key) FROM verdicts)"
+    store.connection.execute(f"UPDATE verdicts SET value = json_remove(value, '$.replies') WHERE key = {first}")
+    again = Replying(votes)
+    assert label_candidates([line], CONSTITUTION, again, PAIRWISE, store) == labels
+    assert len(again.asked) == asked

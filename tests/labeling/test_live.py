@@ -133,6 +133,10 @@ def test_the_summary_names_what_was_lost_and_warns():
     assert "spent by every run into this folder: 210 requests, 51,204 tokens, $0.0123" in paid
     audited = summary({**QUALITY, "audit_verdict": "DO NOT TRAIN ON THESE LABELS: x."})
     assert audited.splitlines()[-1].endswith("DO NOT TRAIN ON THESE LABELS: x.")
+    open_ended = summary({**QUALITY, "agreement_low": 0.51, "unlisted": 51})
+    assert "WARNING: 25% of the verdicts are left open by the tokens that the server lists" in open_ended
+    partial = summary({**QUALITY, "n_partial": 12, "missing_weight_mean": 0.031})
+    assert "12 pairs are labelled by some of their principles (missing weight, over all pairs: 3.1%)" in partial
     cut = summary({**QUALITY, "agreement_low": 0.51, "truncated": 7})
     assert "WARNING: 7 verdicts saw a long text without its middle" in cut
 

@@ -88,12 +88,12 @@ def test_the_oracle_is_recovered_in_logits(store, config):
 def test_scores_are_expectations_and_their_pairs_come_from_whole_distributions(store):
     labels = labeled(SCORE, store=store)
     for label in labels:
-        # A binomial distribution with the mean 1 + 9 sigmoid(words / 2).
-        assert label.score == pytest.approx(1 + 9 / (1 + math.exp(-0.5 * WORDS[label.candidate])))
+        # A binomial distribution with the mean 1 + 8 sigmoid(words / 2).
+        assert label.score == pytest.approx(1 + 8 / (1 + math.exp(-0.5 * WORDS[label.candidate])))
         assert sum(label.probs) == pytest.approx(1)
         assert label.option_mass == pytest.approx(0.9)
         assert label.to_json()["score"] == label.score
-        assert len(label.to_json()["probs"]) == 10
+        assert len(label.to_json()["probs"]) == 9
     pairs, _ = pair_labels(labels, {"kind": 3.0})
     probs = {label.candidate: label.probs for label in labels}
     for pair in pairs:
@@ -250,20 +250,22 @@ class TestWithoutLogProbabilities:
         return build_labeler(config, seed=0)
 
     def test_numbers_in_a_reply(self, store, server):
-        replies = {"a": "8/10", "b": "Score: 3", "c": "I like it."}
+        replies = {"a": "8/9", "b": "Score: 3", "c": "I like it."}
         # What is not about one of these is the engine's own question, whether there are log-probabilities.
         server.default = lambda body: text(
             replies.get(body["messages"][0]["content"].partition("[Reply]\n")[2][:1], "I like it.")
         )
         with self.labeler(server) as labeler:
             labels = labeled(SCORE, labeler, data=lines(1, ("a", "b", "c")), store=store)
+        # One reply more is shared evenly between 1 to 9: the means of 8 and 5, and of 3 and 5.
         assert [(label.score, label.reason, label.method) for label in labels] == [
-            (8.0, None, "text"),
-            (3.0, None, "text"),
+            (pytest.approx(6.5), None, "text"),
+            (pytest.approx(4.0), None, "text"),
             (None, "uncovered", "text"),
         ]
         [pair], dropped = pair_labels(labels, {"kind": 3.0})
-        assert (pair.one, pair.other, pair.p) == ("c0", "c1", pytest.approx(1 - 1e-6))
+        # (1 + 7.5/9 + 6.5/9 + 1/2) / 4: 8 against 3, 8 and any, any and 3, any and any.
+        assert (pair.one, pair.other, pair.p) == ("c0", "c1", pytest.approx(0.763889, abs=1e-6))
         assert dropped == {"no_verdict": 2}
 
     def test_votes_on_a_list(self, store, server):
@@ -279,7 +281,8 @@ class TestWithoutLogProbabilities:
             labels = labeled(LISTWISE, labeler, data=lines(1, ("a", "b")), store=store)
         assert [(label.order, label.method) for label in labels] == [(("c0", "c1"), "votes"), (("c1", "c0"), "votes")]
         [pair], _ = pair_labels(labels, {"kind": 3.0})
-        assert pair.logit == pytest.approx(-math.log(2))
+        # 2 and 1 of 3: log((2 + 1/2) / (1 + 1/2)).
+        assert pair.logit == pytest.approx(-math.log(5 / 3))
 
 
 MODES = [mode for mode in LabelMode if mode is not LabelMode.pointwise]
@@ -347,10 +350,10 @@ class TestPrinciples:
             assert text == "Be kind.\nStop."
         else:
             assert "by several principles" in text
-            assert "Principles:\n1. Which is kinder? (weight 3)\n2. Which is shorter? (weight 1)\n\n" in text
+            assert ":\n1. Which is kinder? (weight 3)\n2. Which is shorter? (weight 1)\n\n" in text
             even = replace(TWO, principles=tuple(replace(principle, weight=2.0) for principle in TWO.principles))
             text = next(Setup(even, "l", config).talk(lines(1)[0]))[0].messages[0]["content"]
-            assert "Principles:\n1. Which is kinder?\n2. Which is shorter?\n\n" in text
+            assert ":\n1. Which is kinder?\n2. Which is shorter?\n\n" in text
             assert "weight" not in text
         labels = labeled(config, constitution=TWO, store=store)
         assert {label.principle for label in labels} == {"all"}

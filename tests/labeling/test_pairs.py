@@ -208,15 +208,29 @@ def test_principles_that_were_stopped_never_turn_a_pair(store):
     assert signs[0] == signs[1]
 
 
-def test_a_missing_verdict_ends_the_pair(store):
+def test_a_pair_is_asked_on_until_too_much_is_missing(store):
+    """heavy has 3 of 4 of the weight, light 1: what is left without light is enough, without heavy it is not."""
     config = LabelingConfig(stop_principles_above=99.0)
+    setup = Setup(TWO, "l", config)
     labels = label_candidates([line(1, 2)], TWO, Labeler(lambda meta: meta["principle"] == "heavy"), config, store)
     assert [label.principle for label in labels] == ["heavy", "heavy"]
-    assert Setup(TWO, "l", config).pairs(labels) == ([], {"no_verdict": 1})
+    assert setup.pairs(labels) == ([], {"no_verdict": 1})
+    assert not any(saved(setup, 2, labels).values())
+
+    light = LabelingConfig(stop_principles_above=99.0, min_principle_weight=0.25)
+    labels = label_candidates([line(1, 2)], TWO, Labeler(lambda meta: meta["principle"] == "heavy"), light, store)
+    assert [label.principle for label in labels] == ["heavy", "heavy", "light", "light"]
+    [pair], _ = Setup(TWO, "l", light).pairs(labels)
+    assert (pair.logit, pair.missing_weight) == (pytest.approx(-2.0, abs=1e-4), 0.75)
+
+    labels = label_candidates([line(1, 3)], TWO, Labeler(lambda meta: meta["principle"] == "light"), config, store)
+    assert len(labels) == 4
+    [pair], _ = setup.pairs(labels)
+    assert (pair.logit, pair.missing_weight) == (pytest.approx(-4.0, abs=1e-3), 0.25)
 
 
-@pytest.mark.parametrize("config", [LabelingConfig(second_order_below=3.0), LabelingConfig(stop_principles_above=6.0)])
-def test_what_a_missing_verdict_left_unasked_was_not_saved(store, config):
+def test_what_a_missing_verdict_left_unasked_was_not_saved(store):
+    config = LabelingConfig(second_order_below=3.0)
     labels = label_candidates([line(1, 2)], TWO, Labeler(lambda meta: meta["principle"] == "heavy"), config, store)
     assert any(label.p is None for label in labels)
     assert len(labels) < 4

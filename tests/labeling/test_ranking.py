@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -110,7 +111,7 @@ def test_ranks_share_places():
 
 
 def test_ranked_pairs():
-    given_pairs = [pair("a", "b", 2.0, {"k": 2.0}), pair("b", "c", 1.0, {"k": 1.0})]
+    given_pairs = [replace(pair("a", "b", 2.0, {"k": 2.0}), missing_weight=0.25), pair("b", "c", 1.0, {"k": 1.0})]
     found, missing = ranked_pairs("p", ["c", "b", "a", "d"], given_pairs)
     by_name = {(row.one, row.other): row for row in found}
     # A chain fits exactly, up to the prior; nothing is known about d.
@@ -123,6 +124,8 @@ def test_ranked_pairs():
         ("b", "c"): False,
     }
     assert (by_name["a", "b"].principles, by_name["a", "c"].principles) == ({"k": 2.0}, {})
+    # Of a pair that was inferred, all of the weight is missing.
+    assert [row.missing_weight for row in found] == [0.25, 1.0, 0.0]
 
 
 def test_groups_that_nothing_connects_are_not_compared():

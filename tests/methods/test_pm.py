@@ -82,6 +82,15 @@ def test_soft_labels_are_learnt_as_probabilities(tmp_path: Path) -> None:
     assert metrics["nll"] == pytest.approx(0.6109, abs=0.02)
 
 
+def test_ties_have_no_hard_label(tmp_path: Path) -> None:
+    data = [*preferences(16, 0.7), *preferences(4, 0.5)]
+    train_pm(settings(soft_labels=False, epochs=1), TINY, data, [], tmp_path, seed=0)
+    metrics = json.loads((tmp_path / "pm_metrics.json").read_text())
+    assert (metrics["train_pairs"], metrics["dropped_ties"]) == (16, 4)
+    with pytest.raises(UserError, match=r"pm.soft_labels=false: 4 of 4 preferences are ties"):
+        train_pm(settings(soft_labels=False), TINY, preferences(4, 0.5), [], tmp_path / "none", seed=0)
+
+
 def test_long_pairs_are_dropped_and_counted(tmp_path: Path) -> None:
     data = preferences(16)
     long = [Preference(**{**vars(data[0]), "prompt_id": "long", "chosen": "a" * 400})]

@@ -27,9 +27,10 @@ from rlaif.methods.supervised import (
     parts_by_length,
     shares_prefix,
     trainer_arguments,
+    with_targets,
 )
 from rlaif.models import load_causal_lm
-from rlaif.records import Preference
+from rlaif.records import Preference, UserError
 from tests.methods.problem import TINY
 
 
@@ -41,6 +42,17 @@ def row(prompt: str, chosen: list[int], rejected: list[int], p_chosen: float = 1
         "rejected_ids": rejected,
         "p_chosen": p_chosen,
     }
+
+
+def test_a_hard_label_is_a_side_and_a_tie_has_none(caplog: pytest.LogCaptureFixture) -> None:
+    prompt = ({"role": "user", "content": "q"},)
+    pairs = [Preference("p", prompt, "a", "b", "0", "1", p, "people", "human") for p in (0.9, 0.5, 0.2, 0.5)]
+    assert [target for _, target in with_targets(pairs, True, "dpo")] == [0.9, 0.5, 0.2, 0.5]
+    assert not caplog.records
+    assert with_targets(pairs, False, "dpo") == [(pairs[0], 1.0), (pairs[2], 0.0)]
+    assert "dpo: 2 of 4 preferences are ties (p_chosen is 0.5)" in caplog.text
+    with pytest.raises(UserError, match=r"dpo.soft_labels=false: 1 of 1 preferences are ties .* nothing to train on"):
+        with_targets(pairs[1:2], False, "dpo")
 
 
 def test_three_completions_are_three_sequences_in_three_pairs() -> None:
