@@ -30,6 +30,7 @@ from rlaif.records import Message, Prompt, UserError, existing_dir, existing_fil
 from rlaif.splits import read_split
 
 if TYPE_CHECKING:
+    from rlaif.evaluation.pm_gate import PMGate
     from rlaif.methods.stages import Arm
     from rlaif.rewards import RewardSource
 
@@ -66,11 +67,15 @@ An interrupted run goes on when the same command is given again.
 
 @dataclass(frozen=True)
 class Trained:
-    """What came out of an arm: a policy (None for pm), the PM behind it, and for best_of_n what chooses."""
+    """What came out of an arm: a policy (None for pm), a PM to score with, and for best_of_n what chooses.
+
+    ``guide`` is what is known of the PM that guided the policy, where one did.
+    """
 
     policy: ModelConfig | None
     pm: Path | None
     best_of: tuple[int, RewardSource] | None = None
+    guide: PMGate | None = None
 
 
 def main(config: TrainConfig, output: Path) -> None:
@@ -85,6 +90,8 @@ def main(config: TrainConfig, output: Path) -> None:
     if trained.policy is not None and config.eval.enabled:
         assert config.method is not None
         measure(config, output, f"{config.method.value}_{config.feedback.value}", trained, trained.pm)
+    if trained.guide is not None:
+        trained.guide.tell()
 
 
 def check(config: TrainConfig) -> None:
@@ -270,8 +277,13 @@ def _check_tunings(config: TrainConfig) -> None:
 
 
 def fit(config: TrainConfig, output: Path) -> Trained:
-    """Train one arm into ``output``."""
-    from rlaif.methods.stages import ONLINE, SUPERVISED, Arm, reward_source, started_from, train_pm_stage
+    """Train one arm into ``output``.
+
+    Raises:
+        PMGateError: if a PM that knows nothing would guide it.
+    """
+    from rlaif.evaluation.pm_gate import examine_pm, hold_to_gate
+    from rlaif.methods.stages import ONLINE, REWARDED, SUPERVISED, Arm, reward_source, started_from, train_pm_stage
 
     method = config.method
     assert method is not None
@@ -283,15 +295,22 @@ def fit(config: TrainConfig, output: Path) -> Trained:
         validation = arm.validation_prompts() if config.ppo.eval_every else []
         check_lengths(config.ppo, config.policy, validation)
     given = existing_dir(config.preference_model, "preference_model") if config.preference_model else None
+    guide = None
+    if given is not None and method in REWARDED and config.reward is Reward.pm:
+        guide = hold_to_gate(given, config.pm, method.value)
     arm = started_from(arm)
     if method is Method.pm:
-        return Trained(None, train_pm_stage(arm))
+        folder = train_pm_stage(arm)
+        examine_pm(folder, config.pm).tell()
+        return Trained(None, folder)
     if method in SUPERVISED:
         return Trained(_folder(config, SUPERVISED[method](arm)), given)
     reward, pm = reward_source(arm)
+    if pm is not None and guide is None:
+        guide = hold_to_gate(pm, config.pm, method.value)
     if method is Method.best_of_n:
-        return Trained(arm.start, pm or given, (config.best_of_n.n, reward))
-    return Trained(_folder(config, ONLINE[method](arm, reward)), pm or given)
+        return Trained(arm.start, pm or given, (config.best_of_n.n, reward), guide)
+    return Trained(_folder(config, ONLINE[method](arm, reward)), pm or given, guide=guide)
 
 
 def _folder(config: TrainConfig, policy: Path) -> ModelConfig:
@@ -353,6 +372,7 @@ def measure(
             "method": config.method.value,
             "feedback": config.feedback.value,
             "seed": config.seed,
+            **(trained.guide.flat() if trained.guide else {}),
         },
         seed=config.seed,
         baseline_samples=baseline_samples,

@@ -10,6 +10,7 @@ from rlaif.config.choices import (
     Critic,
     DPOLoss,
     EnsembleScore,
+    Gate,
     GRPOLoss,
     Keep,
     KLControl,
@@ -117,10 +118,17 @@ class PMConfig(TrainerSettings):
     """Price of a standard deviation between members under ``uncertainty``."""
     model: str | None = None
     """Another base model for the PM than the policy, of any family: a hub name or folder. Null: the policy's."""
+    gate: Gate = Gate.stop
+    """What happens where a PM that is not shown to be above chance, or is below ``min_accuracy``, would guide a policy:
+    ``stop``, or ``warn`` and go on."""
+    min_accuracy: float | None = None
+    """Held-out accuracy that a PM must reach besides being above chance. Null: any."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "pm", "ensemble")
+        if self.min_accuracy is not None:
+            fraction(self, "pm", "min_accuracy")
         for name in ("margin", "center_coefficient", "ensemble_penalty"):
             require(getattr(self, name) >= 0, f"pm.{name}={getattr(self, name)}: must be 0 or more")
 

@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlaif.evaluation.statistics import bootstrap_mean, expected_calibration_error, fit_temperature, pairs_agreement
+from rlaif.evaluation.statistics import (
+    bootstrap_mean,
+    clustered_share,
+    expected_calibration_error,
+    fit_temperature,
+    pairs_agreement,
+)
 from rlaif.gold import gold_score
 from rlaif.labeling.aggregate import logit, sigmoid
 from rlaif.losses import soft_bradley_terry
@@ -73,8 +79,12 @@ def preference_metrics(model: Scorer, preferences: Sequence[Preference], gold: s
         rows.append(("gold_accuracy", margins, truth))
     for name, predicted, actual in rows:
         clusters = [prompt for prompt, value in zip(prompts, actual, strict=True) if value != 0]
-        estimate = bootstrap_mean(pairs_agreement(predicted, actual), clusters)
+        estimate = clustered_share(pairs_agreement(predicted, actual), clusters)
         result |= estimate.flat(name) if estimate else {}
+    decided = [prompt for prompt, value in zip(prompts, side, strict=True) if value != 0]
+    right = zip(pairs_agreement(margins, side), pairs_agreement(longer, side), strict=True)
+    estimate = bootstrap_mean([by_pm - by_length for by_pm, by_length in right], decided)
+    result |= estimate.flat("gain_over_longer") if estimate else {}
     estimate = bootstrap_mean(nll, prompts)
     result |= estimate.flat("nll") if estimate else {}
     # Both directions of each pair: the error then does not depend on which side is called chosen.
