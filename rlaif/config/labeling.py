@@ -329,7 +329,9 @@ class AnnotatorConfig:
     """P(prefer a) = sigmoid(scale * (gold(a) - gold(b)))."""
     flip: float = 0.05
     """Label noise: share of drawn labels that are flipped."""
+    annotators: int = 1
+    """Annotators who label each pair. One gives a hard label; k of n for a gives P(a) = (k + 1/2) / (n + 1)."""
 
     def __post_init__(self) -> None:
-        positive(self, "annotator", "scale")
+        positive(self, "annotator", "scale", "annotators")
         fraction(self, "annotator", "flip")
