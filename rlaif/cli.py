@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from rlaif.config import COMMANDS, register
 from rlaif.errors import explain, interrupted, read_wrongly
-from rlaif.folders import check_output
+from rlaif.folders import FAILED, check_output
 from rlaif.processes import world_size
 from rlaif.records import UserError, read_json, shipped, write_json
 from rlaif.text import redacted, visible
@@ -319,7 +319,7 @@ class SweepJob:
                 message = self._explained(error, name)
                 _note_failure(output, message, overrides)
             else:
-                (output / _FAILED).unlink(missing_ok=True)
+                (output / FAILED).unlink(missing_ok=True)
         except Exception as error:
             message = self._explained(error, name)
         with contextlib.suppress(OSError):
@@ -338,14 +338,10 @@ class SweepJob:
         return message
 
 
-_FAILED = "failed.json"
-"""What a sweep leaves in the folder of a job that failed."""
-
-
 def _note_failure(output: Path, message: str, overrides: Sequence[str]) -> None:
     with contextlib.suppress(OSError):
         shown = [redacted(override) for override in overrides]
-        write_json(output / _FAILED, {"error": redacted(message), "overrides": shown})
+        write_json(output / FAILED, {"error": redacted(message), "overrides": shown})
 
 
 def _failures(plan: SweepPlan, ends: Path) -> list[str]:

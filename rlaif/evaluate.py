@@ -44,13 +44,13 @@ def run_evaluation(
     prompts: Sequence[Prompt],
     prompts_file: Path,
     config: EvalConfig,
-    row: dict[str, str | int | None],
+    row: dict[str, str | float | int | None],
     seed: int,
     baseline_samples: Path | None = None,
     preference_model: Path | None = None,
     best_of: tuple[int, RewardSource] | None = None,
 ) -> Path:
-    """Evaluate into ``output``; ``row`` (name, method, feedback, seed) identifies it in reports.
+    """Evaluate into ``output``; ``row`` (name, method, feedback, seed, the PM that guided it) stands in reports.
 
     With ``best_of`` each completion is the best of n by that reward.
     """

@@ -373,7 +373,7 @@ def _label_with_annotator(lines: CandidatesFile, config: LabelConfig, output: Pa
         from rlaif.preferences import simulated_human_pairs
 
         pairs = ((line, simulated_human_pairs(line, gold, config.annotator, config.seed)) for line in lines())
-        figures = {"mode": "annotator", "flip": config.annotator.flip, "scale": config.annotator.scale}
+        figures = {"mode": "annotator", **vars(config.annotator)}
         _write_dataset(folder, pairs, Counter(), lambda: figures, f"simulated_human({gold})", config)
 
     settings = plain(

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import re
 import tempfile
 from array import array
@@ -165,22 +166,25 @@ def balanced(
 
 
 def simulated_human_pairs(line: Candidates, gold: str, annotator: AnnotatorConfig, seed: int) -> list[PairLabel]:
-    """Draw a label for every pair of a prompt from a Bradley-Terry model of the gold judge, with label noise.
+    """Draw labels for every pair of a prompt from a Bradley-Terry model of the gold judge, with label noise.
 
     P(one beats other) = sigmoid(scale * (gold(one) - gold(other))); a share ``flip`` of the draws is inverted.
-    Every draw is a hard label, as a person would give, and a function of the seed and the pair alone. Ties in
-    gold are drawn like any other pair.
+    Each annotator's draw is a function of the seed, the pair and the annotator's number alone. Ties in gold are drawn
+    like any other pair.
+
+    A single draw is a hard label, as in a file of people's choices. The votes of several are smoothed (Jeffreys' prior
+    on a share): their reliability is known to nobody downstream.
     """
     result = []
     scores = {candidate.candidate_id: gold_score(gold, candidate.completion) for candidate in line.candidates}
     for one, other in itertools.combinations(sorted(scores), 2):
         p = sigmoid(annotator.scale * (scores[one] - scores[other]))
         key = content_hash("simulated_human", seed, line.prompt.prompt_id, one, other)
-        choice, flip = np.random.default_rng(int(key[:15], 16)).random(2)
-        wins = (choice < p) != (flip < annotator.flip)
-        # The annotator's reliability is known to nobody downstream: its labels are hard.
-        hard = logit(1.0 if wins else 0.0)
-        result.append(PairLabel(line.prompt.prompt_id, one, other, hard, {gold: hard}))
+        n = annotator.annotators
+        choice, flip = np.random.default_rng(int(key[:15], 16)).random((n, 2)).T
+        votes = int(((choice < p) != (flip < annotator.flip)).sum())
+        label = logit(float(votes)) if n == 1 else math.log((votes + 0.5) / (n - votes + 0.5))
+        result.append(PairLabel(line.prompt.prompt_id, one, other, label, {gold: label}))
     return result
 
 

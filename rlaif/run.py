@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rlaif.artifacts import check_writable, duration
@@ -24,14 +24,16 @@ from rlaif.config import (
 from rlaif.constitution import check_mode, load_constitution
 from rlaif.engines import build_labeler
 from rlaif.evaluate import run_evaluation
+from rlaif.evaluation.pm_gate import PMGateError
+from rlaif.folders import FAILED
 from rlaif.gold import check_gold
 from rlaif.label import run_label
-from rlaif.records import UserError, find_prompts
+from rlaif.records import UserError, find_prompts, write_json
 from rlaif.rewards import REWARD_MODES
 from rlaif.sample import run_sample
 from rlaif.splits import read_split
+from rlaif.train import Trained, fit, measure
 from rlaif.train import check as check_training
-from rlaif.train import fit, measure
 
 log = logging.getLogger("rlaif")
 
@@ -73,7 +75,7 @@ def main(config: RunConfig, output: Path) -> None:
     for feedback in sorted(used_labels(config) - {Feedback.human}, key=list(Feedback).index):
         run_label(label_config(config, candidates, feedback, labels), labels / feedback.value)
     arms = {name: train_config(config, arm, output) for name, arm in config.arms.items()}
-    trained = {name: fit(arm, output / "arms" / name) for name, arm in arms.items() if arm.method is not None}
+    trained, stopped = _fit_all(arms, output / "arms")
     pm = report_pm(arms, {name: arm.pm for name, arm in trained.items()})
     baseline: Path | None = None
     for name in (name for name, arm in arms.items() if arm.method is None):
@@ -92,6 +94,35 @@ def main(config: RunConfig, output: Path) -> None:
     for name, arm in trained.items():
         if arm.policy is not None:
             measure(arms[name], output / "arms" / name, name, arm, pm, baseline)
+    if trained or baseline:
+        _report(config, output, list(arms))
+    for arm in trained.values():
+        if arm.guide is not None:
+            arm.guide.tell()
+    if stopped:
+        raise UserError("; ".join(f"arm {name}: {error}" for name, error in stopped.items()))
+    log.info("done in %s", duration(time.time() - started))
+
+
+def _fit_all(arms: Mapping[str, TrainConfig], output: Path) -> tuple[dict[str, Trained], dict[str, PMGateError]]:
+    """What every arm trained; and those that their PM stopped, which must not keep the others from being made."""
+    trained: dict[str, Trained] = {}
+    stopped: dict[str, PMGateError] = {}
+    for name, arm in arms.items():
+        if arm.method is None:
+            continue
+        note = output / name / FAILED
+        try:
+            trained[name] = fit(arm, output / name)
+            note.unlink(missing_ok=True)
+        except PMGateError as error:
+            log.warning("arm %s is left out: %s", name, error)
+            stopped[name] = error
+            write_json(note, {"error": str(error), "overrides": [f"arms.{name}"]})
+    return trained, stopped
+
+
+def _report(config: RunConfig, output: Path, arms: Sequence[str]) -> None:
     from rlaif.reporting import write_report
 
     base = next((name for name, arm in config.arms.items() if arm.method is None), "base")
@@ -100,7 +131,6 @@ def main(config: RunConfig, output: Path) -> None:
     roots = [root for root in roots if root.is_dir()]
     for path in write_report(roots, output, config.title, base, config.examples, config.seed):
         log.info("report: %s", path)
-    log.info("done in %s", duration(time.time() - started))
 
 
 def check(config: RunConfig) -> Path:

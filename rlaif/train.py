@@ -29,6 +29,7 @@ from rlaif.records import UserError, existing_dir, find_prompts
 from rlaif.splits import read_split
 
 if TYPE_CHECKING:
+    from rlaif.evaluation.pm_gate import PMGate
     from rlaif.methods.stages import Arm
     from rlaif.rewards import RewardSource
 
@@ -66,13 +67,18 @@ An interrupted run goes on when the same command is given again.
 
 @dataclass(frozen=True)
 class Trained:
-    """What came out of an arm: a policy (None for pm), the PM behind it, and for best_of_n what chooses."""
+    """What came out of an arm: a policy (None for pm), a PM to score with, and for best_of_n what chooses.
+
+    ``guide`` is what is known of the PM that guided the policy, where one did.
+    """
 
     policy: ModelConfig | None
     pm: Path | None
     best_of: tuple[int, RewardSource] | None = None
     data: Mapping[str, str | bool | int] = field(default_factory=dict)
     """What its metrics say of the data behind it."""
+    guide: PMGate | None = None
+    """The PM's gate, where a PM guided it."""
 
 
 def main(config: TrainConfig, output: Path) -> None:
@@ -87,6 +93,8 @@ def main(config: TrainConfig, output: Path) -> None:
     if trained.policy is not None and config.eval.enabled:
         assert config.method is not None
         measure(config, output, f"{config.method.value}_{trained.data['feedback']}", trained, trained.pm)
+    if trained.guide is not None:
+        trained.guide.tell()
 
 
 def check(config: TrainConfig) -> None:
@@ -272,8 +280,13 @@ def _check_tunings(config: TrainConfig) -> None:
 
 
 def fit(config: TrainConfig, output: Path) -> Trained:
-    """Train one arm into ``output``."""
-    from rlaif.methods.stages import ONLINE, SUPERVISED, Arm, reward_source, started_from, train_pm_stage
+    """Train one arm into ``output``.
+
+    Raises:
+        PMGateError: if a PM that knows nothing would guide it.
+    """
+    from rlaif.evaluation.pm_gate import examine_pm, hold_to_gate
+    from rlaif.methods.stages import ONLINE, REWARDED, SUPERVISED, Arm, reward_source, started_from, train_pm_stage
 
     method = config.method
     assert method is not None
@@ -286,15 +299,22 @@ def fit(config: TrainConfig, output: Path) -> Trained:
         check_lengths(config.ppo, config.policy, validation)
     given = existing_dir(config.preference_model, "preference_model") if config.preference_model else None
     data = _data_facts(arm)
+    guide = None
+    if given is not None and method in REWARDED and config.reward is Reward.pm:
+        guide = hold_to_gate(given, config.pm, method.value)
     arm = started_from(arm)
     if method is Method.pm:
-        return Trained(None, train_pm_stage(arm))
+        folder = train_pm_stage(arm)
+        examine_pm(folder, config.pm).tell()
+        return Trained(None, folder)
     if method in SUPERVISED:
         return Trained(_folder(config, SUPERVISED[method](arm)), given, data=data)
     reward, pm = reward_source(arm)
+    if pm is not None and guide is None:
+        guide = hold_to_gate(pm, config.pm, method.value)
     if method is Method.best_of_n:
-        return Trained(arm.start, pm or given, (config.best_of_n.n, reward), data)
-    return Trained(_folder(config, ONLINE[method](arm, reward)), pm or given, data=data)
+        return Trained(arm.start, pm or given, (config.best_of_n.n, reward), data, guide)
+    return Trained(_folder(config, ONLINE[method](arm, reward)), pm or given, data=data, guide=guide)
 
 
 def _folder(config: TrainConfig, policy: Path) -> ModelConfig:
@@ -367,6 +387,7 @@ def measure(
             "method": config.method.value,
             "seed": config.seed,
             **trained.data,
+            **(trained.guide.flat() if trained.guide else {}),
         },
         seed=config.seed,
         baseline_samples=baseline_samples,

@@ -348,6 +348,30 @@ def test_simulated_labels_are_a_function_of_seed_and_pair():
     assert simulated(lines, "length", annotator, seed=2) != pairs
 
 
+@pytest.mark.parametrize("n", [2, 5])
+def test_the_votes_of_several_annotators_are_smoothed_shares(n):
+    lines = [line(f"p{i}", a="one", b="one two three") for i in range(2000)]
+    pairs = simulated(lines, "length", AnnotatorConfig(scale=0.5, flip=0.1, annotators=n), seed=1)
+    # k of n votes for a: P(a) = (k + 1/2) / (n + 1).
+    votes = [sigmoid(pair.logit) * (n + 1) - 0.5 for pair in pairs]
+    assert {round(k) for k in votes} == set(range(n + 1))
+    assert votes == pytest.approx([round(k) for k in votes])
+    # The votes are independent: their number is binomial in P(a wins a vote) = 0.1 + 0.8 sigmoid(-1).
+    p = 0.1 + 0.8 * sigmoid(-1.0)
+    assert sum(votes) / len(votes) == pytest.approx(n * p, abs=4 * (n * p * (1 - p) / 2000) ** 0.5)
+    assert sum(k * k for k in votes) / 2000 == pytest.approx(n * p * (1 - p) + (n * p) ** 2, rel=0.1)
+
+
+def test_one_more_annotator_changes_no_vote_of_the_others():
+    lines = [line(f"p{i}") for i in range(50)]
+    alone, both = (
+        [pair.logit for pair in simulated(lines, "length", AnnotatorConfig(scale=0.1, annotators=n), seed=1)]
+        for n in (1, 2)
+    )
+    # With two, a pair is undecided or decided as the first one did.
+    assert {(one > 0) == (two > 0) for one, two in zip(alone, both, strict=True) if abs(two) > 1e-9} == {True}
+
+
 def test_a_sure_annotator_agrees_with_the_gold_judge():
     lines = [line(a="aaa", b="bbb", c="abb")]
     for found in simulated(lines, "letters", AnnotatorConfig(scale=1e4, flip=0.0), seed=0):

@@ -167,6 +167,13 @@ class Keep(StrEnum):
     best = "best"
 
 
+class Gate(StrEnum):
+    """What a preference model that is not shown to be above chance does to a policy: stops its training, or warns."""
+
+    stop = "stop"
+    warn = "warn"
+
+
 class Sampler(StrEnum):
     """What samples PPO's rollouts: the policy's own model in this process, or vLLM with the policy's weights."""
 

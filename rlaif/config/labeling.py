@@ -342,9 +342,11 @@ class AnnotatorConfig(Settings):
     """The programmatic annotator behind ``simulated_human`` labels: Bradley-Terry draws from the gold judge."""
 
     _group = "annotator"
-    _bounds = POSITIVE.of("scale") | FRACTION.of("flip")
+    _bounds = POSITIVE.of("scale", "annotators") | FRACTION.of("flip")
 
     scale: float = 4.0
     """P(prefer a) = sigmoid(scale * (gold(a) - gold(b)))."""
     flip: float = 0.05
     """Label noise: share of drawn labels that are flipped."""
+    annotators: int = 1
+    """Annotators who label each pair. One gives a hard label; k of n for a gives P(a) = (k + 1/2) / (n + 1)."""

@@ -10,6 +10,7 @@ from rlaif.config.choices import (
     Critic,
     DPOLoss,
     EnsembleScore,
+    Gate,
     GRPOLoss,
     Keep,
     KLControl,
@@ -97,7 +98,7 @@ class PMConfig(TrainerSettings):
     """Preference model: soft-label Bradley-Terry."""
 
     _group = "pm"
-    _bounds = POSITIVE.of("ensemble")
+    _bounds = POSITIVE.of("ensemble") | FRACTION.of("min_accuracy")
 
     soft_labels: bool = True
     """Train on p_chosen; false trains on the hard choice."""
@@ -115,6 +116,11 @@ class PMConfig(TrainerSettings):
     """Price of a standard deviation between members under ``uncertainty``."""
     model: str | None = None
     """Another base model for the PM than the policy, of any family: a hub name or folder. Null: the policy's."""
+    gate: Gate = Gate.stop
+    """What happens where a PM that is not shown to be above chance, or is below ``min_accuracy``, would guide a policy:
+    ``stop``, or ``warn`` and go on."""
+    min_accuracy: float | None = None
+    """Held-out accuracy that a PM must reach besides being above chance. Null: any."""
 
 
 @dataclass

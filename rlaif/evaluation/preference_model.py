@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from rlaif.evaluation.statistics import (
+    clustered_difference,
     clustered_mean,
     clustered_share,
     expected_calibration_error,
@@ -81,6 +82,10 @@ def preference_metrics(model: Scorer, preferences: Sequence[Preference], gold: s
         clusters = [prompt for prompt, value in zip(prompts, actual, strict=True) if value != 0]
         estimate = clustered_share(pairs_agreement(predicted, actual), clusters)
         result |= estimate.flat(name) if estimate else {}
+    decided = [prompt for prompt, value in zip(prompts, side, strict=True) if value != 0]
+    right = zip(pairs_agreement(margins, side), pairs_agreement(longer, side), strict=True)
+    estimate = clustered_difference([by_pm - by_length for by_pm, by_length in right], decided)
+    result |= estimate.flat("gain_over_longer") if estimate else {}
     estimate = clustered_mean(nll, prompts)
     result |= estimate.flat("nll") if estimate else {}
     # Both directions of each pair: the error then does not depend on which side is called chosen.

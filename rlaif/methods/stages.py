@@ -384,8 +384,8 @@ def train_pm_stage(arm: Arm) -> Path:
         train_pm(config.pm, arm.start, train, validation, folder, config.seed, config.eval.gold)
 
     settings = plain(pm=config.pm, gold=config.eval.gold)
-    for name in ("ensemble_score", "ensemble_penalty"):
-        # How scores are combined later is no reason to train again.
+    for name in ("ensemble_score", "ensemble_penalty", "gate", "min_accuracy"):
+        # How scores are combined later, and what they must be worth, is no reason to train again.
         del settings["pm"][name]
     inputs = arm.preference_inputs
     if config.pm.model:

@@ -12,7 +12,16 @@ from markupsafe import Markup
 from rlaif.records import atomic_file
 from rlaif.reporting.collect import Collection, Evaluation, collect
 from rlaif.reporting.plots import PlotGroup, plot_groups
-from rlaif.reporting.statement import Line, audit_warnings, label_warnings, length_notes, statement, warnings
+from rlaif.reporting.statement import (
+    Line,
+    audit_warnings,
+    label_warnings,
+    length_notes,
+    pm_notes,
+    pm_warnings,
+    statement,
+    warnings,
+)
 from rlaif.reporting.tables import (
     Example,
     Table,
@@ -43,6 +52,8 @@ class Report:
     label_warnings: list[Line]
     label_quality: Table | None
     length_notes: list[Line]
+    pm_warnings: list[Line]
+    pm_notes: list[Line]
     preference_models: Table | None
     example_rows: list[Evaluation]
     examples: list[Example]
@@ -90,6 +101,8 @@ def _report(found: Collection, title: str, baseline: str, count: int, seed: int)
         label_warnings=[*label_warnings(found), *audit_warnings(found)],
         label_quality=label_quality(found),
         length_notes=length_notes(found),
+        pm_warnings=pm_warnings(found),
+        pm_notes=pm_notes(found),
         preference_models=preference_models(found),
         example_rows=example_rows if count > 0 else [],
         examples=drawn,
@@ -132,7 +145,7 @@ def _markdown(report: Report) -> str:
     lines += [f"> **Note:** {_sentence(line)}\n" for line in report.warnings]
     lines += _section("Comparison", report.comparison)
     lines += _section("Label quality", report.label_quality, report.label_warnings, report.length_notes)
-    lines += _section("Preference models", report.preference_models)
+    lines += _section("Preference models", report.preference_models, report.pm_warnings, report.pm_notes)
     if report.example_rows:
         lines += ["## Sample completions", "", report.examples_note, "", *_samples(report)]
     lines += _section("Failed jobs", report.failed_jobs)

@@ -146,6 +146,10 @@ def warnings(found: Collection, baseline: str) -> list[Line]:
     if alarms := len(audit_warnings(found)):
         what = "1 labels folder comes" if alarms == 1 else f"{alarms} labels folders come"
         lines.append((Safe(f"{what} from a labeler whose audit says DO NOT TRAIN: see Label quality."),))
+    if alarms := len(pm_warnings(found)):
+        models = "1 preference model is" if alarms == 1 else f"{alarms} preference models are"
+        lines.append((Safe(f"{models} not shown to be above chance: see Preference models."),))
+    lines.extend(_misguided(found))
     lines.extend((Safe("Left out: "), problem) for problem in found.problems)
     return lines
 
@@ -157,6 +161,49 @@ def _leaks(evaluation: Evaluation) -> Iterator[Line]:
         yield evaluation.name, Safe(f": {told}, so its figures flatter.")
     if dropped := evaluation.whole("dropped_leaked"):
         yield evaluation.name, Safe(f": {dropped} rows that resemble evaluation prompts were left out of its training.")
+
+
+def _misguided(found: Collection) -> list[Line]:
+    """Policies whose PM did not pass its gate, or was not measured."""
+    words = {
+        "failed": "a preference model that did not pass its gate (pm.gate=warn)",
+        "unknown": "a preference model of which no held-out accuracy is known",
+    }
+    return [
+        (e.name, Safe(f", seed {seed_text(e.seed)}, was guided by {words[gate]}."))
+        for e in found.evaluations
+        if (gate := e.text("guide_gate")) in words
+    ]
+
+
+def pm_warnings(found: Collection) -> list[Line]:
+    """One warning for every PM whose accuracy on held-out preferences is not shown to be above chance."""
+    lines: list[Line] = []
+    for model in found.preference_models:
+        accuracy = model.estimate("accuracy")
+        if accuracy is None or (accuracy.low is not None and accuracy.low > CHANCE):
+            continue
+        lines.append(
+            (
+                Safe("This preference model is not shown to be above chance on held-out preferences: "),
+                model.label,
+                Safe(f". Accuracy {estimate_text(accuracy)}. What it guides is guided by noise."),
+            )
+        )
+    return lines
+
+
+def pm_notes(found: Collection) -> list[Line]:
+    """PMs that are not measured, or not shown to beat picking the longer completion."""
+    lines: list[Line] = []
+    for model in found.preference_models:
+        gain = model.estimate("gain_over_longer")
+        if model.estimate("accuracy") is None:
+            lines.append((model.label, Safe(": not measured, for want of validation preferences.")))
+        elif gain and (gain.low is None or gain.low <= 0):
+            rule = "is not shown to beat always preferring the longer completion"
+            lines.append((model.label, Safe(f" {rule}: accuracy less that rule's is {estimate_text(gain)}.")))
+    return lines
 
 
 def label_warnings(found: Collection) -> list[Line]:

@@ -78,6 +78,12 @@ COMPARISON: Terms = (
         "Share of completions that the policy ended by itself before the token limit.",
         False,
     ),
+    (
+        "guide_accuracy",
+        "guide’s accuracy",
+        "Held-out accuracy of the preference model that guided the training. A coin has 0.5.",
+        False,
+    ),
 )
 
 QUALITY: Terms = (
@@ -179,6 +185,12 @@ PREFERENCE_MODEL: Terms = (
         "longer_wins",
         "longer wins",
         "Share of held-out pairs whose chosen completion is the longer one: what length alone reaches.",
+        False,
+    ),
+    (
+        "gain_over_longer",
+        "over longer wins",
+        "Accuracy less what length alone reaches, paired on the same pairs.",
         False,
     ),
     ("train_pairs", "training pairs", "", True),

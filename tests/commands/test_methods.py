@@ -49,6 +49,8 @@ QUICK = [
     "data.test_fraction=0.3",
     "pm.max_steps=2",
     "pm.batch_size=4",
+    # A random model after two steps knows nothing.
+    "pm.gate=warn",
     "sft.max_steps=2",
     "critique_revision.max_steps=1",
     "critique_revision.max_new_tokens=6",

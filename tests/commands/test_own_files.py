@@ -14,6 +14,8 @@ METHODS = {"pm": "pm/preference_model", "dpo": "dpo/policy", "sft": "sft/policy"
 TINY_SETTINGS = [
     "model@policy=tiny",
     "eval.enabled=false",
+    # A random model after two steps knows nothing.
+    "pm.gate=warn",
     *(f"{method}.{setting}" for method in ("pm", "dpo", "sft") for setting in ("max_steps=2", "batch_size=4")),
     "ppo.iterations=1",
     "ppo.rollouts=4",

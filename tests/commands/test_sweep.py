@@ -17,6 +17,8 @@ TINY_SETTINGS = [
     "eval.max_prompts=6",
     "pm.max_steps=2",
     "pm.batch_size=4",
+    # A random model after two steps knows nothing.
+    "pm.gate=warn",
     "dpo.max_steps=2",
     "dpo.batch_size=4",
     "sft.max_steps=2",

@@ -60,6 +60,24 @@ def test_accuracy_by_source_and_by_length():
     }
 
 
+def test_the_gain_over_the_longer_completion_is_paired():
+    rows = [
+        preference("p", "aaaa", "b"),  # both right
+        preference("q", "a", "bbbb"),  # the PM alone
+        preference("r", "a", "bbbb"),  # the PM alone
+        preference("s", "b", "aa"),  # both wrong
+        preference("t", "b", "aa", p_chosen=0.5),  # a tie counts for neither
+    ]
+    found = preference_metrics(Vowels(), rows)
+    assert (found["accuracy"], found["longer_wins"]) == (0.75, 0.25)
+    assert (found["gain_over_longer"], found["gain_over_longer_n"]) == (0.5, 4)
+
+
+def test_an_accuracy_of_one_on_few_prompts_is_not_certain():
+    found = preference_metrics(Vowels(), [preference(name, "aa", "b") for name in "pq"])
+    assert (found["accuracy"], found["accuracy_low"]) == (1.0, pytest.approx(0.342, abs=1e-3))
+
+
 def test_best_of_n_agreement_with_the_labels_and_with_the_gold_judge():
     # By the labels a > b > c everywhere; the PM's best is "aaa" on p and "b" is never.
     rows = [

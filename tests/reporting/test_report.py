@@ -394,3 +394,27 @@ def test_rows_of_a_seed_under_different_pms_are_called_out(run: Path) -> None:
     text = "\n".join("".join(line) for line in warnings(collect([run]), "base"))
     assert "Seed 1: rows were scored by different PMs" in text
     assert "Seed 2" not in text
+
+
+def test_a_pm_that_is_no_better_than_a_coin_is_named_with_what_it_guided(run: Path) -> None:
+    _, before = report(run)
+    assert "above chance" not in before
+    pm = run / "seed=1" / "preference_model" / "pm_metrics.json"
+    change(pm, accuracy=0.51, accuracy_low=0.42, accuracy_high=0.6)
+    row = run / "seed=1" / "arms" / "rlaif_ppo" / "evaluation" / "metrics.json"
+    change(row, guide_gate="failed", guide_accuracy=0.51, guide_accuracy_n=35)
+    change(run / "seed=2" / "arms" / "rlaif_ppo" / "evaluation" / "metrics.json", guide_gate="unknown")
+    html, markdown = report(run)
+    for text in (html, markdown.replace("\\", "")):
+        assert "1 preference model is not shown to be above chance: see Preference models." in text
+        assert "Accuracy 0.51 [0.42, 0.60] (n=200). What it guides is guided by noise." in text
+        assert "rlaif_ppo, seed 1, was guided by a preference model that did not pass its gate" in text
+        assert "rlaif_ppo, seed 2, was guided by a preference model of which no held-out accuracy is known" in text
+
+
+def test_a_pm_that_only_counts_words_is_noted(run: Path) -> None:
+    pm = run / "seed=1" / "preference_model" / "pm_metrics.json"
+    change(pm, gain_over_longer=0.01, gain_over_longer_n=200, gain_over_longer_low=-0.03, gain_over_longer_high=0.05)
+    assert "is not shown to beat always preferring the longer completion" in report(run)[1]
+    change(pm, gain_over_longer_low=0.005)
+    assert "is not shown to beat" not in report(run)[1]
