@@ -85,11 +85,10 @@ def row(name: str, mode: str, found: Mapping[str, Any]) -> str:
     kappa, mass, ece = (
         f"{found[key]:.2f}" if found.get(key) is not None else "–" for key in ("kappa", "option_mass_mean", "ece")
     )
-    said = found["verdict"]
     advice = "better than length"
-    if said.startswith(("DO NOT", "NO ")):
+    if not found["trainable"]:
         advice = "no"
-    elif "not shown" in said:
+    elif "not shown" in found["verdict"]:
         advice = "not beyond length"
     estimates = " | ".join(estimate(key) for key in ("agreement", "longer_wins", "same_position_rate"))
     return (

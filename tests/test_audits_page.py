@@ -38,7 +38,8 @@ def audit(**more: Any) -> dict[str, Any]:
         "kappa": None,
         "option_mass_mean": 0.284,
         "ece": 0.081,
-        "verdict": "DO NOT TRAIN ON THESE LABELS: x.",
+        "verdict": "CANNOT TELL. DO NOT TRAIN ON THESE LABELS: x.",
+        "trainable": False,
         **estimate("agreement", 0.5, 0.148),
         **estimate("longer_wins", 0.25, 0.1),
         **more,
@@ -49,7 +50,9 @@ def test_every_figure_of_a_row_and_what_is_missing(script: ModuleType) -> None:
     biased = audit(**estimate("position_bias", 1.25, 0.5), **estimate("human_ceiling", 0.926, 0.05))
     audits = {
         "llmbar": {"pairwise, few-shot exemplars": biased},
-        "hh_harmless_test": {"score 1-9": audit(verdict="Above chance, but not shown to be better than", commit="def")},
+        "hh_harmless_test": {
+            "score 1-9": audit(verdict="TRAINABLE, but not shown to be better than", trainable=True, commit="def")
+        },
     }
     made = {"commit": "abc", "device": "cpu (x86_64)", "versions": {}}
     text = script.page({"pairs": 40, "made": made, "audits": audits})

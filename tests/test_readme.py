@@ -8,6 +8,7 @@ import runpy
 import shlex
 import shutil
 import subprocess
+import sys
 import typing
 from collections.abc import Iterator
 from enum import Enum
@@ -21,7 +22,8 @@ from omegaconf import OmegaConf
 from rlaif.cli import _normalise
 from rlaif.config import COMMANDS, CommandConfig, DataConfig, LoraSettings, ModelConfig, TrainerSettings, register
 from rlaif.constitution import load_constitution
-from rlaif.records import find_prompts, read_prompts, shipped
+from rlaif.preferences import PreferenceWriter
+from rlaif.records import Preference, find_prompts, read_prompts, shipped
 from rlaif.splits import assign_splits
 
 ROOT = Path(__file__).parents[1]
@@ -337,6 +339,24 @@ def test_the_tutorial_brings_a_constitution_and_pairs_that_are_read(tmp_path: Pa
     # Neither the position nor the length gives the answer away.
     assert sum(pair.truth > 0 for pair in pairs) == 6
     assert 4 <= sum((len(pair.a) - len(pair.b)) * pair.truth > 0 for pair in pairs) <= 8
+
+
+@pytest.mark.slow  # imports datasets in a process of its own
+def test_the_tutorial_shows_the_surest_labels_and_the_least_sure(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    [(code, folder)] = re.findall(
+        r"^python - <<'END'\n(.*?load_dataset\(\"([^\"]+)\".*?)^END$", text, re.MULTILINE | re.DOTALL
+    )
+    prompt = ({"role": "user", "content": "?"},)
+    rows = [
+        Preference("p", prompt, f"yes {p}", "no", "a", "b", p, "me", "ai") for p in (0.7, 0.99, 0.51, 0.8, 0.55, 0.9)
+    ]
+    with PreferenceWriter(tmp_path / folder, {"feedback": "ai"}) as writer:
+        writer.add(
+            "train", [*rows, dataclasses.replace(rows[0], p_chosen=0.75), dataclasses.replace(rows[0], p_chosen=0.76)]
+        )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert [line[:4] for line in result.stdout.splitlines()] == ["0.99", "0.90", "0.80", "0.70", "0.55", "0.51"]
 
 
 def test_the_page_of_benchmarks_is_made_of_the_results():

@@ -318,26 +318,30 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 
 def trainable(result: Mapping[str, Any]) -> bool:
-    """Whether agreement with people is shown to be above that of a coin: no DO NOT TRAIN, and a verdict at all."""
+    """Whether agreement with people is shown to be above that of a coin."""
     return "agreement" in result and result["agreement_low"] > 0.5
 
 
 def _verdict(result: Mapping[str, Any]) -> str:
+    """Trainable, not trainable, or cannot tell; and why."""
     if "agreement" not in result:
-        return "NO VERDICT: the labeler gave no label on any pair on which people took a side."
+        return "CANNOT TELL. DO NOT TRAIN ON THESE LABELS: no label on any pair on which people took a side."
     value, low, high = result["agreement"], result["agreement_low"], result["agreement_high"]
     figures = f"{value:.1%} [{low:.1%}, {high:.1%}] of {result['agreement_n']} prompts' pairs"
     if high < 0.5:
-        return f"DO NOT TRAIN ON THESE LABELS: the labeler agrees with people less often than a coin, on {figures}."
+        return (
+            "NOT TRAINABLE. DO NOT TRAIN ON THESE LABELS: the labeler agrees with people less often than a coin, on "
+            f"{figures}."
+        )
     if low <= 0.5:
         return (
-            f"DO NOT TRAIN ON THESE LABELS: agreement with people cannot be told from that of a coin, on {figures}. "
-            "More pairs would narrow the interval."
+            "CANNOT TELL. DO NOT TRAIN ON THESE LABELS: agreement with people cannot be told from that of a coin, on "
+            f"{figures}. More pairs would narrow the interval."
         )
     longer = result["gain_over_longer_low"]
     if longer is None or longer <= 0:
         return (
-            f"Above chance, on {figures}, but not shown to be better than preferring the longer completion "
+            f"TRAINABLE: above chance, on {figures}; but not shown to be better than preferring the longer completion "
             f"({result['longer_wins']:.1%})."
         )
-    return f"Above chance, on {figures}, and better than preferring the longer completion."
+    return f"TRAINABLE: above chance, on {figures}, and better than preferring the longer completion."

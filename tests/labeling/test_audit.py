@@ -109,16 +109,24 @@ def test_reliability_bins() -> None:
 @pytest.mark.parametrize(
     ("right", "words"),
     [
-        (0.9, "better than preferring the longer completion"),
-        (0.5, "DO NOT TRAIN ON THESE LABELS: agreement with people cannot be told"),
-        (0.2, "DO NOT TRAIN ON THESE LABELS: the labeler agrees with people less often than a coin"),
+        (0.9, "TRAINABLE: above chance, on 90.0% [85.1%, 93.4%] of 200 prompts' pairs, and better than preferring the"),
+        (0.5, "CANNOT TELL. DO NOT TRAIN ON THESE LABELS: agreement with people cannot be told"),
+        (0.2, "NOT TRAINABLE. DO NOT TRAIN ON THESE LABELS: the labeler agrees with people less often than a coin"),
     ],
 )
 def test_the_verdict_cannot_be_missed(right: float, words: str) -> None:
     # People prefer the longer and the shorter completion equally often, so the longer-wins rule is at one half.
     rows = [comparison(str(n), 1 if n % 2 else -1) for n in range(200)]
     pairs = [pair(row.name, (1.0 if n < 200 * right else -1.0) * row.truth) for n, row in enumerate(rows)]
-    assert words in verdict(audit(rows, [], pairs))
+    assert verdict(audit(rows, [], pairs)).startswith(words)
+
+
+def test_above_chance_and_not_above_length_is_said_to_be_trainable() -> None:
+    """People prefer the longer completion each time, and so does the labeler."""
+    rows = [comparison(str(n), 1) for n in range(12)]
+    said = verdict(audit(rows, [], [pair(row.name, 1.0) for row in rows]))
+    assert said.startswith("TRAINABLE: above chance, on 100.0%")
+    assert said.endswith("but not shown to be better than preferring the longer completion (100.0%).")
 
 
 def test_a_few_pairs_that_all_agree_show_nothing() -> None:
@@ -147,7 +155,7 @@ def test_enough_pairs_are_trainable_and_missing_ones_are_said() -> None:
     assert verdict(result).endswith("10 of 40 pairs had no label.")
     nothing = audit(rows, [], [])
     assert not trainable(nothing)
-    assert verdict(nothing).startswith("NO VERDICT")
+    assert verdict(nothing).startswith("CANNOT TELL. DO NOT TRAIN ON THESE LABELS: no label")
 
 
 def test_equal_gains_over_the_longer_have_an_interval() -> None:
@@ -169,7 +177,7 @@ def test_no_better_than_length_is_said() -> None:
     assert "not shown to be better than preferring the longer" in verdict(
         audit(rows, [], [pair(row.name, 1.0) for row in rows])
     )
-    assert verdict(audit(rows, [], [])).startswith("NO VERDICT")
+    assert verdict(audit(rows, [], [])).startswith("CANNOT TELL. DO NOT TRAIN ON THESE LABELS: no label")
 
 
 def write(file: Path, *lines: dict[str, object]) -> Path:
