@@ -25,10 +25,11 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import rlaif
 from rlaif.config import LabelerConfig, LabelerType, ModelConfig
+from rlaif.config.checks import Settings
 from rlaif.folders import (
     MARKER,
     MISSING,
@@ -78,7 +79,7 @@ def run_stage(
     Args:
         stage: name for logs and provenance.
         output: the folder to make.
-        config: JSON-able settings that decide the content (never secrets, never paths of inputs).
+        config: settings, of which those count that decide the content (:func:`deciding`); never secrets.
         inputs: files and folders that are read, by role.
         make: writes everything into the folder it is given; it may find there what an interrupted run left.
         carry_over: patterns of files of an outdated output or partial folder that stay useful (a store of paid calls).
@@ -89,7 +90,13 @@ def run_stage(
     Raises:
         UserError: if ``output`` cannot be written, holds files that no stage made, or another process works on it.
     """
-    fingerprint = content_hash(stage, rlaif.__version__, config, seed, {k: input_hash(v) for k, v in inputs.items()})
+    hashes = {role: input_hash(source) for role, source in inputs.items()}
+    extents: list[Any] = []
+    fingerprint, shared = (
+        content_hash(stage, rlaif.__version__, plain(**each), seed, hashes)
+        for each in (deciding(config), deciding(config, extents))
+    )
+    made_from = {"fingerprint": shared, "extents": extents}
     output = output.absolute()
     with contextlib.ExitStack() as held:
 
@@ -106,7 +113,7 @@ def run_stage(
                 return None
             _check_replaceable(places, output, stage, carry_over)
             check_writable(places.partial.parent, output)
-            if not prepare_partial(places, fingerprint, carry_over, stage) and found.message:
+            if not prepare_partial(places, made_from, carry_over, stage) and found.message:
                 log.log(found.level, "%s: %s", stage, found.message)
             return places
 
@@ -123,7 +130,7 @@ def run_stage(
         try:
             make(partial)
         except BaseException as error:
-            _after_error(error, partial, output, fingerprint, spent + time.time() - started)
+            _after_error(error, partial, output, made_from, spent + time.time() - started)
             raise
         if not (partial / MARKER).is_file():
             raise UserError(f"{partial}: was taken away while rlaif.{stage} worked in it; run the same command again")
@@ -135,7 +142,7 @@ def run_stage(
                 "stage": stage,
                 "fingerprint": fingerprint,
                 "seed": seed,
-                "config": redacted_settings(config),
+                "config": redacted_settings(plain(**config)),
                 "inputs": redacted_settings({k: None if v is None else str(v) for k, v in inputs.items()}),
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
                 "wall_s": round(spent + time.time() - started, 2),
@@ -195,7 +202,9 @@ def has_failures(summary: Path) -> bool:
     return not isinstance(found, dict) or bool(found.get("failed"))
 
 
-def _after_error(error: BaseException, partial: Path, output: Path, fingerprint: str, seconds: float) -> None:
+def _after_error(
+    error: BaseException, partial: Path, output: Path, made_from: Mapping[str, Any], seconds: float
+) -> None:
     """Keep what an interrupted stage has, if it has anything."""
     if isinstance(error, Exception):
         if _disk_full(error, partial.parent):
@@ -205,7 +214,7 @@ def _after_error(error: BaseException, partial: Path, output: Path, fingerprint:
     # What a kill leaves is not known and not counted.
     with contextlib.suppress(OSError):
         if (partial / MARKER).is_file():
-            write_json(partial / MARKER, {"fingerprint": fingerprint, "wall_s": round(seconds, 2)})
+            write_json(partial / MARKER, {**made_from, "wall_s": round(seconds, 2)})
 
 
 def _recover(places: Places, output: Path, fingerprint: str, stage: str, carry_over: Sequence[str]) -> None:
@@ -290,26 +299,24 @@ def model_inputs(role: str, model: ModelConfig | None) -> dict[str, Path | str |
     }
 
 
-_LABELER_SPEED = {
-    *("concurrency", "timeout_s", "max_retries", "batch_tokens", "batch_size", "api_key_env", "device", "audit"),
-    *("requests_per_minute", "tokens_per_minute", "budget", "price"),
-}
-"""Settings of a labeler that change how fast answers come, not what they are; the audit's file is an input."""
-_LABELER_MODEL = {"model", "revision", "dtype", "tokenizer"}
-"""Settings of a labeler that its inputs say: a folder counts by what it holds."""
-_ENGINE_SPEED = {
-    *("tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization", "enforce_eager", "python"),
-    "delay_s",
-}
+def deciding(settings: Any, extents: list[Any] | None = None) -> Any:
+    """Settings without those that change no number of what is made, and without those that inputs say.
 
-
-def labeler_settings(labeler: LabelerConfig) -> dict[str, Any]:
-    """What a labeler's settings contribute to a fingerprint, beside :func:`labeler_inputs`."""
-    settings = plain(x=labeler)["x"]
-    found = {name: value for name, value in settings.items() if name not in _LABELER_SPEED | _LABELER_MODEL}
-    for engine in ("vllm", "scripted"):
-        found[engine] = {name: value for name, value in settings[engine].items() if name not in _ENGINE_SPEED}
-    return found
+    Args:
+        settings: a group of settings; or a mapping, a list or a value, which is searched for groups.
+        extents: if given, settings of which more goes on from less are left out too, and their values put here.
+    """
+    if isinstance(settings, Settings):
+        more = settings.extensible() if extents is not None else frozenset()
+        if extents is not None:
+            extents += [getattr(settings, name) for name in sorted(more)]
+        names = {each.name for each in dataclasses.fields(cast(Any, settings))} - settings.idle() - more
+        return {name: deciding(getattr(settings, name), extents) for name in sorted(names)}
+    if isinstance(settings, Mapping):
+        return {name: deciding(value, extents) for name, value in settings.items()}
+    if isinstance(settings, list | tuple):
+        return [deciding(value, extents) for value in settings]
+    return settings
 
 
 def labeler_inputs(labeler: LabelerConfig) -> dict[str, Path | str | None]:

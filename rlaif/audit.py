@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlaif.artifacts import has_failures, labeler_inputs, labeler_settings, plain, run_stage
+from rlaif.artifacts import has_failures, labeler_inputs, plain, run_stage
 from rlaif.cli import launch
 from rlaif.config import AuditConfig, PriceConfig
 from rlaif.constitution import check_mode, find_constitution, load_constitution
@@ -164,8 +164,7 @@ def main(config: AuditConfig, output: Path) -> None:
             measure(comparisons, setup, engine, store, folder, config.labeler.price, others)
 
     # Prices change no label, but what an audit says.
-    settings = plain(
-        labeler=labeler_settings(config.labeler),
+    settings = {"labeler": config.labeler} | plain(
         labeling=config.labeling,
         max_pairs=config.max_pairs,
         price=config.labeler.price,

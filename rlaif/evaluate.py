@@ -6,9 +6,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rlaif.artifacts import model_inputs, plain, run_stage
+from rlaif.artifacts import model_inputs, run_stage
 from rlaif.cli import launch
 from rlaif.config import EvalConfig, EvaluateConfig, ModelConfig
 from rlaif.processes import is_main
@@ -124,7 +124,8 @@ def run_evaluation(
         "preference_model": preference_model,
         "baseline_samples": baseline_samples,
     }
-    settings = plain(eval=config, row=row, prompt_ids=[prompt.prompt_id for prompt in prompts])
+    prompt_ids = [prompt.prompt_id for prompt in prompts]
+    settings: dict[str, Any] = {"eval": config, "row": row, "prompt_ids": prompt_ids}
     carry_over: tuple[str, ...] = ()
     if best_of is not None:
         n, source = best_of

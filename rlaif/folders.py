@@ -322,17 +322,34 @@ def _marker(partial: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _goes_on(marker: Mapping[str, Any], made_from: Mapping[str, Any]) -> bool:
+    """Whether what is to be made goes on from a partial folder with this marker."""
+    before, now = marker.get("extents", []), made_from["extents"]
+    same = marker.get("fingerprint") == made_from["fingerprint"] and isinstance(before, list)
+    numbers = same and len(before) == len(now) and all(isinstance(value, (int, float)) for value in before)
+    return numbers and all(old <= new for old, new in zip(before, now, strict=True))
+
+
 def wall_s(partial: Path) -> float:
     """How long an interrupted stage has worked."""
     seconds = _marker(partial).get("wall_s")
     return float(seconds) if isinstance(seconds, (int, float)) and 0 <= seconds < 1e12 else 0.0
 
 
-def prepare_partial(places: Places, fingerprint: str, carry_over: Sequence[str], stage: str) -> bool:
-    """A partial folder to work in; returns whether it is that of an interrupted run."""
+def prepare_partial(places: Places, made_from: Mapping[str, Any], carry_over: Sequence[str], stage: str) -> bool:
+    """A partial folder to work in; returns whether it is that of an interrupted run.
+
+    Args:
+        places: of the stage.
+        made_from: ``fingerprint`` of what an interrupted run must have been made from to be gone on with, and
+            ``extents``, how far it may have meant to go at most.
+        carry_over: patterns of files that stay useful.
+        stage: for messages.
+    """
     partial, fresh = places.partial, places.fresh
     marker = _marker(partial)
-    if marker.get("fingerprint") == fingerprint:
+    if _goes_on(marker, made_from):
+        write_json(partial / MARKER, {**marker, **made_from})
         # A kill may have left a copy beside it, which ages from here on.
         _discard(fresh)
         remove_temporaries(partial)
@@ -348,7 +365,7 @@ def prepare_partial(places: Places, fingerprint: str, carry_over: Sequence[str],
         for file in next((files for files in copied if files), []):
             shutil.copy2(file, fresh / file.name)
         sync(fresh)
-    write_json(fresh / MARKER, {"fingerprint": fingerprint})
+    write_json(fresh / MARKER, made_from)
     _set_aside(places, carry_over, stage)
     os.replace(fresh, partial)
     return False

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rlaif
-from rlaif.artifacts import has_failures, labeler_inputs, labeler_settings, plain, run_stage
+from rlaif.artifacts import has_failures, labeler_inputs, plain, run_stage
 from rlaif.cli import launch
 from rlaif.config import DataConfig, Feedback, LabelConfig, LabelMode, Principles, Selection, Split
 from rlaif.constitution import find_constitution, load_constitution
@@ -232,8 +232,7 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
 
             _write_dataset(folder, pairs, dropped, figures, engine.name, config)
 
-    settings = plain(
-        labeler=labeler_settings(config.labeler),
+    settings = {"labeler": config.labeler} | plain(
         labeling=replace(config.labeling, calibrate=None),
         data=config.data,
         gold=config.gold,

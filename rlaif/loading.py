@@ -66,7 +66,7 @@ def loading(name: str | None, key: str, base: str | None = None) -> Iterator[Non
         if broken is not None:
             where = "" if broken[0] == folders[0] else f"{broken[0]}: "
             why = f"{where}{broken[1]}; copy it anew"
-        elif "trust_remote_code" in text:
+        elif "trust_remote_code" in str(error):
             why = "it needs code that comes with the model; read it, then set trust_remote_code=true"
         elif folders:
             why = f"the folder does not hold a loadable model ({text})"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,8 +37,18 @@ def line_below(place: int) -> Any:
     return tqdm(total=0, bar_format="{desc}", position=place, leave=False)
 
 
-def keep_lines(file: Path, count: int) -> None:
-    """Drop lines of a log that came after the checkpoint, and a last one that was cut."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+def keep_lines(file: Path, key: str, last: int) -> None:
+    """Drop lines of a log that a checkpoint does not know of: from the first on whose ``key`` is above ``last``.
+
+    A line that was cut, or is none of JSON, is not known either.
+    """
+
+    def known(line: str) -> bool:
+        try:
+            return line.endswith("\n") and int(json.loads(line)[key]) <= last
+        except (ValueError, TypeError, KeyError):
+            return False
+
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if file.is_file() else []
     with atomic_file(file) as kept:
-        kept.writelines(lines[:count])
+        kept.writelines(itertools.takewhile(known, lines))

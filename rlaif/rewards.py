@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlaif.artifacts import labeler_inputs, labeler_settings, plain
+from rlaif.artifacts import labeler_inputs
 from rlaif.config import LabelerConfig, LabelingConfig, LabelMode, ModelConfig, PMConfig
 from rlaif.constitution import Constitution, check_mode, find_constitution, load_constitution
 from rlaif.engines import build_labeler
@@ -73,7 +73,7 @@ class PMReward:
     def settings(self) -> dict[str, Any]:
         if not self.is_ensemble:
             return {}
-        return plain(ensemble_score=self.pm.ensemble_score, ensemble_penalty=self.pm.ensemble_penalty)
+        return {"ensemble_score": self.pm.ensemble_score, "ensemble_penalty": self.pm.ensemble_penalty}
 
     @property
     def inputs(self) -> dict[str, Path | str | None]:
@@ -133,7 +133,7 @@ class LabelerReward:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return plain(labeler=labeler_settings(self.labeler), labeling=self.labeling)
+        return {"labeler": self.labeler, "labeling": self.labeling}
 
     @property
     def inputs(self) -> dict[str, Path | str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlaif.artifacts import model_inputs, plain, run_stage
+from rlaif.artifacts import model_inputs, run_stage
 from rlaif.cli import launch
 from rlaif.config import SampleConfig
 from rlaif.records import UserError, find_prompts
@@ -43,7 +43,11 @@ def run_sample(config: SampleConfig, output: Path) -> Path:
             sample_candidates(wanted, splits, engine, config.sampling, folder, config.seed)
 
     # The policy is an input.
-    settings = plain(sampling=config.sampling, data=config.data, trust_remote_code=config.policy.trust_remote_code)
+    settings = {
+        "sampling": config.sampling,
+        "data": config.data,
+        "trust_remote_code": config.policy.trust_remote_code,
+    }
     run_stage("sample", output, settings, {"prompts": file, **model_inputs("policy", config.policy)}, make, config.seed)
     return output / "candidates.jsonl"
 

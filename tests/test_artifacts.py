@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlaif.artifacts import environment, input_hash, labeler_inputs, labeler_settings, run_stage
+from rlaif.artifacts import deciding, environment, input_hash, labeler_inputs, run_stage
 from rlaif.config import LabelerConfig, LabelerType, ScriptedConfig, VLLMConfig
 from rlaif.folders import FAILED, MARKER, PROVENANCE
 from rlaif.records import UserError
@@ -136,7 +136,7 @@ def test_provenance_names_either_build_of_vllm(monkeypatch: pytest.MonkeyPatch, 
 def of_labeler(**settings: Any) -> Any:
     """What a labeler contributes to a fingerprint."""
     labeler = LabelerConfig(**{"type": LabelerType.vllm, "model": "judge"} | settings)
-    return labeler_settings(labeler), {role: input_hash(value) for role, value in labeler_inputs(labeler).items()}
+    return deciding(labeler), {role: input_hash(value) for role, value in labeler_inputs(labeler).items()}
 
 
 @pytest.mark.parametrize(

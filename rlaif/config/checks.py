@@ -69,6 +69,9 @@ SHARE = Bounds(above=0, most=1)
 BELOW_HALF = Bounds(least=0, below=0.5)
 
 
+_UNCOUNTED = ("_idle", "_inputs")
+
+
 class Settings:
     """Base of every group of settings: takes each field to its type, or refuses it.
 
@@ -79,6 +82,18 @@ class Settings:
     _group = ""
     """Where these settings stand on the command line."""
     _bounds: Mapping[str, Bounds] = {}
+    _idle: frozenset[str] = frozenset()
+    """Settings that change no number of what is made, only its cost, or what is told of it on the way."""
+    _inputs: frozenset[str] = frozenset()
+    """Settings that name what a stage counts among its inputs, by its content."""
+
+    def idle(self) -> frozenset[str]:
+        """What no fingerprint counts: of this class and of those that it extends."""
+        return frozenset().union(*(vars(base).get(kind, ()) for base in type(self).__mro__ for kind in _UNCOUNTED))
+
+    def extensible(self) -> frozenset[str]:
+        """Settings of which a run with more goes on, exactly, from where one with less was interrupted."""
+        return frozenset()
 
     def __post_init__(self) -> None:
         for name, kind, bounds in _fields(typing.cast(Any, type(self))):

@@ -25,6 +25,7 @@ class ScriptedConfig(Settings):
     """The scripted labeler: a known utility plus programmable bias, noise and faults."""
 
     _group = "labeler.scripted"
+    _idle = frozenset({"delay_s"})
     _bounds = (
         ANY.of("sharpness", "position_bias")
         | FRACTION.of("option_mass", "fault_rate")
@@ -52,6 +53,9 @@ class VLLMConfig(Settings):
     """vLLM's engine, which runs in a process of its own."""
 
     _group = "labeler.vllm"
+    _idle = frozenset(
+        {"tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization", "enforce_eager", "python"}
+    )
     _bounds = POSITIVE.of("tensor_parallel_size", "data_parallel_size", "max_model_len") | SHARE.of(
         "gpu_memory_utilization"
     )
@@ -111,6 +115,13 @@ class LabelerConfig(Settings):
     """The model that judges completions against principles."""
 
     _group = "labeler"
+    _idle = frozenset(
+        {
+            *("concurrency", "timeout_s", "max_retries", "batch_tokens", "batch_size", "api_key_env", "device"),
+            *("requests_per_minute", "tokens_per_minute", "budget", "price"),
+        }
+    )
+    _inputs = frozenset({"model", "revision", "dtype", "tokenizer", "audit"})
     _bounds = POSITIVE.of(
         "batch_tokens", "batch_size", "concurrency", "timeout_s", "votes", "requests_per_minute", "tokens_per_minute"
     ) | FRACTION.of("min_agreement")

@@ -100,6 +100,7 @@ class SamplingConfig(Settings):
     """How candidate completions are sampled."""
 
     _group = "sampling"
+    _idle = frozenset({"batch_size"})
     _bounds = POSITIVE.of("max_new_tokens", "temperature", "batch_size") | SHARE.of("top_p")
 
     styles: dict[str, StyleConfig] = field(default_factory=lambda: {"plain": StyleConfig(n=4)})
@@ -126,6 +127,8 @@ class EvalConfig(Settings):
     """How a policy is measured on held-out prompts."""
 
     _group = "eval"
+    _idle = frozenset({"enabled", "batch_size"})
+    _inputs = frozenset({"split", "max_prompts"})
     _bounds = POSITIVE.of("samples_per_prompt", "max_prompts", "max_new_tokens", "temperature", "batch_size")
 
     enabled: bool = True

@@ -33,6 +33,7 @@ class TrainerSettings(Settings):
         | FRACTION.of("warmup_ratio")
         | Bounds(least=-1).of("max_steps")
     )
+    _idle = frozenset({"gradient_checkpointing", "report_to"})
 
     tuning: Tuning = Tuning.lora
     """``lora``, ``qlora`` (needs a CUDA GPU and bitsandbytes) or ``full``."""
@@ -99,6 +100,8 @@ class PMConfig(TrainerSettings):
 
     _group = "pm"
     _bounds = POSITIVE.of("ensemble") | FRACTION.of("min_accuracy")
+    # How scores combine later, and what they must be worth: what takes them counts it, or looks.
+    _idle = frozenset({"ensemble_score", "ensemble_penalty", "gate", "min_accuracy"})
 
     soft_labels: bool = True
     """Train on p_chosen; false trains on the hard choice."""
@@ -249,6 +252,12 @@ class PPOConfig(Settings):
     """PPO with a preference model (Ouyang et al. 2022; details after Huang et al. 2023/2024)."""
 
     _group = "ppo"
+    _idle = frozenset(
+        {
+            *("micro_batch_size", "rollout_batch_size", "gradient_checkpointing", "vllm"),
+            *("save_every", "log_samples", "report_to"),
+        }
+    )
     _bounds = POSITIVE.of(
         "iterations",
         "rollouts",
@@ -367,6 +376,14 @@ class PPOConfig(Settings):
     """Trackers known to accelerate: tensorboard, wandb, mlflow ...; null: tensorboard where it is installed."""
     gradient_checkpointing: bool = False
     """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, more compute."""
+
+    def idle(self) -> frozenset[str]:
+        """Measurements only decide something where they choose the policy that is kept."""
+        return super().idle() | ({"eval_every", "eval_prompts"} if self.keep is Keep.last else set())
+
+    def extensible(self) -> frozenset[str]:
+        """Without a decay that ends with the run, its rounds do not depend on how many there will be."""
+        return frozenset() if self.linear_decay else frozenset({"iterations"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

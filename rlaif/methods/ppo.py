@@ -166,8 +166,8 @@ class PPOTrainer:
         self.load_checkpoint()
         first = self.progress.iteration
         if is_main():
-            keep_lines(self.folder / "training.jsonl", first)
-            keep_lines(self.folder / "samples.jsonl", first * min(config.log_samples, config.rollouts))
+            for name in ("training.jsonl", "samples.jsonl"):
+                keep_lines(self.folder / name, "iteration", first - 1)
         if first:
             log.info("ppo: going on from iteration %d", first)
         if self.actor.sampler is not None and first < config.iterations:

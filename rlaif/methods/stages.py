@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rlaif.artifacts import labeler_inputs, labeler_settings, model_inputs, plain, run_stage
+from rlaif.artifacts import labeler_inputs, model_inputs, run_stage
 from rlaif.config import Critic, Feedback, Method, ModelConfig, Reward, Split, TrainConfig
 from rlaif.constitution import find_constitution, load_constitution
 from rlaif.demonstrations import Demonstration, chosen_completions, read_demonstrations
@@ -301,23 +302,19 @@ class Arm:
         carry_over: Sequence[str] = (),
     ) -> Path:
         """Run a stage into its folder, unless it is up to date."""
-        # Where things lie, on which device they are computed and who watches decides nothing; the model is an input.
-        settings = {name: unwatched(value) for name, value in settings.items()}
-        settings = {**settings, **plain(columns=self.config.columns, trust_remote_code=self.start.trust_remote_code)}
+        # Where things lie and on which device they are computed decides nothing; the model is an input.
+        own = {"columns": self.config.columns, "trust_remote_code": self.start.trust_remote_code}
+        settings = {**settings, **own}
         if world_size() > 1 and stage != Method.ppo.value:
             # A batch is per process: more of them take larger steps. Those of PPO are shared.
             settings["processes"] = world_size()
         inputs = {**inputs, **model_inputs("start", self.start)}
-        return run_stage(
+        made = run_stage(
             stage, self.output / stage, settings, inputs, make, self.config.seed, carry_over, together=True
         )
-
-
-def unwatched(settings: Any) -> Any:
-    """A method's settings without its trackers."""
-    if not isinstance(settings, dict):
-        return settings
-    return {name: value for name, value in settings.items() if name != "report_to"}
+        # Trainers and their models refer to each other; the next stage, or the evaluation, loads more beside them.
+        gc.collect()
+        return made
 
 
 def train_sft_stage(arm: Arm) -> Path:
@@ -332,7 +329,7 @@ def train_sft_stage(arm: Arm) -> Path:
         train_sft(config.sft, arm.start, data, folder, config.seed)
 
     inputs: Inputs = {"demonstrations": file, **arm.dropped()} if file else arm.preference_inputs
-    return arm.run("sft", plain(settings=config.sft), inputs, make) / "policy"
+    return arm.run("sft", {"settings": config.sft}, inputs, make) / "policy"
 
 
 def train_critique_revision_stage(arm: Arm) -> Path:
@@ -365,10 +362,10 @@ def train_critique_revision_stage(arm: Arm) -> Path:
 
     from rlaif.labeling.store import STORE_FILES
 
-    described = plain(settings=settings, data=config.data)
+    described: dict[str, Any] = {"settings": settings, "data": config.data}
     inputs |= {"constitution": find_constitution(config.constitution)}
     if by_labeler:
-        described |= {"labeler": labeler_settings(config.labeler)}
+        described |= {"labeler": config.labeler}
         inputs |= labeler_inputs(config.labeler)
     return arm.run("critique_revision", described, inputs, make, STORE_FILES) / "policy"
 
@@ -383,10 +380,7 @@ def train_pm_stage(arm: Arm) -> Path:
 
         train_pm(config.pm, arm.start, train, validation, folder, config.seed, config.eval.gold)
 
-    settings = plain(pm=config.pm, gold=config.eval.gold)
-    for name in ("ensemble_score", "ensemble_penalty", "gate", "min_accuracy"):
-        # How scores are combined later, and what they must be worth, is no reason to train again.
-        del settings["pm"][name]
+    settings = {"pm": config.pm, "gold": config.eval.gold}
     inputs = arm.preference_inputs
     if config.pm.model:
         inputs |= model_inputs("pm_model", ModelConfig(name=config.pm.model))
@@ -403,7 +397,7 @@ def train_dpo_stage(arm: Arm) -> Path:
 
         train_dpo(config.dpo, arm.start, train, folder, config.seed)
 
-    return arm.run("dpo", plain(settings=config.dpo), arm.preference_inputs, make) / "policy"
+    return arm.run("dpo", {"settings": config.dpo}, arm.preference_inputs, make) / "policy"
 
 
 def train_ppo_stage(arm: Arm, reward: RewardSource) -> Path:
@@ -429,9 +423,7 @@ def train_ppo_stage(arm: Arm, reward: RewardSource) -> Path:
 
             train_ppo(config.ppo, arm.start, prompts, score, folder, config.seed, validation)
 
-    settings = {**plain(ppo=config.ppo, data=config.data), **reward.settings}
-    # Where vLLM runs, and with how much memory, is no reason to begin again.
-    del settings["ppo"]["vllm"]
+    settings = {"ppo": config.ppo, "data": config.data, **reward.settings}
     return arm.run("ppo", settings, {**reward.inputs, **inputs}, make, reward.carry_over) / "policy"
 
 
@@ -449,7 +441,7 @@ def train_online_stage(arm: Arm, reward: RewardSource) -> Path:
         with reward.open(folder) as model:
             train_online(method, options, arm.start, prompts, model, folder, config.seed)
 
-    settings = {**plain(settings=options, data=config.data), **reward.settings}
+    settings = {"settings": options, "data": config.data, **reward.settings}
     return arm.run(method.value, settings, {**reward.inputs, **inputs}, make, reward.carry_over) / "policy"
 
 

@@ -271,7 +271,7 @@ class Curve(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar; drop lines that a checkpoint does not know of."""
-        keep_lines(self.file, state.global_step)
+        keep_lines(self.file, "step", state.global_step)
         self.bar = progress(state.max_steps, self.method, "step", initial=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:

@@ -23,6 +23,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from rlaif.artifacts import deciding
 from rlaif.config import (
     Dtype,
     LabelerConfig,
@@ -342,7 +343,7 @@ def test_where_vllm_runs_is_no_reason_to_train_again(
 ) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(
-        stages, "run_stage", lambda stage, output, settings, *rest, **more: seen.append(settings) or output
+        stages, "run_stage", lambda stage, output, settings, *rest, **more: seen.append(deciding(settings)) or output
     )
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": "ab" * n}) + "\n" for n in range(1, 9)))
     for settings in (config(), config(**change)):

@@ -169,12 +169,11 @@ def test_settings_by_dotted_keys() -> None:
 
 
 def test_watching_is_no_reason_to_train_again(tmp_path: Path) -> None:
-    from rlaif.artifacts import plain
     from rlaif.config import Method, TrainConfig
     from rlaif.methods.stages import Arm
 
     made: list[Path] = []
     for names in (None, [], ["tensorboard"]):
         arm = Arm(TrainConfig(method=Method.dpo), tmp_path, TINY)
-        arm.run("dpo", plain(settings=DPOConfig(report_to=names)), {}, made.append)
+        arm.run("dpo", {"settings": DPOConfig(report_to=names)}, {}, made.append)
     assert len(made) == 1

@@ -102,13 +102,17 @@ def test_a_checkpoint_that_was_cut_is_passed_over(tmp_path: Path, caplog: pytest
 
 def test_a_curve_is_whole_before_or_after_it_is_shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "training.jsonl"
-    file.write_text("1\n2\n3\n4")
-    keep_lines(file, 3)
-    assert file.read_text() == "1\n2\n3\n"
+    lines = ['{"step": 1}\n', '{"step": 2}\n', '{"step": 2}\n', '{"step": 3']
+    file.write_text("".join(lines))
+    keep_lines(file, "step", 3)
+    assert file.read_text() == "".join(lines[:3])
     monkeypatch.setattr("rlaif.records.os.replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        keep_lines(file, 1)
-    assert file.read_text() == "1\n2\n3\n"
+        keep_lines(file, "step", 1)
+    assert file.read_text() == "".join(lines[:3])
+    monkeypatch.undo()
+    keep_lines(file, "step", 1)
+    assert file.read_text() == lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["training.jsonl"]
 
 
