@@ -8,24 +8,22 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rlaif
 from rlaif.artifacts import has_failures, labeler_inputs, plain, run_stage
 from rlaif.cli import launch
-from rlaif.config import DataConfig, Feedback, LabelConfig, LabelMode, Principles, Selection, Split
+from rlaif.config import Feedback, LabelConfig, LabelMode, Principles, Selection
 from rlaif.constitution import find_constitution, load_constitution
+from rlaif.labeling.candidates import CandidatesFile, open_candidates
 from rlaif.labeling.store import STORE, STORE_FILES
 from rlaif.records import (
     Candidates,
-    Prompt,
     UserError,
     atomic_file,
-    content_hash,
     existing_file,
-    iterate_candidates,
     json_line,
     write_json,
 )
@@ -74,27 +72,6 @@ A rerun asks only what is not in store.sqlite yet, requests that failed included
 """
 
 
-_LEAK_CHECK = 20_000
-"""Up to so many prompts, splits of a user's own are checked for near-duplicates on both sides."""
-
-
-@dataclass(frozen=True)
-class CandidatesFile:
-    """A checked file of candidates. Call it to read it anew, line by line, every line with its split."""
-
-    path: Path
-    splits: Mapping[str, str] | None
-    """By prompt id; ``None``: the lines have their own."""
-    sizes: Mapping[int, int]
-    """Number of prompts by number of candidates."""
-    digest: str
-    """Hash of the prompts and completions in their order, whatever else the lines say."""
-
-    def __call__(self) -> Iterator[Candidates]:
-        for line in iterate_candidates(self.path):
-            yield line if self.splits is None else replace(line, split=self.splits[line.prompt.prompt_id])
-
-
 def run_label(config: LabelConfig, output: Path) -> Path:
     """Label into ``output``; returns the path of the preference dataset."""
     lines = open_candidates(existing_file(config.candidates, "candidates"), config.data)
@@ -117,39 +94,6 @@ def run_label(config: LabelConfig, output: Path) -> Path:
             "feedback=human needs no labeling: give your preference dataset to rlaif.train as preferences=DIR"
         )
     return output / "preferences"
-
-
-def open_candidates(file: Path, data: DataConfig) -> CandidatesFile:
-    """Check every line of a file of candidates before anything is asked, and split it if it is not.
-
-    Raises:
-        UserError: naming the file and what is wrong.
-    """
-    from rlaif.splits import assign_splits, check_no_leak
-
-    prompts: list[Prompt] = []
-    splits: dict[str, str] = {}
-    sizes: Counter[int] = Counter()
-    digest = ""
-    for line in iterate_candidates(file):
-        sizes[len(line.candidates)] += 1
-        shown = [(candidate.candidate_id, candidate.completion) for candidate in line.candidates]
-        digest = content_hash(digest, line.prompt.prompt_id, line.prompt.messages, shown)
-        if line.split is not None and line.split not in list(Split):
-            raise UserError(f"{file}: unknown split {line.split!r}; there are {', '.join(Split)}")
-        if bool(line.split) != bool(splits) and prompts:
-            raise UserError(f"{file}: some lines have a split and some have none; all or none must")
-        if line.split is None or len(prompts) < _LEAK_CHECK:
-            prompts.append(line.prompt)
-            if line.split is not None:
-                splits[line.prompt.prompt_id] = line.split
-    if not splits:
-        assigned = assign_splits(prompts, data)
-        return CandidatesFile(file, {name: split.value for name, split in assigned.items()}, sizes, digest)
-    if len(prompts) < sizes.total():
-        log.info("%s: only the first %d prompts are checked for near-duplicates across splits", file, len(prompts))
-    check_no_leak(prompts, splits, data.near_duplicate_threshold)
-    return CandidatesFile(file, None, sizes, digest)
 
 
 def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> None:

@@ -93,7 +93,6 @@ def test_every_choice_is_taken_by_its_name(case):
     [
         (EvalConfig, "max_prompts", 1, 0, "eval.max_prompts=0: must be above 0 or null"),
         (EvalConfig, "max_prompts", None, -1, "eval.max_prompts=-1: must be above 0 or null"),
-        (EvalConfig, "resamples", 100, 99, "eval.resamples=99: must be 100 or more"),
         (ReportConfig, "examples", 0, -1, "examples=-1: must be 0 or more"),
         (ScriptedConfig, "position_bias", -3.0, float("nan"), "labeler.scripted.position_bias=nan: must be a finite"),
         (ScriptedConfig, "noise", 0.0, -1.0, "labeler.scripted.noise=-1.0: must be 0 or more"),
