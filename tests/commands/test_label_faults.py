@@ -480,7 +480,13 @@ def test_the_key_is_told_nobody(
     server.default = answer or Oracle()
     # An interrupted run leaves its work beside the output.
     command = arguments(
-        inputs, server.url, tmp_path / "out", "labeler.max_retries=0", "hydra.verbose=true", "labeler.concurrency=64"
+        inputs,
+        server.url,
+        tmp_path / "out",
+        "labeler.max_retries=0",
+        "hydra.verbose=true",
+        "labeler.concurrency=64",
+        "labeler.outage_s=1",
     )
     result = finish(command, expect, {**os.environ, "OPENAI_API_KEY": KEY})
     assert server.headers[-1]["Authorization"] == f"Bearer {KEY}"
