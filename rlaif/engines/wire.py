@@ -249,10 +249,17 @@ def parse_first_token(payload: dict[str, Any]) -> FirstToken:
             raise AttemptError(CONTENT_FILTER, WITHHELD, retry=False)
         return FirstToken(None, "", reply, prompt_tokens, completion_tokens)
     first = _object(content[0], "token")
-    listed = []
-    for entry in _list(first.get("top_logprobs") or [], "top_logprobs"):
-        token = _object(entry, "token")
-        listed.append((_text(token.get("token"), "token"), checked_logprob(token.get("logprob"))))
+    tokens = _list(first.get("top_logprobs") or [], "top_logprobs")
+    try:
+        listed = [(entry["token"], entry["logprob"]) for entry in tokens]
+    except (TypeError, KeyError):
+        _malformed("the response has a token without its text or its log-probability")
+    if not all(type(token) is str for token, _ in listed):
+        _malformed("the response has a token that is no text")
+    # Every verdict has twenty of them, so what is plainly one is not looked at more closely.
+    listed = [
+        pair if type(pair[1]) is float and pair[1] <= 0 else (pair[0], checked_logprob(pair[1])) for pair in listed
+    ]
     return FirstToken(listed or None, _text(first.get("token"), "token"), reply, prompt_tokens, completion_tokens)
 
 

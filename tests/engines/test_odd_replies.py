@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 from aiohttp import StreamReader, web
-from fake_server import FakeServer, Reply, continuations, error, logprobs, text
+from fake_server import FakeServer, Reply, continuations, logprobs, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from odd_replies import DEEP, MALFORMED, with_logprob
 
 from rlaif.config import Endpoint, LabelerConfig, LabelerType
 from rlaif.engines import client
@@ -29,9 +30,6 @@ AB = ((" A", "A"), (" B", "B"))
 ASK = OptionRequest(({"role": "user", "content": "Which?"},), AB)
 SAMPLE = SampleRequest(({"role": "user", "content": "Hi"},), 8)
 KNOWN = {"malformed", "empty", "no_logprobs", "content_filter", "rate_limited", "redirect", "connection", "timeout"}
-DEEP = "[" * 100_000 + "]" * 100_000
-HUGE = "1" + "0" * 400
-
 VALID = [logprobs([("A", 0.6), (" A", 0.1), ("B", 0.2)]).body, text("A").body, text("A", "B", None).body]
 ODD: list[Any] = [
     *(None, True, False, 0, 1, -1, 5, 0.5, -0.5, 1e300, -1e300, 10**400, -(10**400), math.nan, math.inf, -math.inf),
@@ -193,38 +191,6 @@ def test_an_odd_reply_to_token_ids(token_ids: tuple[FakeServer, OpenAIEngine], m
     assert {"malformed", "answered"} <= seen
 
 
-def with_logprob(value: Any) -> str:
-    reply = json.dumps(logprobs([("A", 0.6), ("B", 0.3)]).body)
-    return reply.replace(str(math.log(0.6)), value)
-
-
-def with_usage(value: str) -> str:
-    body = logprobs([("A", 0.6), ("B", 0.3)]).body
-    return json.dumps(body | {"usage": {"prompt_tokens": "HERE", "completion_tokens": 1}}).replace('"HERE"', value)
-
-
-MALFORMED: dict[str, str] = {
-    "deep": DEEP,
-    "deep in a reply": json.dumps(text("A").body).replace('"A"', DEEP),
-    "deep beside the reply": json.dumps(text("A").body | {"extra": 1}).replace('"extra": 1', f'"extra": {DEEP}'),
-    "a number of 5000 digits": '{"choices": ' + "1" * 5000 + "}",
-    "not UTF-8": "\ud800",
-    **{f"log-probability {value}": with_logprob(value) for value in ("5", "0.01", "NaN", "Infinity", "true", '"-1"')},
-    **{f"log-probability {value}": with_logprob(value) for value in ("null", "[]", HUGE, "-" + HUGE, "1e400")},
-    **{f"tokens {value}": with_usage(value) for value in (HUGE, "-1", "true", "1.5", '"12"', "[1]", "NaN", "1e400")},
-    "choices of texts": '{"choices": ["A"]}',
-    "choices of nothing": '{"choices": [null]}',
-    "an object of choices": '{"choices": {"0": {"message": {"content": "A"}}}}',
-    "a number as content": '{"choices": [{"message": {"content": 7}}]}',
-    "true as content": '{"choices": [{"message": {"content": true}}]}',
-    "parts as content": '{"choices": [{"message": {"content": [{"type": "text", "text": "A"}]}}]}',
-    "a number as finish_reason": '{"choices": [{"message": {"content": "A"}, "finish_reason": 7}]}',
-    "true as logprobs": '{"choices": [{"message": {"content": "A"}, "logprobs": true}]}',
-    "true as a token": '{"choices": [{"message": {"content": "A"}, "logprobs": {"content": [true]}}]}',
-    "a list of usage": json.dumps(text("A").body | {"usage": [1]}),
-}
-
-
 @pytest.mark.parametrize("name", MALFORMED)
 def test_what_cannot_be_is_malformed(name: str, transport: Transport) -> None:
     transport.body = MALFORMED[name].encode("utf-8", "surrogatepass")
@@ -377,7 +343,7 @@ MODELS: dict[str, Callable[[], Reply]] = {
     "a list": lambda: Reply([{"id": "judge"}]),
     "no objects": lambda: Reply({"data": ["judge"]}),
     "a number of 5000 digits": lambda: Reply('{"data": ' + "1" * 5000 + "}"),
-    "deep in an error": lambda: error(500).__class__(DEEP, 500),
+    "deep in an error": lambda: Reply(DEEP, 500),
 }
 
 
