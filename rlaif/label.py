@@ -148,9 +148,10 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
             def figures() -> dict[str, Any]:
                 result = quality.result()
                 if not result["methods"]:
+                    said = "".join(f"; {reason}: {words}" for reason, words in labeling.failed.details.items() if words)
                     raise UserError(
                         f"the labeler gave no usable verdict in {result['n_verdicts']} requests; reasons: "
-                        f"{quality.reasons()}"
+                        f"{quality.reasons()}{said}"
                     )
                 if asked:
                     # Of this run: what an earlier one asked took time that is not counted here.

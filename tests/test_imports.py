@@ -58,6 +58,7 @@ NARROW = {
     "loading": {"records"},
     "engines.base": {"config", "records"},
     "engines.limits": {"config"},
+    "engines.breaker": {"records", "engines.wire"},
     "evaluation.statistics": set(),
 }
 

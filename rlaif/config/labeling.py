@@ -118,12 +118,13 @@ class LabelerConfig(Settings):
     _idle = frozenset(
         {
             *("concurrency", "timeout_s", "max_retries", "batch_tokens", "batch_size", "api_key_env", "device"),
-            *("requests_per_minute", "tokens_per_minute", "budget", "price"),
+            *("requests_per_minute", "tokens_per_minute", "budget", "price", "outage_s"),
         }
     )
     _inputs = frozenset({"model", "revision", "dtype", "tokenizer", "audit"})
     _bounds = POSITIVE.of(
-        "batch_tokens", "batch_size", "concurrency", "timeout_s", "votes", "requests_per_minute", "tokens_per_minute"
+        *("batch_tokens", "batch_size", "concurrency", "timeout_s", "outage_s", "votes"),
+        *("requests_per_minute", "tokens_per_minute"),
     ) | FRACTION.of("min_agreement")
 
     type: LabelerType | None = None
@@ -164,6 +165,8 @@ class LabelerConfig(Settings):
     """Seconds until a request counts as failed (openai)."""
     max_retries: int = 6
     """Retries of a failed request, with exponential back-off and Retry-After (openai)."""
+    outage_s: float = 300.0
+    """Seconds that a server which answers nothing at all is waited for; then the run ends (openai)."""
     top_logprobs: int = 20
     """Log-probabilities asked for per position (openai); servers cap this."""
     audit: str | None = None

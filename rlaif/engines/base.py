@@ -19,6 +19,9 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+CONTENT_FILTER = "content_filter"
+"""The reason of a failure that will be the same however often the request is asked: a filter withholds it."""
+
 
 @dataclass(frozen=True)
 class SampleRequest:
@@ -109,6 +112,11 @@ class Failure:
     detail: str = ""
     latency_s: float | None = None
 
+    @property
+    def permanent(self) -> bool:
+        """Whether asking again is of no use."""
+        return self.reason == CONTENT_FILTER
+
 
 class Engine(ABC):
     """Serves one model. Use as a context manager; ``close`` frees what it holds."""
@@ -167,8 +175,13 @@ class Engine(ABC):
         """
         return None
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds in which nothing could be asked, because a server was down."""
+        return 0.0
+
     def set_aside(self, note: Callable[[Any], None]) -> bool:
-        """Have what may be spent noted before it is, by a thread of the engine; false if there is no budget to keep."""
+        """Have what may be spent noted before it is, by a thread of the engine; false if nothing is ever spent."""
         return False
 
     def settle(self) -> Any:

@@ -7,27 +7,36 @@ the request itself. No error, log line or representation holds the API key.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import logging
 import math
-import os
 import queue
 import random
 import re
 import threading
-import urllib.request
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Generic, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 from yarl import URL
 
+from rlaif.engines.address import find_proxy
+from rlaif.engines.base import CONTENT_FILTER
+from rlaif.engines.breaker import Breaker
 from rlaif.engines.limits import BudgetSpentError, Limits, NeverAllowedError, Ticket, Usage
-from rlaif.engines.wire import AttemptError, forbids_logprobs, rate_limit_wait, retry_after, usage
+from rlaif.engines.wire import (
+    AttemptError,
+    error_message,
+    forbids_logprobs,
+    is_filtered,
+    parse_response,
+    rate_limit_wait,
+    retry_after,
+    usage,
+)
 from rlaif.records import UserError
 from rlaif.text import visible
 
@@ -43,6 +52,10 @@ MAX_RETRY_AFTER_S = 300.0
 """A request fails, instead of hanging the run, if the server asks for a longer wait than this."""
 MAX_RATE_LIMIT_PAUSE_S = 60.0
 """Longest pause because of ``x-ratelimit`` headers; where they mean a day's limit, an answer 429 will say so."""
+MAX_RESPONSE_MIB = 16
+"""A response that is larger once it is unpacked is not read to its end."""
+OUTAGES_A_REQUEST = 3
+"""So often a request may be in flight when a server goes down, at no expense of its retries. Maybe it is the cause."""
 SHORTEST_SECRET = 8
 """A key of fewer characters ("EMPTY" for a server of one's own) is none, and may be part of an honest reply."""
 _SHUTDOWN_S = 1.5
@@ -83,10 +96,11 @@ class Client:
         self._spelt = re.compile(
             "".join(rf"(?:\\{{0,4}}{re.escape(one)}|\\{{1,4}}u(?i:{ord(one):04x}))" for one in key) or "(?!)"
         )
-        self._proxy = _proxy(base_url) if proxied else None
+        self._proxy = find_proxy(base_url) if proxied else None
         self._urls: dict[str, URL] = {}
         self._answered = False  # has the server accepted a request yet?
-        self._waiting: deque[tuple[asyncio.Future[Ticket], Usage]] = deque()
+        self._breaker: Breaker | None = None
+        self._waiting: deque[tuple[asyncio.Future[Ticket], Usage, bool]] = deque()
         self._timer: asyncio.TimerHandle | None = None
         # A generator of its own: drawing back-offs must not move the random state of anything else.
         self._jitter = random.Random()
@@ -94,6 +108,22 @@ class Client:
         self._thread = threading.Thread(target=self._loop.run_forever, name="openai-engine", daemon=True)
         self._thread.start()
         self._session = self.call(self._open())
+        if key and proxied and urlsplit(base_url).scheme == "http":
+            log.warning("%s: the key in %s is sent over plain http, for all on the way to read", where, key_env)
+
+    def expect_outages(self, probe: Callable[[], Awaitable[object]], patience_s: float) -> None:
+        """Pause while the server is down, instead of letting one request after the other fail.
+
+        Args:
+            probe: asks the server something harmless by :meth:`try_once`.
+            patience_s: seconds without any answer after which every request raises UserError.
+        """
+        self._breaker = Breaker(self._where, patience_s, probe, self._resume)
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds in which the server was down."""
+        return self._breaker.waited_s if self._breaker is not None else 0.0
 
     async def _open(self) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
@@ -180,33 +210,61 @@ class Client:
 
         Raises:
             AttemptError: if the last attempt failed, or the limits forbid another.
-            UserError: if the server refuses the key or the model.
+            UserError: if the server refuses the key or the model, or is down for too long.
         """
         data = json.dumps(body).encode()
-        attempt = 0
+        attempt = outages = 0
         while True:
             try:
                 return parse(await self._attempt(path, data, worst))
             except AttemptError as problem:
+                last = attempt >= self._max_retries or (problem.retry_after or 0) > MAX_RETRY_AFTER_S
+                last = last or not problem.retry
+                if problem.outage and outages < OUTAGES_A_REQUEST and await self._is_down(last):
+                    outages += 1
+                    continue  # the next attempt waits until the server is back
+                if last:
+                    raise
                 wait = min(MAX_BACKOFF_S, BACKOFF_S * 2.0**attempt) * self._jitter.uniform(0.5, 1)
                 if problem.retry_after is not None:
                     wait = problem.retry_after + self._jitter.uniform(0, 0.1)
-                if not problem.retry or attempt >= self._max_retries or (problem.retry_after or 0) > MAX_RETRY_AFTER_S:
-                    raise
-                if problem.retry_after is not None:
                     # The limit holds for the key, so every other request would only run into it too.
                     self.limits.pause(self._loop.time() + problem.retry_after)
                 log.debug("attempt %d: %s %s; again in %.1f s", attempt + 1, problem.reason, problem.detail, wait)
             await asyncio.sleep(wait)
             attempt += 1
 
-    async def _attempt(self, path: str, data: bytes, worst: Usage) -> dict[str, Any]:
+    async def try_once(self, path: str, body: dict[str, Any], worst: Usage, parse: Callable[[dict[str, Any]], T]) -> T:
+        """As :meth:`post`, but with a single attempt, which is made also while others wait for a server that is down.
+
+        Raises:
+            AttemptError: if it fails.
+            UserError: if the server refuses the key or the model.
+        """
+        return parse(await self._attempt(path, json.dumps(body).encode(), worst, is_probe=True))
+
+    def _resume(self, was_down: bool) -> None:
+        if was_down:
+            self.limits.concurrency.start_over()
+            # A request that takes the server down must not take the same others with it each time.
+            self._jitter.shuffle(self._waiting)
+        self._admit()
+
+    async def _is_down(self, find_out: bool) -> bool:
+        """Whether it is for the server, not the request, that an attempt has failed."""
+        if self._breaker is None:
+            return False
+        return self._breaker.open or (find_out and not await self._breaker.is_up())
+
+    async def _attempt(self, path: str, data: bytes, worst: Usage, is_probe: bool = False) -> dict[str, Any]:
         """One request within the limits, which learn how it ended."""
-        ticket = await self._turn(worst)
+        ticket = await self._turn(worst, is_probe)
         used: Usage | None = None
         overloaded = False
         try:
             status, headers, content = await self.request("POST", path, data)
+            if self._breaker is not None and status < 500:
+                self._breaker.answered()
             if status >= 400:
                 # A request that is refused costs nothing; one that broke the server may have cost everything.
                 used, overloaded = (Usage() if status < 500 else None), status in _OVERLOADED
@@ -217,17 +275,22 @@ class Client:
             used = usage(payload)
             return payload
         except AttemptError as problem:
+            if self._breaker is not None and problem.outage:
+                self._breaker.failed(problem)
             overloaded = overloaded or problem.reason == "timeout"
             used = used if problem.sent else Usage()
+            if problem.reason == "redirect" and not self._answered:
+                raise UserError(f"{self._where}: {problem.detail}") from None
             raise
         finally:
             self.limits.done(self._loop.time(), ticket, used, overloaded)
             self._admit()
 
-    async def _turn(self, worst: Usage) -> Ticket:
-        """Wait, in the order of asking, until the limits allow the request."""
+    async def _turn(self, worst: Usage, is_probe: bool) -> Ticket:
+        """Wait, in the order of asking, until the server is up and the limits allow the request."""
         place: asyncio.Future[Ticket] = self._loop.create_future()
-        self._waiting.append((place, worst))
+        # A probe goes first: the others may wait for what it finds out.
+        (self._waiting.appendleft if is_probe else self._waiting.append)((place, worst, is_probe))
         self._admit()
         try:
             return place.result() if place.done() else await place
@@ -243,15 +306,15 @@ class Client:
             self._timer.cancel()
             self._timer = None
         while self._waiting:
-            place, worst = self._waiting[0]
+            place, worst, is_probe = self._waiting[0]
             if not place.done():
                 try:
-                    answer = self.limits.admit(self._loop.time(), worst)
+                    answer = self._may_go(worst, is_probe)
                 except BudgetSpentError as error:
                     place.set_exception(AttemptError("budget", str(error), retry=False))
                 except NeverAllowedError as error:
                     place.set_exception(AttemptError("over_limit", str(error), retry=False))
-                except UserError as error:  # what it may cost could not be noted
+                except Exception as error:  # what it may cost could not be noted, or the server is down for good
                     place.set_exception(error)
                 else:
                     if isinstance(answer, float):
@@ -260,6 +323,15 @@ class Client:
                         return
                     place.set_result(answer)
             self._waiting.popleft()
+
+    def _may_go(self, worst: Usage, is_probe: bool) -> Ticket | float:
+        """As :meth:`Limits.admit`, but only to a server that is up, or to find out whether it is."""
+        if self._breaker is not None and not is_probe:
+            if self._breaker.stopped is not None:
+                raise self._breaker.stopped.with_traceback(None)
+            if self._breaker.open:
+                return math.inf
+        return self.limits.admit(self._loop.time(), worst)
 
     async def request(
         self, method: str, path: str, data: bytes | None = None, timeout_s: float | None = None
@@ -274,9 +346,16 @@ class Client:
         timeout = self._timeout_s if timeout_s is None else timeout_s
         try:
             async with self._session.request(
-                method, self._urls[path], data=data, timeout=aiohttp.ClientTimeout(total=timeout)
+                method,
+                self._urls[path],
+                data=data,
+                timeout=aiohttp.ClientTimeout(total=timeout),
+                # Prompts go to nobody but the server that was named.
+                allow_redirects=False,
             ) as response:
-                return response.status, response.headers, await response.read()
+                if 300 <= response.status < 400:
+                    raise AttemptError("redirect", self._redirect(response), retry=False, sent=False)
+                return response.status, response.headers, await _bounded(response)
         except aiohttp.ClientConnectorError as error:
             raise AttemptError("connection", self.shorten(str(error)), sent=False) from None
         except TimeoutError:
@@ -290,15 +369,13 @@ class Client:
         if secret:
             content = content.replace(self._key.encode(), b"***")
         try:
-            payload = json.loads(content)
-        except ValueError:
-            raise AttemptError("malformed", "the response is not JSON") from None
-        if secret and b"\\" in content:
-            payload = self._redacted(payload)
-        if not isinstance(payload, dict) or not isinstance(payload.get("choices"), list):
-            raise AttemptError("malformed", self.shorten(f"the response has no choices: {payload}"))
-        if not payload["choices"]:
-            raise AttemptError("empty", "the response has an empty list of choices")
+            payload = parse_response(content)
+            if secret and b"\\" in content:
+                payload = self._redacted(payload)
+        except AttemptError as problem:
+            raise AttemptError(problem.reason, self.shorten(problem.detail)) from None
+        except RecursionError:
+            raise AttemptError("malformed", "the response is nested too deeply") from None
         self._answered = True
         return payload
 
@@ -313,8 +390,10 @@ class Client:
         return value
 
     def _status_problem(self, status: int, headers: Any, content: bytes) -> Exception:
-        detail, code = self.server_message(content)
-        known = 402 if status == 429 and code == "insufficient_quota" else status
+        detail, codes = self.server_message(content)
+        if status < 500 and is_filtered(codes):
+            return AttemptError(CONTENT_FILTER, detail, retry=False, status=status)
+        known = 402 if status == 429 and "insufficient_quota" in codes else status
         # Where others went through, a 403 or 404 is about this request (a moderated text), not about key or model.
         about_request = self._answered or (known == 403 and forbids_logprobs(detail))
         if known in (401, 402) or (known in _HINTS and not about_request):
@@ -323,79 +402,50 @@ class Client:
         retry = status in _RETRIED or status >= 500
         return AttemptError(reason, detail, retry=retry, status=status, retry_after=retry_after(headers))
 
+    def _redirect(self, response: aiohttp.ClientResponse) -> str:
+        """What to say of an answer that points elsewhere."""
+        try:
+            parts = urlsplit(urljoin(self._base_url + "/", response.headers.get("Location", "")))
+            # Without what may be a secret.
+            target = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        except ValueError:
+            target = "no address"
+        return (
+            f"HTTP {response.status} points to {self.shorten(target)}; redirects are not followed: "
+            "give the address of the server itself"
+        )
+
     def hint(self, status: int) -> str:
         """What to do about a status that no request can get past."""
         return _HINTS[status].format(key_env=self._key_env)
 
-    def server_message(self, content: bytes) -> tuple[str, str]:
-        """Message and code of an error, in any of the shapes that servers give it."""
-        text = content.decode("utf-8", "replace")
-        body: Any
-        try:
-            body = json.loads(text)
-        except ValueError:
-            body = text
-        code = ""
-        if isinstance(body, dict) and isinstance(body.get("error"), dict):
-            body = body["error"]
-        if isinstance(body, dict):
-            code = str(body.get("code"))
-            body = body.get("message") or body.get("detail") or body.get("error") or body
-        return self.shorten(str(body or "no message")), code
+    def server_message(self, content: bytes) -> tuple[str, set[str]]:
+        """Message and codes of an error, in any of the shapes that servers give it."""
+        text, codes = error_message(content)
+        return self.shorten(text) or "no message", codes
 
     def shorten(self, text: str) -> str:
         """One line of at most 200 characters without control characters and the key (a cut key is not found)."""
         if self._key:
             text = self._spelt.sub("***", text)
-        text = visible(" ".join(re.sub(r"\bsk-[\w*-]+", "***", text).split()))
+        text = visible(" ".join(re.sub(r"\bsk-[\w*-]+", "***", text).split())[:201])
         return text if len(text) <= 200 else text[:197] + "..."
 
 
-def find_key(variable: str, loopback: bool) -> str:
-    """The API key; empty where a server on this machine needs none.
+async def _bounded(response: aiohttp.ClientResponse) -> bytes:
+    """The content of a response, as long as it is not too large; a small packed one can be huge.
 
     Raises:
-        UserError: if there is none, or none that a request could carry.
+        AttemptError: if it is.
     """
-    key = os.environ.get(variable, "").strip()
-    if not key and not loopback:
-        raise UserError(
-            f"no API key: set the environment variable {variable} (labeler.api_key_env names another; "
-            "only a server on this machine needs none)"
-        )
-    if not key.isascii() or not key.isprintable():
-        raise UserError(f"the API key in the environment variable {variable} has characters that no key has")
-    return key
-
-
-def check_url(url: str, key: str, reason: str) -> tuple[str, bool]:
-    """An address without a slash at its end, and whether it is on this machine.
-
-    Args:
-        url: the address.
-        key: the setting that holds it.
-        reason: why no secret may stand in it.
-
-    Raises:
-        UserError: if it is no address, or holds what may be a secret.
-    """
-    # What stands before an @ or after a ? may be a secret, also in an address that can't be read.
-    where = key if re.search("[@?#]", url) else f"{key}={url}"
-    try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
-    except ValueError:
-        raise UserError(f"{where}: not a valid address; give one like http://127.0.0.1:8000/v1") from None
-    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        # The address is written into every artefact, so it must not carry a secret; nor does this message.
-        raise UserError(f"{key}: an address with a user, a query or a fragment is refused, because {reason}")
-    if parts.scheme not in ("http", "https") or not host or re.search(r"\s", url):
-        raise UserError(f"{where}: not a valid address; give one like http://127.0.0.1:8000/v1")
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    return url.rstrip("/"), loopback
+    parts: list[bytes] = []
+    left = MAX_RESPONSE_MIB << 20
+    while part := await response.content.readany():
+        left -= len(part)
+        if left < 0:
+            raise AttemptError("too_large", f"the response has more than {MAX_RESPONSE_MIB} MiB", retry=False)
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class _Stream(Generic[T, R]):
@@ -446,12 +496,3 @@ class _Stream(Generic[T, R]):
     def _hand_back(self) -> None:
         ended, self._ended = self._ended, []
         self.results.put(ended)
-
-
-def _proxy(base_url: str) -> str | None:
-    """The proxy that the environment names for an address (aiohttp's own look-up reads ~/.netrc for every request)."""
-    parts = urlsplit(base_url)
-    if urllib.request.proxy_bypass(parts.netloc.rpartition("@")[2]):
-        return None
-    proxies = urllib.request.getproxies()
-    return proxies.get(parts.scheme) or proxies.get("all")

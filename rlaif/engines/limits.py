@@ -17,7 +17,7 @@ WINDOW_S = 61.0
 """Length of the sliding window: a minute, and a second for requests that reach the server late."""
 
 AHEAD = 16
-"""Requests that are set aside of a budget at a time."""
+"""Requests that are noted as spent before they are sent, at a time."""
 
 
 class Usage(NamedTuple):
@@ -106,6 +106,10 @@ class Concurrency:
         self.limit = float(min(start, most))
         self._cut: float | None = None
 
+    def start_over(self) -> None:
+        """One at first: a server that was down may not have got over what took it down."""
+        self.limit, self._cut = 1.0, None
+
     def ended(self, started: float, now: float, overloaded: bool) -> None:
         """A request that was sent at ``started`` has ended."""
         if not overloaded:
@@ -158,7 +162,7 @@ class Limits:
         self._used = Usage()
         self._reserved = Usage()
         self.set_aside: Callable[[Spend], None] | None = None
-        """With a budget: told what may be spent before it is, so that a later run knows, however this one ends."""
+        """Told what may be spent before it is, so that a later run knows, however this one ends."""
         self._set_aside = Spend()
 
     @property
@@ -232,7 +236,7 @@ class Limits:
 
     def _note(self, worst: Usage) -> None:
         """Set aside what the next request can cost, and as much for some more."""
-        if self.set_aside is None or self._budget == BudgetConfig():
+        if self.set_aside is None:
             return
         needed = self._with(worst, 1)
         if any(new > old for new, old in zip(needed, self._set_aside, strict=True)):

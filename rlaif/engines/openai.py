@@ -9,7 +9,6 @@ identity holds the API key.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import os
@@ -18,9 +17,10 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from rlaif.config import BudgetConfig, Endpoint, LabelerConfig
-from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
-from rlaif.engines.client import Client, check_url, find_key
+from rlaif.config import Endpoint, LabelerConfig
+from rlaif.engines.address import account_headers, check_url, find_key
+from rlaif.engines.base import CONTENT_FILTER, Engine, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
+from rlaif.engines.client import Client
 from rlaif.engines.limits import Limits, Spend, Usage
 from rlaif.engines.options import (
     LOG_NEGLIGIBLE,
@@ -32,6 +32,7 @@ from rlaif.engines.options import (
     parse_reply,
     rests,
 )
+from rlaif.engines.refusals import Refusals
 from rlaif.engines.wire import (
     WITHHELD,
     AttemptError,
@@ -41,6 +42,7 @@ from rlaif.engines.wire import (
     chat_body,
     clean,
     parse_first_token,
+    parse_models,
     parse_replies,
     total,
 )
@@ -62,11 +64,11 @@ FALLBACK_TOP_LOGPROBS = 5
 TRIES_FOR_LOGPROBS = 3
 """Some servers leave log-probabilities out of a reply now and then."""
 PROBES = (
-    "Which is larger, A: 2 or B: 5?",
-    "Which is a colour, A: red or B: seven?",
-    "Which is colder, A: fire or B: ice?",
+    "Which is larger, A: 2 or B: 5? Answer with one letter.",
+    "Which is a colour, A: red or B: seven? Answer with one letter.",
+    "Which is colder, A: fire or B: ice? Answer with one letter.",
 )
-"""Asked where a request went without log-probabilities: does the server give them at all?"""
+"""Harmless questions. Does the server answer at all, and does it give log-probabilities?"""
 REPLY_TOKENS = 16
 """Length of a reply that is parsed for a verdict."""
 TEMPLATE_TOKENS = 256
@@ -103,7 +105,6 @@ class OpenAIEngine(Engine):
         }
         if config.votes > 1:
             self.identity["seed"] = seed  # only sampled votes depend on it
-
         # Only if set: what is stored without them stays known.
         added = {"extra_body": config.extra_body, "chat_template_kwargs": config.chat_template_kwargs}
         self.identity |= {name: dict(value) for name, value in added.items() if value}
@@ -125,17 +126,19 @@ class OpenAIEngine(Engine):
             # Many prompts in each request: a slow server shall answer some before it is given all.
             start=config.concurrency if config.endpoint is Endpoint.chat else config.concurrency // 16 + 1,
         )
+        where = f"labeler.base_url={self._base_url}, labeler.model={config.model}"
+        self._refusals = Refusals(where, self._ask_plainly)
         self._client = Client(
             self._base_url,
             self._key,
             self._limits,
-            headers=_account_headers(),
+            headers=account_headers(),
             # A proxy from the environment cannot reach this machine's own addresses.
             proxied=not loopback,
             concurrency=config.concurrency,
             timeout_s=config.timeout_s,
             max_retries=config.max_retries,
-            where=f"labeler.base_url={self._base_url}, labeler.model={config.model}",
+            where=where,
             key_env=config.api_key_env,
         )
         self._tokens: TokenScorer | None = None
@@ -146,6 +149,8 @@ class OpenAIEngine(Engine):
 
                 self._tokens = TokenScorer(config, self._client)
                 self.identity |= self._tokens.identity
+            else:
+                self._client.expect_outages(self._ask_plainly, config.outage_s)
         except BaseException:
             self.close()
             raise
@@ -170,9 +175,8 @@ class OpenAIEngine(Engine):
                 raise UserError(f"{where}: cannot be reached (HTTP {status}: {detail})")
             return  # no listing, or not for this key: the first request will tell
         try:
-            listing = json.loads(content)
-            names = [str(entry["id"]) for entry in listing["data"]]
-        except (ValueError, TypeError, KeyError):
+            names, more = parse_models(content)
+        except ValueError:
             raise UserError(
                 f"{where}: GET /models does not answer as an OpenAI-compatible server does; "
                 "check the address (it usually ends in /v1)"
@@ -180,7 +184,7 @@ class OpenAIEngine(Engine):
         model = self._config.model
         # Ollama serves "llama3" as "llama3:latest"; Gemini lists "models/" before each name.
         known = {model, f"{model}:latest", f"models/{model}"} & set(names)
-        if names and not known and not listing.get("has_more"):
+        if names and not known and not more:
             shown = ", ".join(map(self._client.shorten, names[:10])) + (
                 f" and {len(names) - 10} more" if len(names) > 10 else ""
             )
@@ -196,10 +200,13 @@ class OpenAIEngine(Engine):
         """Set what earlier runs have spent of the same budget, before the first request."""
         self._limits.spent = before
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds in which the server was down."""
+        return self._client.waited_s
+
     def set_aside(self, note: Callable[[Any], None]) -> bool:
-        """Have what may be spent noted before it is; false without ``labeler.budget``."""
-        if self._config.budget == BudgetConfig():
-            return False
+        """Have what may be spent noted before it is."""
         self._limits.set_aside = note
         return True
 
@@ -271,10 +278,12 @@ class OpenAIEngine(Engine):
                 seed=request.seed,
             )
         except AttemptError as problem:
+            await self._refusals.add(problem)
             return [Failure(problem.reason, problem.detail, time.perf_counter() - started)]
+        self._refusals.over = True
         text, finish_reason = got.choices[0]
-        if finish_reason == "content_filter":
-            return [Failure("content_filter", WITHHELD, time.perf_counter() - started)]
+        if finish_reason == CONTENT_FILTER:
+            return [Failure(CONTENT_FILTER, WITHHELD, time.perf_counter() - started)]
         finish_reason = "length" if finish_reason == "length" else "stop"
         return [Sampled(text, finish_reason, got.completion_tokens or 0, got.prompt_tokens)]
 
@@ -286,8 +295,15 @@ class OpenAIEngine(Engine):
             if scored is None:
                 scored = await self._score_by_replies(request)
         except AttemptError as problem:
+            await self._refusals.add(problem)
             return [Failure(problem.reason, problem.detail, time.perf_counter() - started)]
+        self._refusals.over = True
         return [OptionMass(latency_s=time.perf_counter() - started, **scored._asdict())]
+
+    async def _ask_plainly(self) -> None:
+        """Ask a harmless question, without log-probabilities and once."""
+        messages = [{"role": "user", "content": PROBES[0]}]
+        await self._chat(parse_replies, self._client.try_once, messages=messages, max_tokens=1)
 
     async def _score_by_logprobs(self, request: OptionRequest) -> _Scored | None:
         """``None`` if the server gives no log-probabilities for this request."""
@@ -400,10 +416,9 @@ class OpenAIEngine(Engine):
     async def _probe(self) -> bool:
         top = min(self._top_logprobs, FALLBACK_TOP_LOGPROBS)
         for question in PROBES:
-            body: dict[str, Any] = {"messages": [{"role": "user", "content": f"{question} Answer with one letter."}]}
-            body |= {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": top}
+            body = {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": top}
             try:
-                token = await self._chat(parse_first_token, **body)
+                token = await self._chat(parse_first_token, messages=[{"role": "user", "content": question}], **body)
             except AttemptError as problem:
                 if not problem.rejected:
                     raise
@@ -433,8 +448,8 @@ class OpenAIEngine(Engine):
                     raise
                 self._many_choices = False
                 continue
-            if all(finish == "content_filter" for _, finish in got.choices[:n]):
-                raise AttemptError("content_filter", WITHHELD)
+            if all(finish == CONTENT_FILTER for _, finish in got.choices[:n]):
+                raise AttemptError(CONTENT_FILTER, WITHHELD)
             replies += [text for text, _ in got.choices[:n]]
             usage.append(got)
         chosen = [parse_reply(reply, request.options, request.stem) for reply in replies]
@@ -447,8 +462,8 @@ class OpenAIEngine(Engine):
             replies=votes,
         )
 
-    async def _chat(self, parse: Callable[[dict[str, Any]], A], **body: Any) -> A:
-        """One chat completion, parsed."""
+    async def _chat(self, parse: Callable[[dict[str, Any]], A], send: Any = None, **body: Any) -> A:
+        """One chat completion, parsed; ``send``: another way to send it than with all retries."""
         # A token has at least one byte of text, so the bytes of the messages are a bound that needs no tokenizer.
         size = sum(len(text.encode()) for message in body["messages"] for text in message.values())
         if self._config.chat_template_kwargs:
@@ -458,7 +473,7 @@ class OpenAIEngine(Engine):
             most = max(sent.get("max_tokens", 0), sent.get("max_completion_tokens", 0))
             worst = Usage(size + self._template_tokens, most * sent.get("n", 1))
             try:
-                answer = await self._client.post("/chat/completions", sent, worst, parse)
+                answer: A = await (send or self._client.post)("/chat/completions", sent, worst, parse)
             except AttemptError as problem:
                 if (learned := self._dialect.learn(sent, problem)) is None:
                     raise
@@ -477,9 +492,3 @@ class _Scored(NamedTuple):
     completion_tokens: int | None
     observed: float | None = None
     replies: int | None = None
-
-
-def _account_headers() -> dict[str, str]:
-    """Organization and project of an OpenAI account, from the environment variables that OpenAI documents."""
-    names = {"OpenAI-Organization": "OPENAI_ORG_ID", "OpenAI-Project": "OPENAI_PROJECT_ID"}
-    return {header: os.environ[name] for header, name in names.items() if os.environ.get(name)}

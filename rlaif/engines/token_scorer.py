@@ -16,7 +16,7 @@ from typing import Any
 
 from rlaif.chat import ChatEncoder
 from rlaif.config import LabelerConfig, ModelConfig
-from rlaif.engines.base import Failure, OptionMass, OptionRequest, Sampled, SampleRequest
+from rlaif.engines.base import CONTENT_FILTER, Failure, OptionMass, OptionRequest, Sampled, SampleRequest
 from rlaif.engines.client import Client
 from rlaif.engines.limits import Usage
 from rlaif.engines.options import (
@@ -28,7 +28,7 @@ from rlaif.engines.options import (
     sequence_masses,
     spellings,
 )
-from rlaif.engines.wire import TOKEN_ID, AttemptError, Continuation, parse_continuations
+from rlaif.engines.wire import TOKEN_ID, WITHHELD, AttemptError, Continuation, parse_continuations, usage
 from rlaif.models import load_tokenizer
 from rlaif.records import UserError, content_hash
 
@@ -88,11 +88,13 @@ class TokenScorer:
         """
         if self._exact is None:
             self._client.call(self._check())
+            # Not before: a server that cannot do this is not down.
+            self._client.expect_outages(self._probe, self._config.outage_s)
 
     async def _check(self) -> None:
         where = f"labeler.base_url={self._config.base_url}, labeler.endpoint=completions"
         instead = "use labeler.endpoint=chat"
-        prompts = [[token] for token in self._encode([{"role": "user", "content": "A"}])[-2:]]
+        prompts = self._harmless()
         # Spread so far that no list of the likeliest tokens has them all.
         want = sorted({len(self.tokenizer) * part // 7 for part in range(7)})
         for top in dict.fromkeys((self._top, min(self._top, FALLBACK_TOP_LOGPROBS))):
@@ -116,6 +118,15 @@ class TokenScorer:
             if not self._exact:
                 log.warning("%s gives only the %d most likely tokens, not those asked for", where, top)
             return
+
+    def _harmless(self) -> list[list[int]]:
+        """Two prompts of a token each."""
+        return [[token] for token in self._encode([{"role": "user", "content": "A"}])[-2:]]
+
+    async def _probe(self) -> None:
+        """Ask once for anything."""
+        body = {"model": self._config.model, "prompt": self._harmless(), "max_tokens": 1}
+        await self._client.try_once("/completions", *self._sent(body), lambda payload: payload)
 
     async def score(self, batch: Sequence[OptionRequest]) -> list[OptionMass | Failure]:
         """Mass of each option, for each request."""
@@ -144,16 +155,17 @@ class TokenScorer:
             "seed": request.seed,
         }
         try:
-            answer, usage = await self._client.post(
+            answer, used = await self._client.post(
                 "/completions",
                 *self._sent(body),
-                lambda payload: (parse_continuations(payload, 1)[0], payload.get("usage")),
+                lambda payload: (parse_continuations(payload, 1)[0], usage(payload)),
             )
         except AttemptError as problem:
             return [Failure(problem.reason, problem.detail, time.perf_counter() - started)]
-        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        if answer.finish_reason == CONTENT_FILTER:
+            return [Failure(CONTENT_FILTER, WITHHELD, time.perf_counter() - started)]
         finish = "length" if answer.finish_reason == "length" else "stop"
-        return [Sampled(answer.text.strip(), finish, tokens if isinstance(tokens, int) else 0, len(ids))]
+        return [Sampled(answer.text.strip(), finish, used.completion if used else 0, len(ids))]
 
     async def _exactly(self, batch: Sequence[OptionRequest], prompts: Sequence[Ids]) -> list[_Masses | AttemptError]:
         """Sums over every spelling; those of several tokens cost a prompt more for each later token."""
@@ -247,10 +259,14 @@ class TokenScorer:
     async def _ask(self, prompts: Sequence[Ids], **body: Any) -> list[Continuation | AttemptError]:
         """Answers to prompts; of a request that is refused the halves are asked, to find the prompt at fault."""
         try:
-            return list(await self._post(prompts, **body))
+            answers = await self._post(prompts, **body)
         except AttemptError as problem:
-            if len(prompts) == 1 or not (problem.rejected or problem.status == 413):
+            about_one = problem.rejected or problem.status == 413 or problem.reason == CONTENT_FILTER
+            if len(prompts) == 1 or not about_one:
                 return [problem] * len(prompts)
+        else:
+            withheld = AttemptError(CONTENT_FILTER, WITHHELD, retry=False)
+            return [withheld if answer.listed is None else answer for answer in answers]
         half = len(prompts) // 2
         parts = await asyncio.gather(self._ask(prompts[:half], **body), self._ask(prompts[half:], **body))
         return [answer for part in parts for answer in part]
@@ -258,7 +274,7 @@ class TokenScorer:
     async def _post(self, prompts: Sequence[Ids], **body: Any) -> list[Continuation]:
         def parse(payload: dict[str, Any]) -> list[Continuation]:
             answers = parse_continuations(payload, len(prompts))
-            if any(answer.listed is None for answer in answers):
+            if any(answer.listed is None and answer.finish_reason != CONTENT_FILTER for answer in answers):
                 raise AttemptError("no_logprobs", "the response lacks log-probabilities")
             return answers
 
@@ -290,4 +306,4 @@ def _asked(answer: Continuation, want: Sequence[int]) -> dict[int, float] | None
     """Log-probabilities of the wanted tokens; ``None`` if one is missing."""
     listed = answer.listed or {}
     found = {token: listed.get(f"{TOKEN_ID}{token}", math.nan) for token in want}
-    return None if any(map(math.isnan, found.values())) else {token: min(logp, 0.0) for token, logp in found.items()}
+    return None if any(map(math.isnan, found.values())) else found

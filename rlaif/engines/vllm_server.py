@@ -8,10 +8,11 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from rlaif.engines.client import Client, check_url
+from rlaif.engines.address import check_url
+from rlaif.engines.client import Client
 from rlaif.engines.limits import Limits, Usage
 from rlaif.engines.vllm_process import Job
-from rlaif.engines.wire import AttemptError
+from rlaif.engines.wire import AttemptError, checked_logprob, parse_json
 from rlaif.records import UserError
 
 KEY_ENV = "VLLM_API_KEY"
@@ -73,7 +74,7 @@ class VLLMServer:
         """See that the server can do what it is needed for; returns the name of its base model."""
         content = self._request("GET", "/models", timeout_s=CHECK_TIMEOUT_S)
         try:
-            [base, *_] = [entry for entry in json.loads(content)["data"] if entry.get("parent") is None]
+            [base, *_] = [entry for entry in parse_json(content)["data"] if entry.get("parent") is None]
             name, length = str(base["id"]), int(base["max_model_len"])
         except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(
@@ -164,8 +165,8 @@ def _parse(payload: dict[str, Any]) -> Job:
     choice = payload["choices"][0]
     try:
         tokens, finish = [int(token) for token in choice["token_ids"]], choice["finish_reason"]
-        logps = [float(logp) for logp in choice["logprobs"]["token_logprobs"]]
-    except (TypeError, KeyError, ValueError):
+        logps = [checked_logprob(logp) for logp in choice["logprobs"]["token_logprobs"]]
+    except (TypeError, KeyError, ValueError, OverflowError):
         raise AttemptError("malformed", "no token ids or no log-probabilities: is it vLLM 0.11 or newer?") from None
     if finish not in ("stop", "length") or len(tokens) != len(logps):
         raise AttemptError("malformed", f"{len(tokens)} tokens, {len(logps)} log-probabilities, ended by {finish}")

@@ -1,23 +1,36 @@
-"""What an OpenAI-compatible server is sent and what it answers, as plain data. Pure."""
+"""What an OpenAI-compatible server is sent and what it answers, as plain data. Pure.
+
+Nothing in an answer is believed before it is looked at, and this is the one place where it is: whatever has another
+type, or a value that cannot be, makes the answer ``malformed``.
+"""
 
 from __future__ import annotations
 
 import email.utils
+import json
 import math
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from rlaif.chat import defuse
-from rlaif.engines.base import OptionRequest
+from rlaif.engines.base import CONTENT_FILTER, OptionRequest
 from rlaif.engines.limits import Usage
 from rlaif.records import Message
 
 TOKEN_ID = "token_id:"
 """What vLLM puts before a token's number where it is asked for numbers."""
 WITHHELD = "the server withheld the reply"
+MAX_LOGPROB = 1e-3
+"""A log-probability above this is none; up to it, a server has rounded."""
+MAX_COUNT = 10**9
+"""No request has more tokens."""
+MAX_MESSAGE = 1 << 16
+"""Bytes of an answer that are looked through for a message."""
 _RATE_LIMITS = ("requests", "tokens")
+_FILTERS = {CONTENT_FILTER, "content_policy_violation", "responsibleaipolicyviolation"}
+"""Codes of an error by which servers (OpenAI, Azure) say that a text is withheld from the model."""
 
 
 class AttemptError(Exception):
@@ -45,7 +58,14 @@ class AttemptError(Exception):
     @property
     def rejected(self) -> bool:
         """The server understood the request and refuses what it asks for."""
+        if self.reason == CONTENT_FILTER:
+            return False
         return self.status in (400, 422) or (self.status == 403 and forbids_logprobs(self.detail))
+
+    @property
+    def outage(self) -> bool:
+        """The server as a whole may be down."""
+        return self.reason in ("connection", "timeout") or (self.status or 0) >= 500
 
 
 def forbids_logprobs(detail: str) -> bool:
@@ -141,6 +161,79 @@ def _clean_text(text: str) -> str:
     return text
 
 
+def parse_json(content: bytes) -> Any:
+    """What a body says.
+
+    Raises:
+        ValueError: whatever is wrong with it.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def parse_models(content: bytes) -> tuple[list[str], bool]:
+    """The names of the models that a server lists, and whether there are more.
+
+    Raises:
+        ValueError: if the answer is something else.
+    """
+    listing = parse_json(content)
+    entries = listing.get("data") if isinstance(listing, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError("no list of models")
+    return [entry["id"] for entry in entries if isinstance(entry.get("id"), str)], bool(listing.get("has_more"))
+
+
+def error_message(content: bytes) -> tuple[str, set[str]]:
+    """What the body of an error says, in any of the shapes that servers give it, and its codes in small letters."""
+    try:
+        body = parse_json(content)
+    except ValueError:
+        body = None
+    inner = body.get("error") if isinstance(body, dict) else None
+    for found in (inner, body):
+        if isinstance(found, dict):
+            words = (found.get(name) for name in ("message", "detail", "error"))
+            if said := next((word for word in words if isinstance(word, str) and word), None):
+                return said, _codes(body)
+    return body if isinstance(body, str) else content[:MAX_MESSAGE].decode("utf-8", "replace"), _codes(body)
+
+
+def _codes(body: Any, depth: int = 4) -> set[str]:
+    """Codes and types anywhere in an error: Azure puts the telling one into an inner error."""
+    if not isinstance(body, dict) or not depth:
+        return set()
+    found = {body[name].lower() for name in ("code", "type") if isinstance(body.get(name), str)}
+    return found.union(*(_codes(value, depth - 1) for value in body.values()))
+
+
+def is_filtered(codes: set[str]) -> bool:
+    """Whether these are of an error that a text will always meet: a content filter withholds it from the model."""
+    return bool(codes & _FILTERS)
+
+
+def parse_response(content: bytes) -> dict[str, Any]:
+    """The body of an answer with choices, which are objects, and with counts of tokens that are such or missing.
+
+    Raises:
+        AttemptError: if it is something else.
+    """
+    try:
+        payload = parse_json(content)
+    except ValueError:
+        _malformed("the response is not JSON")
+    if not isinstance(payload, dict) or not isinstance(payload.get("choices"), list):
+        _malformed(f"the response has no choices: {content[:MAX_MESSAGE].decode('utf-8', 'replace')}")
+    if not payload["choices"]:
+        raise AttemptError("empty", "the response has an empty list of choices")
+    for choice in payload["choices"]:
+        _object(choice, "choice")
+    _counts(payload)
+    return payload
+
+
 def parse_first_token(payload: dict[str, Any]) -> FirstToken:
     """The first token of a chat completion.
 
@@ -148,20 +241,26 @@ def parse_first_token(payload: dict[str, Any]) -> FirstToken:
         AttemptError: if the response has another shape, or the server withheld the reply.
     """
     choices, prompt_tokens, completion_tokens = parse_replies(payload)
-    logprobs = payload["choices"][0].get("logprobs")
-    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    reply, finish_reason = choices[0]
+    logprobs = _object(payload["choices"][0].get("logprobs") or {}, "logprobs")
+    content = _list(logprobs.get("content") or [], "logprobs")
     if not content:
-        if choices[0][1] == "content_filter":
-            raise AttemptError("content_filter", WITHHELD, retry=False)
-        return FirstToken(None, "", choices[0][0], prompt_tokens, completion_tokens)
+        if finish_reason == CONTENT_FILTER:
+            raise AttemptError(CONTENT_FILTER, WITHHELD, retry=False)
+        return FirstToken(None, "", reply, prompt_tokens, completion_tokens)
+    first = _object(content[0], "token")
+    tokens = _list(first.get("top_logprobs") or [], "top_logprobs")
     try:
-        listed = [(str(entry["token"]), float(entry["logprob"])) for entry in content[0]["top_logprobs"] or ()]
-        sampled = str(content[0]["token"])
-    except (TypeError, KeyError, ValueError, IndexError):
-        raise AttemptError("malformed", "the response's logprobs have an unknown shape") from None
-    if any(math.isnan(logprob) for _, logprob in listed):
-        raise AttemptError("malformed", "the response has a log-probability that is not a number")
-    return FirstToken(listed or None, sampled, choices[0][0], prompt_tokens, completion_tokens)
+        listed = [(entry["token"], entry["logprob"]) for entry in tokens]
+    except (TypeError, KeyError):
+        _malformed("the response has a token without its text or its log-probability")
+    if not all(type(token) is str for token, _ in listed):
+        _malformed("the response has a token that is no text")
+    # Every verdict has twenty of them, so what is plainly one is not looked at more closely.
+    listed = [
+        pair if type(pair[1]) is float and pair[1] <= 0 else (pair[0], checked_logprob(pair[1])) for pair in listed
+    ]
+    return FirstToken(listed or None, _text(first.get("token"), "token"), reply, prompt_tokens, completion_tokens)
 
 
 def parse_replies(payload: dict[str, Any]) -> Replies:
@@ -170,14 +269,11 @@ def parse_replies(payload: dict[str, Any]) -> Replies:
     Raises:
         AttemptError: if the response has another shape.
     """
-    try:
-        choices = [
-            # A reply that ends at once has no content: an empty text is what the model said.
-            (str(choice["message"].get("content") or ""), str(choice.get("finish_reason") or "stop"))
-            for choice in payload["choices"]
-        ]
-    except (TypeError, KeyError, AttributeError):
-        raise AttemptError("malformed", "the response's choices have no message") from None
+    choices = []
+    for choice in payload["choices"]:
+        content = _object(choice.get("message"), "message").get("content")
+        # A reply that ends at once has no content: an empty text is what the model said.
+        choices.append(("" if content is None else _text(content, "content"), _finish_reason(choice)))
     return Replies(choices, *_counts(payload))
 
 
@@ -196,42 +292,94 @@ def parse_continuations(payload: dict[str, Any], prompts: int) -> list[Continuat
     Raises:
         AttemptError: if the response has another shape or another number of choices.
     """
-    try:
-        choices = sorted(payload["choices"], key=lambda choice: int(choice.get("index") or 0))
-        found = []
-        for choice in choices:
-            logprobs = choice.get("logprobs") or {}
-            listed = (logprobs.get("top_logprobs") or [None])[0]
-            sampled = str((logprobs.get("tokens") or [""])[0])
-            if listed is not None:
-                listed = {str(token): float(logprob) for token, logprob in listed.items()}
-            text, finish = str(choice.get("text") or ""), str(choice.get("finish_reason") or "stop")
-            found.append(Continuation(listed or None, sampled, text, finish))
-    except (TypeError, KeyError, ValueError, AttributeError, IndexError):
-        raise AttemptError("malformed", "the response's choices have an unknown shape") from None
-    if len(found) != prompts:
-        raise AttemptError("malformed", f"the response has {len(found)} choices for {prompts} prompts")
-    if any(math.isnan(logprob) for one in found for logprob in (one.listed or {}).values()):
-        raise AttemptError("malformed", "the response has a log-probability that is not a number")
+    choices = payload["choices"]
+    if len(choices) != prompts:
+        _malformed(f"the response has {len(choices)} choices for {prompts} prompts")
+    places = [choice.get("index") for choice in choices]
+    if any(place is not None for place in places):
+        if not all(type(place) is int for place in places) or sorted(places) != list(range(prompts)):
+            _malformed("the response's choices have other indices than their prompts")
+        choices = sorted(choices, key=lambda choice: int(choice["index"]))
+    found = []
+    for choice in choices:
+        logprobs = _object(choice.get("logprobs") or {}, "logprobs")
+        [top, *_] = _list(logprobs.get("top_logprobs") or [], "top_logprobs") or [None]
+        [sampled, *_] = _list(logprobs.get("tokens") or [], "tokens") or [""]
+        listed = {_token(name): checked_logprob(logp) for name, logp in _object(top or {}, "top_logprobs").items()}
+        text = choice.get("text")
+        found.append(
+            Continuation(
+                listed or None,
+                _token(_text(sampled, "token")),
+                "" if text is None else _text(text, "text"),
+                _finish_reason(choice),
+            )
+        )
     return found
 
 
-def usage(payload: Any) -> Usage | None:
-    """What a response says it has cost; ``None`` if it does not say."""
-    prompt, completion = _counts(payload) if isinstance(payload, dict) else (None, None)
-    if prompt is None or prompt < 0:
-        return None
-    return Usage(prompt, max(completion or 0, 0))
+def usage(payload: Mapping[str, Any]) -> Usage | None:
+    """What a response says it has cost; ``None`` if it does not say.
+
+    Raises:
+        AttemptError: if it says what cannot be.
+    """
+    prompt, completion = _counts(payload)
+    return None if prompt is None else Usage(prompt, completion or 0)
 
 
 def _counts(payload: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    counted = payload.get("usage")
-    counted = counted if isinstance(counted, dict) else {}
-    return _count(counted.get("prompt_tokens")), _count(counted.get("completion_tokens"))
+    counted = _object(payload.get("usage") or {}, "usage")
+    prompt, completion = counted.get("prompt_tokens"), counted.get("completion_tokens")
+    for count in (prompt, completion):
+        if count is not None and (type(count) is not int or not 0 <= count <= MAX_COUNT):
+            _malformed("the response has a count of tokens that is none")
+    return prompt, completion
 
 
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+def checked_logprob(value: Any) -> float:
+    """A log-probability; minus infinity is one.
+
+    Raises:
+        AttemptError: if it is something else.
+    """
+    # NaN is not below anything. A number of 400 digits is below 0 or not, but no float.
+    if type(value) not in (int, float) or not value <= MAX_LOGPROB or (type(value) is int and value < -MAX_COUNT):
+        _malformed("the response has a log-probability that is none")
+    return min(float(value), 0.0)
+
+
+def _malformed(detail: str) -> NoReturn:
+    raise AttemptError("malformed", detail)
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        _malformed(f"the response has a {what} that is no object")
+    return value
+
+
+def _list(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        _malformed(f"the response has {what} that are no list")
+    return value
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        _malformed(f"the response has a {what} that is no text")
+    return value
+
+
+def _token(name: str) -> str:
+    """A token by its text, or by its number."""
+    if name.startswith(TOKEN_ID) and not re.fullmatch(r"[0-9]{1,9}", name[len(TOKEN_ID) :]):
+        _malformed("the response has a token's number that is none")
+    return name
+
+
+def _finish_reason(choice: Mapping[str, Any]) -> str:
+    return _text(choice.get("finish_reason") or "stop", "finish_reason")
 
 
 def total(counts: Sequence[int | None]) -> int | None:
@@ -249,7 +397,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     try:
         date = email.utils.parsedate_to_datetime(headers.get("retry-after"))  # type: ignore[arg-type]
         return max(0.0, date.timestamp() - time.time())
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError, OverflowError):
         return None
 
 

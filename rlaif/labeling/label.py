@@ -170,14 +170,14 @@ class Labeling:
                 key, request, opened = waiting.pop(place)
                 in_flight.discard(key)
                 opened.missing -= 1
-                if isinstance(answer, Failure):
-                    self.failed.add(key, answer.reason)
+                if isinstance(answer, Failure) and not answer.permanent:
+                    self.failed.add(key, answer)
                     opened.sound = False
                 else:
                     self.store.put(key, _to_json(answer), together=self.engine.in_bursts)
                     self.answered += last
                     # A later run shall look at it again.
-                    opened.sound = opened.sound and not _is_fallback(answer)
+                    opened.sound = opened.sound and not _is_passing(answer)
                     if isinstance(answer, OptionMass) and answer.latency_s is not None:
                         self.latencies.append(answer.latency_s)
                 self._close_if_done(opened)
@@ -231,7 +231,7 @@ class Labeling:
                 if unknown and missing is None:
                     return _Held([], unknown, sound)
                 answers = [known.get(key, missing) for key in keys]
-                sound = sound and not any(isinstance(answer, Failure) or _is_fallback(answer) for answer in answers)
+                sound = sound and not any(map(_is_passing, answers))
                 requests = talk.send([answer for answer in answers if answer is not None])
         except StopIteration as end:
             return _Held(end.value, [], sound)
@@ -323,16 +323,22 @@ def _is_fallback(answer: Answer | None) -> bool:
     return isinstance(answer, OptionMass) and answer.method != "logprob"
 
 
+def _is_passing(answer: Answer | None) -> bool:
+    """Whether a later run may have a better answer."""
+    return _is_fallback(answer) or (isinstance(answer, Failure) and not answer.permanent)
+
+
 def _shown(line: Candidates) -> list[tuple[str, str]]:
     return [(candidate.candidate_id, candidate.completion) for candidate in line.candidates]
 
 
-def _to_json(answer: OptionMass | Sampled | Likelihood) -> dict[str, Any]:
+def _to_json(answer: Answer) -> dict[str, Any]:
     return {name: value for name, value in vars(answer).items() if value is not None}
 
 
 def _from_json(value: Mapping[str, Any]) -> Answer:
-    kind = Sampled if "text" in value else Likelihood if "logp" in value else OptionMass
+    kinds: dict[str, Any] = {"text": Sampled, "logp": Likelihood, "reason": Failure}
+    kind = next((kind for name, kind in kinds.items() if name in value), OptionMass)
     known = {name: field for name, field in value.items() if name in kind.__dataclass_fields__}
     if kind is OptionMass:
         known["masses"] = tuple(known["masses"])

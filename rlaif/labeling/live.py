@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlaif.engines.base import Engine, Failure, OptionMass, OptionRequest
+from rlaif.engines.base import CONTENT_FILTER, Engine, Failure, OptionMass, OptionRequest
 from rlaif.gold import gold_score
 from rlaif.progress import progress
 
@@ -71,6 +71,7 @@ class LiveView:
         self._estimated, self._prompts, self._seen, self._asked = total is None, prompts, 0, 0
         self._engine, self._minimum, self._truth = engine, minimum, truth
         self._started: float | None = None
+        self._waited = engine.waited_s
         self._shown = 0.0
         self.skipped = 0
         """Answers that were known."""
@@ -98,6 +99,7 @@ class LiveView:
         """One answer."""
         if self._started is None:
             self._started = time.monotonic()
+        self._skip_outages()
         self._answers += 1
         # Of rationales and likelihoods ``tokens`` are those of the completion.
         for kind in ("prompt_tokens", "completion_tokens", "tokens"):
@@ -117,6 +119,13 @@ class LiveView:
                 self._bar.total = max(self._asked * self._prompts // self._seen, self._bar.n + 1)
             self._bar.set_postfix_str(self.figures(), refresh=False)
         self._bar.update()
+
+    def _skip_outages(self) -> None:
+        """Time in which the server was down says nothing of how fast it is."""
+        waited, self._waited = self._engine.waited_s - self._waited, self._engine.waited_s
+        if waited and self._started is not None:
+            self._started += waited
+            self._bar.last_print_t += waited
 
     def _judge(self, request: OptionRequest, masses: list[float]) -> None:
         meta: Mapping[str, Any] = request.meta or {}
@@ -162,7 +171,8 @@ def summary(quality: Mapping[str, Any]) -> str:
     if quality.get("dropped"):
         lines.append("dropped: " + ", ".join(f"{count} {reason}" for reason, count in quality["dropped"].items()))
     if "n_verdicts" in quality:
-        lost = {"uncovered": quality["uncovered"], "unlisted": quality["unlisted"], **quality["failed_reasons"]}
+        kept = {name: quality.get(name, 0) for name in ("uncovered", "unlisted", CONTENT_FILTER)}
+        lost = {**kept, **quality["failed_reasons"]}
         missing = ", ".join(f"{count} {reason}" for reason, count in lost.items() if count)
         mass = quality["option_mass_mean"]
         lines.append(

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from rlaif.engines.base import CONTENT_FILTER
 from rlaif.evaluation.statistics import ClusteredMean, expected_calibration_error
 from rlaif.gold import gold_score
 from rlaif.labeling.aggregate import EPSILON, PairLabel, logit
@@ -94,6 +95,7 @@ class VerdictQuality:
             "n_verdicts": self._verdicts,
             "uncovered": reasons.pop("uncovered", 0),
             "unlisted": reasons.pop("option_unknown", 0),
+            "content_filter": reasons.pop(CONTENT_FILTER, 0),
             "failed": sum(reasons.values()),
             "failed_reasons": dict(reasons),
             "truncated": self._truncated,

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlaif.engines.base import Failure
 from rlaif.records import UserError
 
 _BATCH = 500
@@ -298,6 +299,8 @@ class Failures:
 
     def __init__(self) -> None:
         self.reasons: Counter[str] = Counter()
+        self.details: dict[str, str] = {}
+        """What was said of the first failure for each reason."""
         self._opened: sqlite3.Connection | None = None
 
     @property
@@ -308,13 +311,15 @@ class Failures:
             self._opened.execute("CREATE TABLE failed (key TEXT PRIMARY KEY, reason TEXT NOT NULL) WITHOUT ROWID")
         return self._opened
 
-    def add(self, key: str, reason: str) -> None:
+    def add(self, key: str, failure: Failure) -> None:
         """One request more.
 
         Raises:
             UserError: if the disk is full.
         """
+        reason = failure.reason
         self.reasons[reason] += 1
+        self.details.setdefault(reason, failure.detail)
         try:
             self._connection.execute("INSERT OR REPLACE INTO failed VALUES (?, ?)", (key, reason))
         except sqlite3.Error as error:

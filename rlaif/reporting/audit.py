@@ -39,6 +39,7 @@ _COUNTS = (
     ("n_verdicts", "verdicts asked", None),
     ("uncovered", "uncovered verdicts", "n_verdicts"),
     ("unlisted", "verdicts that the listed options leave open", "n_verdicts"),
+    ("content_filter", "verdicts that a content filter withheld", "n_verdicts"),
     ("failed", "failed verdicts, unparsed ones included", "n_verdicts"),
 )
 _COST = (

@@ -150,6 +150,7 @@ QUALITY: Terms = (
     ("n_verdicts", "verdicts", "", True),
     ("n_preferences", "preferences", "Pairs that became training preferences.", True),
     ("failed", "failed", "Verdicts that could not be had or parsed; kept and counted, never guessed.", True),
+    ("content_filter", "filtered", "Verdicts that the labeler's content filter withheld; kept, not asked again.", True),
     ("uncovered", "uncovered", "Verdicts with too little probability on the allowed words.", True),
     (
         "missing_weight_mean",

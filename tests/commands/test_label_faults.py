@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -355,6 +356,53 @@ def test_a_full_disk_ends_with_one_line_and_goes_on(
     assert len(server.bodies) <= VERDICTS + 2 * IN_FLIGHT
 
 
+def test_a_server_that_goes_down_costs_nothing_that_was_answered(
+    inputs: Path, undisturbed: dict[str, Any], server: FakeServer, tmp_path: Path
+) -> None:
+    """Gone for good, it ends the run with one line; gone for a while, it leaves no verdict missing."""
+    output = tmp_path / "out"
+    command = [*arguments(inputs, server.url, output), "labeler.max_retries=1"]
+    process = start([*command, "labeler.outage_s=1"])
+    wait(lambda: len(server.bodies) >= 60, process)
+    server.go_down()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert re.search(r"^error: .*: no answer for \d+ seconds \(labeler\.outage_s=1\), .*$", said.splitlines()[-1])
+    assert "Traceback" not in said
+    known = committed(output)
+    assert 60 - 2 * IN_FLIGHT <= known <= len(server.bodies)
+
+    asked = len(server.bodies)
+    server.come_back()
+    process = start(command)
+    wait(lambda: len(server.bodies) >= asked + 60, process)
+    server.go_down()
+    time.sleep(1)
+    server.come_back()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert re.search(r"answers again after \d+ seconds", said)
+    assert dataset(output) == undisturbed
+    # Twice were only those in flight when it went, and the questions that found it back.
+    assert len(server.bodies) <= VERDICTS + 2 * (2 * IN_FLIGHT + 2)
+
+
+def test_what_was_sent_before_a_kill_is_counted(inputs: Path, server: FakeServer, tmp_path: Path) -> None:
+    """Without a budget too; at most what is noted ahead is counted without having been sent."""
+    output = tmp_path / "out"
+    command = arguments(inputs, server.url, output, "labeler.concurrency=64")
+    server.default = slow(0.5)
+    for asked in (64, 160):  # sent together, while the labeler does nothing but wait
+        process = start(command)
+        wait(lambda asked=asked: len(server.bodies) >= asked, process)
+        process.kill()
+        process.communicate()
+    server.default = Oracle(bias=1.0)
+    finish(command)
+    spent = json.loads((output / "quality.json").read_text(encoding="utf-8"))["spent"]
+    assert VERDICTS < len(server.bodies) <= spent["requests"] <= len(server.bodies) + 2 * AHEAD
+
+
 FAULTS = {
     "rate limit": error(429, "slow down", **{"Retry-After": "0.02"}),
     "server error": error(500, "out of order"),
@@ -480,7 +528,13 @@ def test_the_key_is_told_nobody(
     server.default = answer or Oracle()
     # An interrupted run leaves its work beside the output.
     command = arguments(
-        inputs, server.url, tmp_path / "out", "labeler.max_retries=0", "hydra.verbose=true", "labeler.concurrency=64"
+        inputs,
+        server.url,
+        tmp_path / "out",
+        "labeler.max_retries=0",
+        "hydra.verbose=true",
+        "labeler.concurrency=64",
+        "labeler.outage_s=1",
     )
     result = finish(command, expect, {**os.environ, "OPENAI_API_KEY": KEY})
     assert server.headers[-1]["Authorization"] == f"Bearer {KEY}"

@@ -53,7 +53,7 @@ def continuations(body: dict[str, Any], logp: Callable[[list[int], int], float],
 
     ``known=False`` is a server without ``logprob_token_ids``: it lists the first 20 tokens instead.
     """
-    tokens = body["logprob_token_ids"] if known else range(20)
+    tokens = body.get("logprob_token_ids", range(20)) if known else range(20)
     choices = []
     for index, prompt in enumerate(body["prompt"]):
         top = {f"token_id:{token}": logp(prompt, token) for token in tokens}
@@ -103,9 +103,30 @@ class FakeServer:
             app.router.add_post("/v1/unload_lora_adapter", self._on_post)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
+        self._site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await self._site.start()
         return int(self._runner.addresses[0][1])
+
+    def go_down(self) -> None:
+        """Refuse connections and cut those that are open."""
+        self._call(self._stop())
+
+    async def _stop(self) -> None:
+        assert self._runner.server is not None
+        self._port = int(self._runner.addresses[0][1])
+        await self._site.stop()
+        for connection in self._runner.server.connections:
+            connection.force_close()
+            if connection.transport is not None:
+                connection.transport.abort()
+
+    def come_back(self) -> None:
+        """Take connections again, at the same address."""
+        self._call(self._restart())
+
+    async def _restart(self) -> None:
+        self._site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True)
+        await self._site.start()
 
     def close(self) -> None:
         self._call(self._runner.cleanup())

@@ -18,7 +18,7 @@ import pytest
 from fake_server import FakeServer, Reply, continuations, error, logprobs, text
 
 from rlaif.config import BudgetConfig, Endpoint, LabelerConfig, LabelerType, PriceConfig
-from rlaif.engines import client, limits
+from rlaif.engines import address, client, limits
 from rlaif.engines.base import Failure, OptionMass, OptionRequest
 from rlaif.engines.limits import Spend
 from rlaif.engines.openai import OpenAIEngine
@@ -34,7 +34,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build(server: FakeServer, **settings: Any) -> OpenAIEngine:
-    settings = {"base_url": server.url, "model": "judge", "timeout_s": 5.0} | settings
+    settings = {"base_url": server.url, "model": "judge", "timeout_s": 5.0, "outage_s": 2.0} | settings
     return OpenAIEngine(LabelerConfig(type=LabelerType.openai, **settings), seed=5)
 
 
@@ -44,8 +44,9 @@ def asks(many: int) -> Iterator[OptionRequest]:
 
 
 def share(body: dict[str, Any]) -> float:
-    """The truth: P(A) is a function of the question."""
-    return 0.05 + 0.01 * (int(body["messages"][0]["content"].split()[-1]) % 90)
+    """The truth: P(A) is a function of the question; one of the engine's own has no number."""
+    number = body["messages"][0]["content"].split()[-1]
+    return 0.05 + 0.01 * (int(number) % 90 if number.isdigit() else 0)
 
 
 def answer(body: dict[str, Any]) -> Reply:
@@ -159,7 +160,9 @@ class TestBudget:
     @pytest.mark.parametrize(("status", "counts"), [(400, False), (413, False), (500, True), (503, True)])
     def test_what_an_error_costs(self, server: FakeServer, status: int, counts: bool) -> None:
         """Nobody knows what a server had done when it broke; a refusal costs nothing."""
-        server.default = error(status, "no")
+        plain = text("A")
+        plain.body["usage"] = {"prompt_tokens": 0, "completion_tokens": 0}
+        server.default = lambda body: error(status, "no") if body["messages"][0]["content"] == "Which? 0" else plain
         with build(server, max_retries=0) as engine:
             list(engine.score_options(asks(1)))
             spent = engine.spent
@@ -320,9 +323,9 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> 
 def test_proxies_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTPS_PROXY", "all_proxy", "no_proxy", "NO_PROXY", "ALL_PROXY", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    assert client._proxy("https://models.example.org/v1") is None
+    assert address.find_proxy("https://models.example.org/v1") is None
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:3128")
-    assert client._proxy("https://models.example.org/v1") == "http://127.0.0.1:3128"
-    assert client._proxy("http://models.example.org/v1") is None
+    assert address.find_proxy("https://models.example.org/v1") == "http://127.0.0.1:3128"
+    assert address.find_proxy("http://models.example.org/v1") is None
     monkeypatch.setenv("no_proxy", "example.org")
-    assert client._proxy("https://models.example.org:8443/v1") is None
+    assert address.find_proxy("https://models.example.org:8443/v1") is None

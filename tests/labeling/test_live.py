@@ -24,7 +24,7 @@ def clock(monkeypatch):
 
 
 def test_the_figures_so_far(clock):
-    engine = SimpleNamespace(spent=SimpleNamespace(usd=1.234))
+    engine = SimpleNamespace(spent=SimpleNamespace(usd=1.234), waited_s=0.0)
     with LiveView(100, ("labeling", "verdict"), engine, minimum=0.5, truth=agreement_with_gold("length")) as view:
         view.known(20)
         # Of the first (longer) completion: right, wrong, a tie; then two that are of no use, and no failure is judged.
@@ -41,7 +41,7 @@ def test_the_figures_so_far(clock):
 
 def test_the_end_is_foretold_once_there_is_a_rate(clock, monkeypatch):
     monkeypatch.setattr("rlaif.labeling.live.time.time", lambda: 1_000_000.0)
-    with LiveView(100, ("labeling", "verdict"), SimpleNamespace(spent=None)) as view:
+    with LiveView(100, ("labeling", "verdict"), SimpleNamespace(spent=None, waited_s=0.0)) as view:
         view.add(asked(), OptionMass((0.6, 0.2), "logprob"))
         clock.s += 6
         assert "ends" in view.figures()
@@ -53,9 +53,24 @@ def test_the_end_is_foretold_once_there_is_a_rate(clock, monkeypatch):
         assert view.figures().endswith(time.strftime(", ends %H:%M", time.localtime(1_000_000 + 98 * 49.5)))
 
 
+def test_an_outage_is_not_taken_for_a_slow_server(clock, monkeypatch):
+    monkeypatch.setattr("rlaif.labeling.live.time.time", lambda: 1_000_000.0)
+    engine = SimpleNamespace(spent=None, waited_s=50.0)  # one was over before
+    with LiveView(100, ("labeling", "verdict"), engine) as view:
+        view.add(asked(), OptionMass((0.6, 0.2), "logprob"))
+        clock.s += 10
+        view.add(asked(), OptionMass((0.6, 0.2), "logprob"))
+        clock.s += 600
+        engine.waited_s += 600
+        view.add(asked(), OptionMass((0.6, 0.2), "logprob"))
+        import time
+
+        assert view.figures().endswith(time.strftime(", ends %H:%M", time.localtime(1_000_000 + 97 * 10 / 3)))
+
+
 def test_the_end_of_a_round_is_estimated_by_what_prompts_have_taken_so_far(clock, monkeypatch):
     monkeypatch.setattr("rlaif.labeling.live.time.time", lambda: 1_000_000.0)
-    with LiveView(None, ("labeling", "verdict"), SimpleNamespace(spent=None), prompts=100) as view:
+    with LiveView(None, ("labeling", "verdict"), SimpleNamespace(spent=None, waited_s=0.0), prompts=100) as view:
         for requests in (4, 0, 0, 0):  # one of four asks
             view.prompt(requests)
         for _ in range(4):
@@ -69,7 +84,7 @@ def test_the_end_of_a_round_is_estimated_by_what_prompts_have_taken_so_far(clock
 
 
 def test_what_is_written_counts_too(clock):
-    with LiveView(9, ("rationales", "rationale"), SimpleNamespace(spent=None)) as view:
+    with LiveView(9, ("rationales", "rationale"), SimpleNamespace(spent=None, waited_s=0.0)) as view:
         view.add(None, Sampled("because", "stop", 100, prompt_tokens=900))
         view.add(None, Likelihood(-1.0, 100, prompt_tokens=900))
         clock.s += 2
@@ -84,7 +99,7 @@ def test_people_are_agreed_with_in_both_orders_and_where_lists_have_two():
     ]
     people = agreement_with_people(pairs)
     assert [people.prefers(*shown) for shown in (("x", "y"), ("y", "x"), ("x", "z"), ("x", "other"))] == [-1, 1, 0, 0]
-    with LiveView(9, ("labeling", "verdict"), SimpleNamespace(spent=None), truth=people) as view:
+    with LiveView(9, ("labeling", "verdict"), SimpleNamespace(spent=None, waited_s=0.0), truth=people) as view:
         view.add(asked("x", "y"), OptionMass((0.2, 0.6), "logprob"))
         listed = OptionRequest((), OPTIONS, meta={"mode": "listwise", "completions": ["y", "x"]})
         view.add(listed, OptionMass((0.2, 0.6), "logprob"))

@@ -9,6 +9,7 @@ import tracemalloc
 
 import pytest
 
+from rlaif.engines.base import Failure
 from rlaif.labeling.store import Failures, VerdictStore
 from rlaif.records import UserError
 
@@ -271,10 +272,10 @@ def test_failures_do_not_pile_up_in_memory():
     """A budget that is used up fails all that is left."""
     failures = Failures()
     assert failures.get(["a"]) == {}
-    failures.add("first", "timeout")  # what opening takes is not counted
+    failures.add("first", Failure("timeout"))  # what opening takes is not counted
     tracemalloc.start()
     for number in range(20_000):
-        failures.add(f"{number:064x}", "budget")
+        failures.add(f"{number:064x}", Failure("budget"))
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert held < 100_000
