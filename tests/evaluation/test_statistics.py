@@ -43,6 +43,8 @@ def test_skewed_values_reach_further_to_their_long_side():
     estimate = clustered_mean([0, 0, 0, 4])
     assert estimate.low == pytest.approx(1 - 2 * 1.056, abs=0.02)
     assert estimate.high == pytest.approx(1 + 2 * 5.100, abs=0.04)
+    # A length is never negative.
+    assert clustered_mean([0, 0, 0, 4], least=0.0) == Estimate(1.0, 4, 0.0, estimate.high)
     mirrored = clustered_mean([0, 0, 0, -4])
     assert (mirrored.low, mirrored.high) == pytest.approx((-estimate.high, -estimate.low))
 
