@@ -65,12 +65,14 @@ class ClusteredMean:
         if k < 2:
             return Estimate(mean, k, float("-inf"), float("inf"))
         deviations = (sums - mean * counts) * k / counts.sum()
-        variance = float((deviations**2).mean())
-        if variance <= (1e-12 * mean) ** 2:
+        scale = float(np.abs(deviations).max())
+        if scale <= 1e-12 * abs(mean):
             # All the same but for rounding.
             return Estimate(mean, k, mean, mean)
+        deviations /= scale
+        variance = float((deviations**2).mean())
         skewness = float((deviations**3).mean()) / variance**1.5
-        error, t = math.sqrt(variance * k / (k - 1)), _student(k - 1) / math.sqrt(k)
+        error, t = scale * math.sqrt(variance * k / (k - 1)), _student(k - 1) / math.sqrt(k)
         low, high = (mean - error * _less_skewed(q, skewness, k) for q in (t, -t))
         return Estimate(mean, k, low, high)
 

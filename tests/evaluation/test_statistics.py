@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlaif.evaluation.statistics import (
@@ -95,6 +95,7 @@ def test_one_cluster_says_nothing_about_spread():
 
 
 @given(st.lists(st.tuples(st.floats(-100, 100), st.integers(0, 9)), min_size=1, max_size=20))
+@example([(0.0, 0), (5e-133, 1)])
 def test_the_interval_holds_the_estimate(rows):
     values, clusters = zip(*rows, strict=True)
     estimate = clustered_mean(values, clusters)
