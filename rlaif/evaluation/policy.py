@@ -151,7 +151,7 @@ def policy_metrics(samples: Sequence[Sample], baseline: Sequence[Sample]) -> dic
     if changed:
         raise UserError(f"baseline_samples has another text for {len(changed)} of the prompts, first {changed[0]}")
     estimates = {
-        "length": clustered_mean([float(sample.tokens) for sample in samples], prompts),
+        "length": clustered_mean([float(sample.tokens) for sample in samples], prompts, least=0.0),
         "eos_rate": clustered_share([float(sample.finish_reason == "stop") for sample in samples], prompts),
         "kl": clustered_mean([sample.kl for sample in samples], prompts),
     }

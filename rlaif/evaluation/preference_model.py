@@ -86,7 +86,7 @@ def preference_metrics(model: Scorer, preferences: Sequence[Preference], gold: s
     right = zip(pairs_agreement(margins, side), pairs_agreement(longer, side), strict=True)
     estimate = clustered_difference([by_pm - by_length for by_pm, by_length in right], decided)
     result |= estimate.flat("gain_over_longer") if estimate else {}
-    estimate = clustered_mean(nll, prompts)
+    estimate = clustered_mean(nll, prompts, least=0.0)
     result |= estimate.flat("nll") if estimate else {}
     # Both directions of each pair: the error then does not depend on which side is called chosen.
     probabilities = [sigmoid(margin) for margin in margins]

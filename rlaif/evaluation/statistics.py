@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -65,12 +65,14 @@ class ClusteredMean:
         if k < 2:
             return Estimate(mean, k, float("-inf"), float("inf"))
         deviations = (sums - mean * counts) * k / counts.sum()
-        variance = float((deviations**2).mean())
-        if variance <= (1e-12 * mean) ** 2:
+        scale = float(np.abs(deviations).max())
+        if scale <= 1e-12 * abs(mean):
             # All the same but for rounding.
             return Estimate(mean, k, mean, mean)
+        deviations /= scale
+        variance = float((deviations**2).mean())
         skewness = float((deviations**3).mean()) / variance**1.5
-        error, t = math.sqrt(variance * k / (k - 1)), _student(k - 1) / math.sqrt(k)
+        error, t = scale * math.sqrt(variance * k / (k - 1)), _student(k - 1) / math.sqrt(k)
         low, high = (mean - error * _less_skewed(q, skewness, k) for q in (t, -t))
         return Estimate(mean, k, low, high)
 
@@ -125,14 +127,20 @@ def _student(freedom: int) -> float:
     return z + sum(term / v**power for power, term in enumerate(terms, 1))
 
 
-def clustered_mean(values: Sequence[float], clusters: Sequence[Any] | None = None) -> Estimate | None:
+def clustered_mean(
+    values: Sequence[float], clusters: Sequence[Any] | None = None, least: float = float("-inf")
+) -> Estimate | None:
     """Mean of ``values`` with its interval (:meth:`ClusteredMean.estimate`); None where there are no values.
 
     Args:
         values: one number an observation.
         clusters: the cluster (prompt) of each observation; without it each observation is its own.
+        least: what no value can be below, and so no end of the interval of several clusters.
     """
-    return _gathered(values, clusters).estimate()
+    estimate = _gathered(values, clusters).estimate()
+    if estimate is None or estimate.n < 2:
+        return estimate
+    return replace(estimate, low=max(least, estimate.low))
 
 
 def clustered_share(values: Sequence[float], clusters: Sequence[Any] | None = None) -> Estimate | None:

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlaif.evaluation.statistics import (
@@ -43,6 +43,8 @@ def test_skewed_values_reach_further_to_their_long_side():
     estimate = clustered_mean([0, 0, 0, 4])
     assert estimate.low == pytest.approx(1 - 2 * 1.056, abs=0.02)
     assert estimate.high == pytest.approx(1 + 2 * 5.100, abs=0.04)
+    # A length is never negative.
+    assert clustered_mean([0, 0, 0, 4], least=0.0) == Estimate(1.0, 4, 0.0, estimate.high)
     mirrored = clustered_mean([0, 0, 0, -4])
     assert (mirrored.low, mirrored.high) == pytest.approx((-estimate.high, -estimate.low))
 
@@ -93,6 +95,7 @@ def test_one_cluster_says_nothing_about_spread():
 
 
 @given(st.lists(st.tuples(st.floats(-100, 100), st.integers(0, 9)), min_size=1, max_size=20))
+@example([(0.0, 0), (5e-133, 1)])
 def test_the_interval_holds_the_estimate(rows):
     values, clusters = zip(*rows, strict=True)
     estimate = clustered_mean(values, clusters)
