@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 import re
 import tempfile
 from array import array
@@ -22,6 +21,7 @@ from rlaif.config import AnnotatorConfig, Feedback, Selection
 from rlaif.gold import gold_score
 from rlaif.labeling.aggregate import PairLabel, logit, sigmoid
 from rlaif.labeling.ranking import ranks, scores_of
+from rlaif.labeling.verdicts import smoothed
 from rlaif.records import (
     Candidates,
     Message,
@@ -172,8 +172,8 @@ def simulated_human_pairs(line: Candidates, gold: str, annotator: AnnotatorConfi
     Each annotator's draw is a function of the seed, the pair and the annotator's number alone. Ties in gold are drawn
     like any other pair.
 
-    A single draw is a hard label, as in a file of people's choices. The votes of several are smoothed (Jeffreys' prior
-    on a share): their reliability is known to nobody downstream.
+    A single draw is a hard label, as in a file of people's choices. The votes of several are smoothed as a labeler's
+    are: their reliability is known to nobody downstream.
     """
     result = []
     scores = {candidate.candidate_id: gold_score(gold, candidate.completion) for candidate in line.candidates}
@@ -183,7 +183,7 @@ def simulated_human_pairs(line: Candidates, gold: str, annotator: AnnotatorConfi
         n = annotator.annotators
         choice, flip = np.random.default_rng(int(key[:15], 16)).random((n, 2)).T
         votes = int(((choice < p) != (flip < annotator.flip)).sum())
-        label = logit(float(votes)) if n == 1 else math.log((votes + 0.5) / (n - votes + 0.5))
+        label = logit(float(votes)) if n == 1 else logit(smoothed(votes / n, n, 2))
         result.append(PairLabel(line.prompt.prompt_id, one, other, label, {gold: label}))
     return result
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rlaif.cli import launch
 from rlaif.config import (
     Critic,
+    Keep,
     LabelerType,
     Method,
     ModelConfig,
@@ -181,6 +182,8 @@ def _check_processes(config: TrainConfig, method: Method) -> None:
         )
     if method is Method.ppo and config.ppo.sampler is Sampler.vllm:
         raise UserError(f"ppo.sampler=vllm works with one process, and {count} were launched; give ppo.sampler=hf")
+    if "pm" in _trained(config) and config.pm.keep is Keep.best:
+        raise UserError(f"pm.keep=best works with one process, and {count} were launched; give pm.keep=last")
     if not torch.cuda.is_available():
         return
     device, local = pick_device(config.policy.device), int(os.environ.get("LOCAL_RANK", "0"))

@@ -161,7 +161,7 @@ class ValueInit(StrEnum):
 
 
 class Keep(StrEnum):
-    """Which policy a run leaves: that of the last iteration, or the best on the validation prompts."""
+    """What training leaves: the last weights, or those that were best on validation prompts."""
 
     last = "last"
     best = "best"

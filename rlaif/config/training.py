@@ -119,6 +119,9 @@ class PMConfig(TrainerSettings):
     """Price of a standard deviation between members under ``uncertainty``."""
     model: str | None = None
     """Another base model for the PM than the policy, of any family: a hub name or folder. Null: the policy's."""
+    keep: Keep = Keep.last
+    """Which weights are saved: the ``last``, or the ``best`` by likelihood on a third of the validation prompts, looked
+    at five times. The PM is measured on the others."""
     gate: Gate = Gate.stop
     """What happens where a PM that is not shown to be above chance, or is below ``min_accuracy``, would guide a policy:
     ``stop``, or ``warn`` and go on."""

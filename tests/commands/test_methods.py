@@ -20,6 +20,7 @@ from rlaif.config import (
     EnsembleScore,
     EvalConfig,
     Feedback,
+    Keep,
     LabelerConfig,
     LabelerType,
     Method,
@@ -275,6 +276,7 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAG
             "ppo.minibatch_size=16 is shared by 3 processes: make it a multiple",
         ),
         ({"WORLD_SIZE": "2"}, {"method": Method.ppo, "ppo": PPOConfig(sampler=Sampler.vllm)}, "works with one process"),
+        ({"WORLD_SIZE": "2"}, {"method": Method.ppo, "pm": PMConfig(keep=Keep.best)}, "give pm.keep=last"),
         (
             {"ACCELERATE_USE_MEGATRON_LM": "true"},
             {"method": Method.dpo},

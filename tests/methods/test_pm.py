@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from rlaif.config import EnsembleScore, LoraSettings, ModelConfig, PMConfig, SFTConfig, Tuning
+from rlaif.config import EnsembleScore, Keep, LoraSettings, ModelConfig, PMConfig, SFTConfig, Tuning
 from rlaif.generation import left_pad
+from rlaif.methods import supervised
 from rlaif.methods.pm import train_pm
 from rlaif.preference_model import (
     PreferenceModel,
@@ -245,3 +248,66 @@ def test_a_pm_that_starts_from_an_adapter_is_saved_whole(tmp_path: Path) -> None
     assert not (target / "adapter_config.json").exists()
     metrics = json.loads((tmp_path / "pm" / "pm_metrics.json").read_text())
     assert metrics["accuracy"] > 0.9
+
+
+def contrary(rows: list[Preference]) -> list[Preference]:
+    return [replace(row, chosen=row.rejected, rejected=row.chosen) for row in rows]
+
+
+def test_the_weights_that_held_out_preferences_like_best_are_kept(tmp_path: Path) -> None:
+    """What training teaches is wrong of the validation prompts, so the least of it is the best."""
+    validation = contrary(preferences(24))
+    kept = {}
+    for keep in Keep:
+        folder = tmp_path / keep.value
+        # Ten steps, looked at after every second one.
+        config = settings(keep=keep, epochs=5, batch_size=16, warmup_ratio=0.0)
+        train_pm(config, TINY, preferences(32), validation, folder, seed=0)
+        kept[keep] = json.loads((folder / "pm_metrics.json").read_text())
+    assert kept[Keep.best]["kept_step"] == 2
+    assert "kept_step" not in kept[Keep.last]
+    assert kept[Keep.best]["nll"] < kept[Keep.last]["nll"] - 0.5
+    # A third of the prompts chose, the others measure.
+    assert (kept[Keep.last]["validation_pairs"], kept[Keep.best]["validation_pairs"]) == (24, 16)
+
+
+def test_the_last_weights_are_kept_where_they_are_the_best(tmp_path: Path) -> None:
+    scores = {}
+    for keep in Keep:
+        config = settings(keep=keep, max_steps=11, learning_rate=2e-3)
+        target = train_pm(config, TINY, preferences(32), preferences(9), tmp_path / keep.value, seed=0)
+        scores[keep] = PreferenceModel(pm_config(TINY, target)).score([(preferences(1)[0].prompt, "aza")])
+    assert json.loads((tmp_path / "best" / "pm_metrics.json").read_text())["kept_step"] == 11
+    assert scores[Keep.best] == scores[Keep.last]
+
+
+def test_weights_are_chosen_on_validation_prompts_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^pm\.keep=best .* there are only 1; raise data\.validation_fraction"):
+        train_pm(settings(keep=Keep.best), TINY, preferences(8), preferences(1), tmp_path, seed=0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tuning", [Tuning.lora, Tuning.full])
+def test_an_interrupted_run_still_knows_the_best_weights(
+    tmp_path: Path, tuning: Tuning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(keep=Keep.best, tuning=tuning, epochs=5, batch_size=16, warmup_ratio=0.0, learning_rate=1e-3)
+    step_end = supervised.Curve.on_step_end
+
+    def run(folder: Path) -> tuple[int, list[float]]:
+        target = train_pm(config, TINY, preferences(32), contrary(preferences(12)), folder, seed=0)
+        scores = PreferenceModel(pm_config(TINY, target)).score([(preferences(1)[0].prompt, "aza")])
+        return json.loads((folder / "pm_metrics.json").read_text())["kept_step"], scores
+
+    def stops(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 7:
+            raise KeyboardInterrupt
+        step_end(self, args, state, control, **kwargs)
+
+    whole = run(tmp_path / "whole")
+    assert whole[0] == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(supervised.Curve, "on_step_end", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "cut")
+    assert run(tmp_path / "cut") == whole
