@@ -5,6 +5,7 @@ Readers check each line and raise :class:`UserError` naming the file, the line a
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -313,28 +314,20 @@ def json_line(value: dict[str, Any]) -> str:
     return _LINE.encode(value) + "\n"
 
 
-class atomic_file:  # noqa: N801 - used as a context manager function
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Any]:
     """Open a text file for writing that replaces ``path``, once on the disk, if the block ends without an error."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Any:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
         # Half of a surrogate pair has no UTF-8 form; in JSON its escape is right.
-        self.file = self.temporary.open("x", encoding="utf-8", errors="backslashreplace", newline="\n")
-        return self.file
-
-    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        try:
-            if kind is None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                os.replace(self.temporary, self.path)
-        finally:
-            self.temporary.unlink(missing_ok=True)
-            self.file.close()
+        with temporary.open("x", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -302,10 +302,9 @@ def test_what_writing_that_was_killed_left_is_not_published(tmp_path: Path) -> N
         run_stage("sample", tmp_path / "out", {"content": "one"}, {}, fail_with_work, seed=0)
     partial = tmp_path / ".out.partial"
     (partial / "deep").mkdir()
-    for folder in (partial, partial / "deep"):
-        unfinished = atomic_file(folder / "labels.jsonl")
-        unfinished.__enter__().write("half a")
-        unfinished.file.close()
+    unfinished = [atomic_file(folder / "labels.jsonl") for folder in (partial, partial / "deep")]
+    for file in unfinished:
+        file.__enter__().write("half a")
     assert len(list(partial.rglob(".labels.jsonl.*"))) == 2
     stage(tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == ["deep", "file.txt", PROVENANCE, "work"]

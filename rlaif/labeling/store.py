@@ -40,7 +40,7 @@ def _has(path: str, *types: str) -> str:
 _NUMBER = ("integer", "real")
 _OPTIONAL = (
     *(_has(name, "text", "absent") for name in ("text", "reply", "finish_reason", "method")),
-    *(_has(name, "integer", "absent") for name in ("tokens", "prompt_tokens", "completion_tokens")),
+    *(_has(name, "integer", "absent") for name in ("tokens", "prompt_tokens", "completion_tokens", "replies")),
     *(_has(name, *_NUMBER, "absent") for name in ("logp", "latency_s", "observed")),
 )
 _KINDS = (
