@@ -52,7 +52,7 @@ from rlaif.folders import (
 from rlaif.locks import exclusive
 from rlaif.processes import from_main, is_main, wait_for_all
 from rlaif.records import UserError, bounded_examples, content_hash, read_json, write_json
-from rlaif.text import redacted_settings
+from rlaif.redaction import redacted_settings
 
 log = logging.getLogger("rlaif")
 

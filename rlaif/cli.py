@@ -25,7 +25,8 @@ from rlaif.errors import explain, interrupted, read_wrongly
 from rlaif.folders import FAILED, check_output
 from rlaif.processes import world_size
 from rlaif.records import UserError, read_json, shipped, write_json
-from rlaif.text import redacted, visible
+from rlaif.redaction import redacted
+from rlaif.text import visible
 
 log = logging.getLogger("rlaif")
 
@@ -57,7 +58,7 @@ def launch(command: str, task: Callable[[Any, Path], None], usage: str) -> NoRet
             _stop("interrupted; the same command goes on from here", 130)
         message = explain(error, command)
         if message is None:
-            _stop(traceback.format_exc(), 1)
+            _stop(traceback.format_exc().rstrip(), 1)
         _stop(f"error: {message}", 2)
     if failures:
         _stop(f"error: {len(failures)} job(s) of the sweep failed: {'; '.join(failures)}", 1)

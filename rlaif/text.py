@@ -1,6 +1,6 @@
-"""Text made harmless for terminals, logs and pages: other people's, and secrets that stand where they shouldn't.
+"""Other people's text made harmless for terminals, logs and pages, and its words.
 
-Also its words. Chinese, Japanese, Thai, Lao, Khmer and Burmese put no spaces between words: there a regular expression
+Chinese, Japanese, Thai, Lao, Khmer and Burmese put no spaces between words: there a regular expression
 takes a whole clause for one.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from typing import Any
 
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
@@ -28,54 +27,6 @@ def _visible(character: str) -> str:
     if unicodedata.category(character) not in _INVISIBLE and code & 0xFFFE != 0xFFFE:
         return character
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
-HIDDEN = "[hidden]"
-_NAME = r"(?:[\w.-]*[._-]key|(?:[\w.-]*[._-])?(?:apikey|token|secret|passw(?:or)?d|passphrase|pwd|auth(?:orization)?))"
-"""What names a secret by its last word: ``labeler.extra_body.api_key``, but not ``max_new_tokens``."""
-_VALUE = r"""(?!\[hidden\])(?:"[^"]*"|'[^']*'|[^\s,;&}\])]+)"""
-_VARIABLE = r"[A-Z_][A-Z0-9_]*"
-_INSIDE = r"""(?m:^|[{,])\s*["']?"""
-_SECRETS = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        # An address with a user or a password.
-        (r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s'\"]*@", rf"\1{HIDDEN}@"),
-        # The tokens of OpenAI, Anthropic and others, Hugging Face, GitHub, GitLab, Google, AWS, Slack, NVIDIA; JWTs.
-        (
-            r"\b(?:sk-[\w-]{10,}|(?:hf|gsk|xai|r8|ghp|gho|ghu|ghs|ghr|github_pat|nvapi|glpat)[_-][\w-]{16,}"
-            r"|AIza[\w-]{30,}|A[KS]IA[A-Z0-9]{16}|xox[a-z]-[\w-]{10,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)",
-            HIDDEN,
-        ),
-        (r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}", rf"\1{HIDDEN}"),
-        (r"""(?i)\b(authorization["']?\s*[:=]\s*["']?\w+\s+)[\w.~+/=-]{4,}""", rf"\1{HIDDEN}"),
-        # api_key=..., and {api_key: ...} or {"api_key": "..."} inside a mapping.
-        (rf"(?i)((?<![\w.-]){_NAME}=){_VALUE}", rf"\1{HIDDEN}"),
-        (rf"""(?i)({_INSIDE}{_NAME}["']?\s*:\s*){_VALUE}""", rf"\1{HIDDEN}"),
-        # The name of a variable is told; anything else there is the key itself, set by mistake.
-        (rf"(api_key_env=)(?!{_VARIABLE}(?:[\s,;]|$)){_VALUE}", rf"\1{HIDDEN}"),
-        (rf"""({_INSIDE}api_key_env["']?\s*:\s*)(?!["']?{_VARIABLE}["']?(?:[\s,;}}]|$)){_VALUE}""", rf"\1{HIDDEN}"),
-    )
-]
-
-
-def redacted(text: str) -> str:
-    """``text`` without what is a secret by its shape (a token, a password in an address) or by its name."""
-    for pattern, replacement in _SECRETS:
-        text = pattern.sub(replacement, text)
-    return text
-
-
-def redacted_settings(value: Any, name: str = "") -> Any:
-    """Settings for a file: as they are, but without secrets."""
-    if isinstance(value, dict):
-        return {key: redacted_settings(item, str(key)) for key, item in value.items()}
-    if isinstance(value, list):
-        return [redacted_settings(item, name) for item in value]
-    if not isinstance(value, str):
-        return value
-    named = re.fullmatch(f"(?i){_NAME}", name) or (name == "api_key_env" and not re.fullmatch(_VARIABLE, value))
-    return HIDDEN if named else redacted(value)
 
 
 _HAN_AND_KANA = (

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "rlaif"
 
 # Lowest first. A module may import from its own layer and from those before it, never from a later one.
 LAYERS = [
-    {"", "config", "records", "folders", "near_duplicates", "processes", "progress", "text"},
+    {"", "config", "records", "folders", "near_duplicates", "processes", "progress", "redaction", "text"},
     {"errors", "settings_files"},
     {"gold", "constitution", "losses", "chat", "splits", "evaluation.statistics"},
     {
@@ -54,7 +54,7 @@ NARROW = {
     "config": {*PARTS},
     "errors": {"config", "records"},
     "settings_files": {"records"},
-    "cli": {"config", "errors", "folders", "processes", "records", "settings_files", "text"},
+    "cli": {"config", "errors", "folders", "processes", "records", "redaction", "settings_files", "text"},
     "loading": {"records"},
     "engines.base": {"config", "records"},
     "engines.limits": {"config"},

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlaif.artifacts import duration
+from rlaif.redaction import redacted
 from rlaif.reporting.collect import Collection, Estimate, Evaluation, Record, Sample, finite
 from rlaif.reporting.statement import Line, averaged, distinct_seeds, judging_models, seed_text, values
 from rlaif.reporting.terms import COMPARISON, OVER, PREFERENCE_MODEL, QUALITY, START, Terms
 from rlaif.reporting.text import MISSING, Safe, estimate_text, number, origin_text, seeds_text
-from rlaif.text import redacted
 
 
 @dataclass(frozen=True)
