@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from rlaif.cli import launch
 from rlaif.config import (
+    ByTuning,
     Critic,
     LabelerType,
     Method,
@@ -279,6 +280,14 @@ def _check_tunings(config: TrainConfig) -> None:
             check_tuning(settings.tuning, config.policy, name)
 
 
+def with_rates(config: TrainConfig) -> TrainConfig:
+    """The configuration with every learning rate as it is in force: what is recorded, and what decides the content."""
+    groups = {name: value.resolved() for name, value in vars(config).items() if isinstance(value, ByTuning)}
+    for name, settings in _trained(config).items():
+        log.info("%s: learning rate %g (%s.tuning=%s)", name, settings.rate, name, settings.tuning.value)
+    return replace(config, **groups)
+
+
 def fit(config: TrainConfig, output: Path) -> Trained:
     """Train one arm into ``output``.
 
@@ -288,6 +297,7 @@ def fit(config: TrainConfig, output: Path) -> Trained:
     from rlaif.evaluation.pm_gate import examine_pm, hold_to_gate
     from rlaif.methods.stages import ONLINE, REWARDED, SUPERVISED, Arm, reward_source, started_from, train_pm_stage
 
+    config = with_rates(config)
     method = config.method
     assert method is not None
     arm = Arm(config, output, config.policy)
