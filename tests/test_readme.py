@@ -362,3 +362,5 @@ def test_the_page_of_benchmarks_is_made_of_the_results():
         about = made["MEANING"][file.stem.removesuffix("_bfloat16")][1]
         if about:
             assert set(yaml.safe_load(file.read_text(encoding="utf-8"))["ratios"]) <= set(about), file.name
+    defaults = (ROOT / "docs" / "defaults.md").read_text(encoding="utf-8")
+    assert made["with_tables"](defaults) == defaults
