@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlaif.cli import launch
 from rlaif.config import (
@@ -282,7 +282,7 @@ def _check_tunings(config: TrainConfig) -> None:
 
 def with_rates(config: TrainConfig) -> TrainConfig:
     """The configuration with every learning rate as it is in force: what is recorded, and what decides the content."""
-    groups = {name: value.resolved() for name, value in vars(config).items() if isinstance(value, ByTuning)}
+    groups: dict[str, Any] = {name: value.resolved() for name, value in vars(config).items() if isinstance(value, ByTuning)}
     for name, settings in _trained(config).items():
         log.info("%s: learning rate %g (%s.tuning=%s)", name, settings.rate, name, settings.tuning.value)
     return replace(config, **groups)
