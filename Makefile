@@ -10,7 +10,7 @@ STAMP := $(VENV)/.ready
 VLLM_STAMP := $(VENV)/.vllm-ready
 DEEPSPEED_STAMP := $(VENV)/.deepspeed-ready
 
-BENCHMARKS := labeling_engine labeling_server labeling_scale labeling_budget labeling_attacks ppo preference_model dpo optimum
+BENCHMARKS := labeling_engine labeling_server labeling_scale labeling_budget labeling_attacks ppo preference_model dpo optimum ppo_defaults
 
 .PHONY: setup setup-vllm demo smoke test test-fast bench lint clean
 

@@ -298,8 +298,9 @@ def prompts(settings: dict[str, Any]) -> dict[str, Any]:
     for count in settings["counts"]:
         many = [Prompt(f"p{i}", ({"role": "user", "content": f"Tell me about {i}."},)) for i in range(count)]
         policy = load_policy(TINY, Tuning.lora, config.lora)
+        folder = Path(tempfile.mkdtemp())
         ready[count] = PPOTrainer(
-            config, policy, many, lambda asked, texts: [float(len(x)) for x in texts], Path(tempfile.mkdtemp()), 0
+            config, policy, many, lambda examples: [float(len(each.completion)) for each in examples], folder, 0
         )
         seconds[count] = []
         ready[count].step(0)

@@ -47,11 +47,12 @@ _TEMPLATE_TOKEN = re.compile(
 
 
 def encode_chat(
-    tokenizer: Any, messages: Sequence[Message], stem: str = "", generation_prompt: bool = True
+    tokenizer: Any, messages: Sequence[Message], stem: str = "", generation_prompt: bool = True, ended: bool = True
 ) -> list[int]:
     """Token ids of a conversation up to the point where the assistant's reply starts, then ``stem``.
 
-    ``generation_prompt=False`` stops after the last message instead.
+    ``generation_prompt=False`` stops after the last message instead. If that was cut (``ended=False``), it stops before
+    what the template ends a turn with.
 
     The template is rendered once and tokenised without a second BOS. Where a message contains the text of a
     control token ("<|im_end|>", "<think>"), the template's own parts and the messages are tokenised apart, and in
@@ -61,16 +62,17 @@ def encode_chat(
         UserError: if the template refuses the conversation.
     """
     contents = [message["content"] for message in messages]
+    end = "" if ended else _after_reply(tokenizer)
     # Joined: a template may put two messages side by side.
     if not _control(tokenizer).may_be_in("".join([*contents, stem])):
-        text = _render(tokenizer, list(messages), generation_prompt) + stem
+        text = _render(tokenizer, list(messages), generation_prompt).removesuffix(end) + stem
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     marks = [_mark(index, contents) for index in range(len(messages))]
     masked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
     # The template may drop a message, move it or show it twice.
     texts = dict(zip(marks, contents, strict=True))
     ids: list[int] = []
-    for part in re.split(f"({'|'.join(marks)})", _render(tokenizer, masked, generation_prompt)):
+    for part in re.split(f"({'|'.join(marks)})", _render(tokenizer, masked, generation_prompt).removesuffix(end)):
         if part in texts:
             ids += _inert(tokenizer, texts[part])
         else:
@@ -227,13 +229,17 @@ def turn_end(tokenizer: Any) -> int:
     It is the first special token after the reply (Gemma: ``<end_of_turn>``, whereas its eos ends the whole text); eos
     where the template has none.
     """
-    question, reply = _mark(0, ("question",)), _mark(1, ("reply",))
-    conversation = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-    after = _render(tokenizer, conversation, False).rpartition(reply)[2]
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(_after_reply(tokenizer), add_special_tokens=False)["input_ids"]
     return next((token for token in ids if token in special), int(tokenizer.eos_token_id))
+
+
+def _after_reply(tokenizer: Any) -> str:
+    """What the chat template puts after an assistant's reply that ends a conversation."""
+    question, reply = _mark(0, ("question",)), _mark(1, ("reply",))
+    conversation = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    return _render(tokenizer, conversation, False).rpartition(reply)[2]
 
 
 def _as_text(tokenizer: Any, text: str) -> list[int]:

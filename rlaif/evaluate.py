@@ -83,7 +83,7 @@ def run_evaluation(
             samples = sample_policy(policy, None, prompts, many, seed, STREAM_BEST_OF_N)
             with source.open(folder) as reward:
                 # Several processes sample; one scores what all have made.
-                asked = [(sample.prompt, sample.completion) for sample in samples if is_main()]
+                asked = [sample.example for sample in samples if is_main()]
                 scores = reward.score(asked)
             if is_main():
                 samples = best_of_n(samples, scores, n)

@@ -28,7 +28,7 @@ from rlaif.models import (
 )
 from rlaif.policy import Policy, load_policy, merged, under
 from rlaif.prefix import positions_after, read_after, shareable
-from rlaif.records import Message, UserError
+from rlaif.records import Example, UserError
 
 log = logging.getLogger("rlaif")
 
@@ -36,9 +36,6 @@ CALIBRATION = "calibration.json"
 """Beside the weights: who labelled, and mean, deviation and temperature of the scores on reference completions."""
 ENSEMBLE = "ensemble.json"
 """In the folder of an ensemble: the folders of its members."""
-
-Example = tuple[Sequence[Message], str]
-"""A prompt and a completion."""
 
 
 class Scorer(Protocol):
@@ -99,7 +96,7 @@ class Ensemble:
         self.combine, self.penalty = combine, penalty
 
     def score(self, examples: Sequence[Example]) -> list[float]:
-        """The combined score of each (prompt, completion), in standard deviations."""
+        """The combined score of each example, in standard deviations."""
         columns = [
             [(score - mean) / std for score in member.score(examples)]
             for member, (mean, std) in zip(self.members, self.scales, strict=True)
@@ -120,10 +117,13 @@ def combined(scores: Sequence[float], combine: EnsembleScore, penalty: float) ->
     return mean - penalty * statistics.pstdev(scores) if combine is EnsembleScore.uncertainty else mean
 
 
-def encode_example(tokenizer: Any, prompt: Sequence[Message], completion: str) -> list[int]:
-    """Token ids of the whole conversation, as the chat template renders it; the score is read at the last one."""
-    messages = [*prompt, {"role": "assistant", "content": completion}]
-    return encode_chat(tokenizer, messages, generation_prompt=False)
+def encode_example(tokenizer: Any, example: Example) -> list[int]:
+    """Token ids of the conversation as the chat template renders it; the score is read at the last one.
+
+    A completion that was cut has no end of its turn: it did not end, and a PM must not be told that it did.
+    """
+    messages = [*example.prompt, {"role": "assistant", "content": example.completion}]
+    return encode_chat(tokenizer, messages, generation_prompt=False, ended=example.ended)
 
 
 def separate_pad_token(tokenizer: Any) -> None:
@@ -132,7 +132,7 @@ def separate_pad_token(tokenizer: Any) -> None:
     transformers' classification models find the last token by looking for padding. Where pad equals eos and a
     template ends with eos, they would read the score one token early.
     """
-    last = encode_example(tokenizer, [{"role": "user", "content": "a"}], "b")[-1]
+    last = encode_example(tokenizer, Example([{"role": "user", "content": "a"}], "b"))[-1]
     if tokenizer.pad_token_id != last:
         return
     others = [
@@ -164,8 +164,8 @@ class PreferenceModel:
         return model.merge_and_unload() if whole else model
 
     def score(self, examples: Sequence[Example]) -> list[float]:
-        """The score of each (prompt, completion)."""
-        given = [tuple(encode_example(self.tokenizer, prompt, completion)) for prompt, completion in examples]
+        """The score of each example."""
+        given = [tuple(encode_example(self.tokenizer, example)) for example in examples]
         # Pairs of one prompt share completions.
         places = {row: place for place, row in enumerate(dict.fromkeys(given))}
         encoded = [list(row) for row in places]
@@ -212,7 +212,7 @@ class AdapterPreferenceModel(PreferenceModel):
         return model
 
     def score(self, examples: Sequence[Example]) -> list[float]:
-        """The score of each (prompt, completion)."""
+        """The score of each example."""
         with under(self.model, self.adapter), merged(self.model):
             return super().score(examples)
 

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 Message = dict[str, str]
 T = TypeVar("T")
@@ -53,6 +53,14 @@ class Completion:
     seed: int | None = None
     finish_reason: str | None = None
     tokens: int | None = None
+
+
+class Example(NamedTuple):
+    """A prompt and a completion to be scored. ``ended`` is false for one that was cut at the length limit."""
+
+    prompt: Sequence[Message]
+    completion: str
+    ended: bool = True
 
 
 @dataclass(frozen=True)
@@ -156,7 +164,7 @@ class Preference:
     principles: dict[str, float] = field(default_factory=dict)
     chosen_ended: bool = True
     rejected_ended: bool = True
-    """False for a completion that was cut at the length limit: training then adds no end token."""
+    """False for a completion that was cut at the length limit: training and scoring then add no end token."""
     chosen_rank: int | None = None
     rejected_rank: int | None = None
     """Place among the prompt's candidates by Bradley-Terry score, 1 for the best; None where it is not known."""
@@ -167,6 +175,14 @@ class Preference:
     source: str = ""
     """Which part of its dataset it comes from (a ``subset`` or ``source`` column), for figures by part."""
     declared: bool = False  # whose feedback it is, by the user: its file does not say
+
+    @property
+    def examples(self) -> tuple[Example, Example]:
+        """The chosen and the rejected completion, to be scored."""
+        return (
+            Example(self.prompt, self.chosen, self.chosen_ended),
+            Example(self.prompt, self.rejected, self.rejected_ended),
+        )
 
     def to_row(self) -> dict[str, Any]:
         """The row in TRL's conversational preference format, with the soft label beside it."""

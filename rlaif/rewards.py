@@ -20,7 +20,7 @@ from rlaif.labeling.modes import Setup
 from rlaif.labeling.prompts import SCALE
 from rlaif.labeling.store import STORE, STORE_FILES, VerdictStore
 from rlaif.processes import from_all, from_main, is_main, rank, world_size
-from rlaif.records import Candidates, Completion, Label, Message, Prompt, UserError
+from rlaif.records import Candidates, Completion, Example, Label, Prompt, UserError
 
 log = logging.getLogger("rlaif")
 
@@ -30,9 +30,9 @@ REWARD_MODES = (LabelMode.score, LabelMode.pointwise)
 
 
 class RewardModel(Protocol):
-    """Scores of (prompt, completion); None where there is no verdict."""
+    """Scores of completions; None where there is no verdict."""
 
-    def score(self, examples: Sequence[tuple[Sequence[Message], str]]) -> Sequence[float | None]:
+    def score(self, examples: Sequence[Example]) -> Sequence[float | None]:
         """One score an example; higher is better."""
 
 
@@ -157,7 +157,7 @@ class AskedByMain:
     scores: LabelerScores | None
     """None in all but the main process."""
 
-    def score(self, examples: Sequence[tuple[Sequence[Message], str]]) -> list[float | None]:
+    def score(self, examples: Sequence[Example]) -> list[float | None]:
         """As :meth:`LabelerScores.score`, of this process's examples."""
         parts = from_all(list(examples))
 
@@ -179,15 +179,15 @@ class LabelerScores:
     store: VerdictStore
     seed: int
 
-    def score(self, examples: Sequence[tuple[Sequence[Message], str]]) -> list[float | None]:
+    def score(self, examples: Sequence[Example]) -> list[float | None]:
         """The weighted mean over the principles asked of :func:`verdict_value`, divided by ``labeling.temperature``.
 
         Raises:
             UserError: if the labeler gave no verdict at all.
         """
         lines = [
-            Candidates(Prompt(str(index), tuple(prompt)), (Completion("0", text),))
-            for index, (prompt, text) in enumerate(examples)
+            Candidates(Prompt(str(index), tuple(example.prompt)), (Completion("0", example.completion),))
+            for index, example in enumerate(examples)
         ]
         weights = Setup(self.constitution, self.engine.name, self.labeling, self.seed).weights
         totals, asked = [0.0] * len(lines), [0.0] * len(lines)

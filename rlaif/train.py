@@ -8,10 +8,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlaif.cli import launch
 from rlaif.config import (
+    ByTuning,
     Critic,
     Keep,
     LabelerType,
@@ -282,6 +283,16 @@ def _check_tunings(config: TrainConfig) -> None:
             check_tuning(settings.tuning, config.policy, name)
 
 
+def with_rates(config: TrainConfig) -> TrainConfig:
+    """The configuration with every learning rate as it is in force: what is recorded, and what decides the content."""
+    groups: dict[str, Any] = {
+        name: value.resolved() for name, value in vars(config).items() if isinstance(value, ByTuning)
+    }
+    for name, settings in _trained(config).items():
+        log.info("%s: learning rate %g (%s.tuning=%s)", name, settings.rate, name, settings.tuning.value)
+    return replace(config, **groups)
+
+
 def fit(config: TrainConfig, output: Path) -> Trained:
     """Train one arm into ``output``.
 
@@ -291,6 +302,7 @@ def fit(config: TrainConfig, output: Path) -> Trained:
     from rlaif.evaluation.pm_gate import examine_pm, hold_to_gate
     from rlaif.methods.stages import ONLINE, REWARDED, SUPERVISED, Arm, reward_source, started_from, train_pm_stage
 
+    config = with_rates(config)
     method = config.method
     assert method is not None
     arm = Arm(config, output, config.policy)

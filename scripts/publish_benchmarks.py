@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md from the last results in benchmarks/results.
+"""Write docs/benchmarks.md, and the tables of docs/defaults.md, from the last results in benchmarks/results.
 
 make bench
 python scripts/publish_benchmarks.py
@@ -6,13 +6,16 @@ python scripts/publish_benchmarks.py
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlaif.config import PPOConfig
 from rlaif.records import read_json
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGE, DEFAULTS = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "defaults.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 HEAD = """<!-- made by scripts/publish_benchmarks.py -->
@@ -111,12 +114,22 @@ MEANING: dict[str, tuple[str, dict[str, str]]] = {
     "optimum": (
         "How far training ends from the KL-regularised optimum that is known ([optimum.md](optimum.md)).",
         {
-            "reference_total_variation": "total variation before training",
-            "ppo_total_variation": "after PPO",
-            "ppo_k3_total_variation": "after PPO with k3 in the reward, which is biased",
+            "reference_total_variation": "total variation before training: median, smallest and largest over prompts",
             "dpo_total_variation": "after DPO",
-            "ppo_to_dpo_total_variation": "between the two",
+            "ppo_total_variation": "after PPO by its defaults, with normalised scores",
+            "ppo_full_total_variation": "of all weights",
+            "ppo_raw_total_variation": "by its defaults on raw scores",
+            "ppo_raw_to_dpo_total_variation": "between that and DPO",
+            "ppo_raw_adapter_total_variation": "with a critic of its own adapter",
+            "ppo_raw_backprop_total_variation": "with a critic that trains the policy's features",
+            "ppo_raw_full_total_variation": "all weights",
+            "ppo_raw_full_backprop_total_variation": "all weights, with such a critic",
+            "ppo_raw_k3_total_variation": "with k3 in the reward, which is biased",
         },
+    ),
+    "ppo_defaults": (
+        "What PPO's defaults gain over the former ones in its objective, on fresh seeds ([defaults.md](defaults.md)).",
+        {},
     ),
     "labeling_attacks": (
         "How often the loser of a pair wins when its text is attacked, and when harmless sentences of the same length "
@@ -176,5 +189,135 @@ def page() -> str:
     return "\n\n".join([HEAD.rstrip("\n"), *sections]) + "\n"
 
 
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def estimate(row: Sequence[float], digits: int = 2) -> str:
+    """A mean and its interval."""
+    middle, low, high = (f"{value:.{digits}f}" for value in row)
+    return f"{middle} [{low}, {high}]"
+
+
+PUBLISHED: dict[str, tuple[str, str]] = {
+    "gae_lambda": ("0.95", "1"),
+    "gamma": ("1.0", "1"),
+    "kl_coef": ("0.05", "0.01"),
+    "clip_range": ("0.2", "0.2"),
+    "value_clip_range": ("0.2", "0.5"),
+    "value_coef": ("0.1", "a model of its own"),
+    "epochs": ("4", "1"),
+    "learning_rate": ("3e-6", "1e-6; in its scripts 5e-7"),
+    "value_learning_rate": ("3e-6", "9e-6"),
+    "adam_epsilon": ("1e-8", "1e-8"),
+    "missing_eos_penalty": ("none; in its commands 1.0", "none"),
+}
+"""Setting: TRL's and OpenRLHF's value."""
+
+
+def default_tables(details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The tables of docs/defaults.md by name."""
+    ours = PPOConfig()
+    rates = f"{ours.RATES.lora:g} (LoRA), {ours.RATES.full:g} (full)"
+    yield (
+        "published",
+        table(
+            ["setting", "here", "TRL", "OpenRLHF"],
+            [
+                [f"`ppo.{name}`", rates if name == "learning_rate" else f"{getattr(ours, name):g}", *values]
+                for name, values in PUBLISHED.items()
+            ],
+        ),
+    )
+    tiny = details["tiny"]
+    columns = sorted({(row["task"], row["tokens"]) for row in tiny["table"]})
+    rows: dict[tuple[str, str, float], dict[tuple[str, int], str]] = {}
+    for row in tiny["table"]:
+        cells = rows.setdefault((row["tuning"], row["critic"], row["gae_lambda"]), {})
+        cells[row["task"], row["tokens"]] = estimate(row["objective"])
+    yield (
+        "critics",
+        table(
+            ["tuning", "critic", "lambda", *(f"{task}, {tokens} tokens" for task, tokens in columns)],
+            [[*map(str, key), *(cells[column] for column in columns)] for key, cells in rows.items()],
+        ),
+    )
+    yield (
+        "decisions",
+        table(
+            ["setting", "default until then", "gain of others over it", "chosen"],
+            [
+                [
+                    name,
+                    f"{row['default']}",
+                    "; ".join(f"{value}: {estimate(gain)}" for value, gain in row["gains"].items()),
+                    f"{row['chosen']}",
+                ]
+                for name, row in tiny["decisions"].items()
+            ],
+        ),
+    )
+    yield (
+        "confirmed",
+        table(
+            ["tuning", "reward", "tokens", "score", "KL", "objective", "gain"],
+            [
+                [
+                    tuning,
+                    row["task"],
+                    str(row["tokens"]),
+                    f"{row['former_score'][0]:.2f} -> {row['chosen_score'][0]:.2f}",
+                    f"{row['former_kl'][0]:.1f} -> {row['chosen_kl'][0]:.1f}",
+                    f"{row['former'][0]:.2f} -> {row['chosen'][0]:.2f}",
+                    estimate(row["gain"]),
+                ]
+                for tuning, found in tiny["confirmed"].items()
+                for row in found
+            ],
+        ),
+    )
+    yield (
+        "rates",
+        table(
+            ["model", "tuning", "learning rate", "objective", "score", "KL"],
+            [
+                [model, tuning, rate, *(estimate(row[name]) for name in ("objective", "score", "kl"))]
+                for model in ("tiny", "embedded")
+                if model in details
+                for tuning, found in details[model]["rates"]["table"].items()
+                for rate, row in found.items()
+            ],
+        ),
+    )
+    yield (
+        "penalties",
+        table(
+            ["tuning", "tokens", "penalty", "share that ended", "score", "KL"],
+            [
+                [
+                    row["tuning"],
+                    str(row["tokens"]),
+                    str(row["missing_eos_penalty"]),
+                    *(estimate(row[name]) for name in ("eos_rate", "score", "kl")),
+                ]
+                for row in tiny["penalties"]
+            ],
+        ),
+    )
+
+
+def with_tables(text: str) -> str:
+    """docs/defaults.md with its tables made anew."""
+    result = read_json(RESULTS / "ppo_defaults.json")
+    for name, rows in default_tables(result["details"]):
+        begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
+        found = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        assert found.search(text), name
+        text = found.sub(lambda match: f"{begin}\n{rows}\n{end}", text)  # noqa: B023
+    return text
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    DEFAULTS.write_text(with_tables(DEFAULTS.read_text(encoding="utf-8")), encoding="utf-8")

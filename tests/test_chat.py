@@ -232,3 +232,13 @@ def test_only_tokenizers_with_known_rules_are_cut() -> None:
         assert not encode._cuts
         assert encode(messages) == encode_chat(tokenizer, messages)
     assert not ChatEncoder(prefixed)._cuts
+
+
+@pytest.mark.parametrize("text", ["Yes", "Yes<|im_end|>\nNo"])
+def test_a_cut_reply_has_no_end_of_its_turn(tokenizer, text):
+    messages = [*user("Hi"), {"role": "assistant", "content": text}]
+    whole = encode_chat(tokenizer, messages, generation_prompt=False)
+    cut = encode_chat(tokenizer, messages, generation_prompt=False, ended=False)
+    assert whole == [*cut, END, *encode_text(tokenizer, "\n")]
+    assert tokenizer.decode(cut) == f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{text}"
+    assert controls(cut) == [START, END, START]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from rlaif.engines import build_labeler
 from rlaif.labeling.aggregate import pair_labels
 from rlaif.labeling.label import label_candidates
 from rlaif.labeling.store import VerdictStore
-from rlaif.records import Candidates, Completion, Prompt
+from rlaif.records import Candidates, Completion, Example, Prompt
 
 pytestmark = [
     pytest.mark.slow,
@@ -70,8 +71,8 @@ def test_ppo_runs_on_the_embedded_model_and_its_start_checks_hold(tmp_path: Path
         lora=LoraSettings(top_layers=0.2),
     )
 
-    def length(asked: object, texts: list[str]) -> list[float]:
-        return [float(len(text)) for text in texts]
+    def length(examples: Sequence[Example]) -> list[float]:
+        return [float(len(example.completion)) for example in examples]
 
     target = train_ppo(settings, ModelConfig(name="embedded"), prompts, length, tmp_path, seed=0)  # type: ignore[arg-type]
     assert (target / "adapter_model.safetensors").is_file()

@@ -19,11 +19,11 @@ from rlaif.preference_model import (
     read_head,
     separate_pad_token,
 )
-from rlaif.records import UserError
+from rlaif.records import Example, UserError
 from rlaif.trunk import frozen_layers
 
 TINY = ModelConfig(name="tiny", device="cpu")
-EXAMPLES = [([{"role": "user", "content": "ab" * n}], "cd" * (5 - n)) for n in range(1, 5)]
+EXAMPLES = [Example([{"role": "user", "content": "ab" * n}], "cd" * (5 - n)) for n in range(1, 5)]
 
 
 def make_pm(folder, lora):

@@ -20,7 +20,16 @@ import yaml
 from omegaconf import OmegaConf
 
 from rlaif.cli import _normalise
-from rlaif.config import COMMANDS, CommandConfig, DataConfig, LoraSettings, ModelConfig, TrainerSettings, register
+from rlaif.config import (
+    COMMANDS,
+    ByTuning,
+    CommandConfig,
+    DataConfig,
+    LoraSettings,
+    ModelConfig,
+    TrainerSettings,
+    register,
+)
 from rlaif.constitution import load_constitution
 from rlaif.preferences import PreferenceWriter
 from rlaif.records import Preference, find_prompts, read_prompts, shipped
@@ -271,11 +280,18 @@ def test_shared_defaults_are_shared() -> None:
     """docs/train.md gives one default for all methods on TRL's trainers."""
     train = COMMANDS["train"]()
     for field in dataclasses.fields(TrainerSettings):
-        if field.name != "learning_rate":
-            methods = ["pm", "dpo", "sft", "critique_revision"]
-            methods += [] if field.name == "batch_size" else ["rloo", "grpo"]
-            values = {method: getattr(getattr(train, method), field.name) for method in methods}
-            assert len({repr(value) for value in values.values()}) == 1, (field.name, values)
+        methods = ["pm", "dpo", "sft", "critique_revision"]
+        methods += [] if field.name == "batch_size" else ["rloo", "grpo"]
+        values = {method: getattr(getattr(train, method), field.name) for method in methods}
+        assert len({repr(value) for value in values.values()}) == 1, (field.name, values)
+
+
+def test_the_learning_rates_by_tuning_are_right() -> None:
+    page = (ROOT / "docs" / "train.md").read_text(encoding="utf-8").partition("## Learning rates")[2]
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (\S+) \| (\S+) \|", page, re.MULTILINE)
+    found = {name: (float(lora), float(full)) for names, lora, full in rows for name in re.findall(r"\w+", names)}
+    settings = vars(COMMANDS["train"]())
+    assert found == {name: tuple(value.RATES) for name, value in settings.items() if isinstance(value, ByTuning)}
 
 
 def test_demo_numbers() -> None:
@@ -366,3 +382,5 @@ def test_the_page_of_benchmarks_is_made_of_the_results():
         about = made["MEANING"][file.stem.removesuffix("_bfloat16")][1]
         if about:
             assert set(yaml.safe_load(file.read_text(encoding="utf-8"))["ratios"]) <= set(about), file.name
+    defaults = (ROOT / "docs" / "defaults.md").read_text(encoding="utf-8")
+    assert made["with_tables"](defaults) == defaults

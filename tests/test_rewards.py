@@ -26,7 +26,7 @@ from rlaif.engines.base import OptionMass, OptionRequest
 from rlaif.engines.scripted import ScriptedEngine
 from rlaif.gold import gold_score
 from rlaif.labeling.aggregate import sigmoid
-from rlaif.records import UserError
+from rlaif.records import Example, UserError
 from rlaif.rewards import LabelerReward, known_scores
 from rlaif.run import train_config
 
@@ -42,7 +42,7 @@ def scores(
     source = LabelerReward(labeler, LabelingConfig(mode=mode, **labeling), "helpful", seed=0)
     source.check()
     with source.open(folder) as reward:
-        return list(reward.score([(USER, text) for text in TEXTS]))
+        return list(reward.score([Example(USER, text) for text in TEXTS]))
 
 
 def test_the_score_is_the_logit_of_the_verdicts(tmp_path: Path) -> None:

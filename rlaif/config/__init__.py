@@ -55,6 +55,7 @@ from rlaif.config.models import DataConfig, EvalConfig, LoraSettings, ModelConfi
 from rlaif.config.training import (
     VLLM_RANKS,
     BestOfNConfig,
+    ByTuning,
     CritiqueRevisionConfig,
     DPOConfig,
     GRPOConfig,
@@ -75,6 +76,7 @@ __all__ = [
     "AuditConfig",
     "BestOfNConfig",
     "BudgetConfig",
+    "ByTuning",
     "CommandConfig",
     "Critic",
     "CritiqueRevisionConfig",

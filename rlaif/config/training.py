@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, Self
 
 from rlaif.config.checks import BELOW_HALF, FRACTION, POSITIVE, Bounds, Settings, require
 from rlaif.config.choices import (
@@ -22,8 +22,34 @@ from rlaif.config.choices import (
 from rlaif.config.models import LoraSettings
 
 
+class Rates(NamedTuple):
+    """The learning rates that a method has where none is given."""
+
+    lora: float
+    full: float
+
+
+class ByTuning(Settings):
+    """Settings whose learning rate follows from the tuning where none is given."""
+
+    RATES: ClassVar[Rates]
+    tuning: Tuning
+    learning_rate: float | None
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate in force."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return self.RATES.full if self.tuning is Tuning.full else self.RATES.lora
+
+    def resolved(self) -> Self:
+        """The same settings with that rate as ``learning_rate``."""
+        return replace(self, learning_rate=self.rate)  # type: ignore[type-var]
+
+
 @dataclass
-class TrainerSettings(Settings):
+class TrainerSettings(ByTuning):
     """What the methods on TRL's trainers (all but ppo) share."""
 
     _bounds = (
@@ -39,8 +65,8 @@ class TrainerSettings(Settings):
     """``lora``, ``qlora`` (needs a CUDA GPU and bitsandbytes) or ``full``."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """Adapter settings."""
-    learning_rate: float = 1e-4
-    """Peak learning rate."""
+    learning_rate: float | None = None
+    """Peak learning rate. Null: the method's own for the tuning, in docs/train.md with their sources."""
     epochs: float = 1.0
     """Passes over the training data."""
     max_steps: int = -1
@@ -69,7 +95,7 @@ class SFTConfig(TrainerSettings):
 
     _group = "sft"
 
-    learning_rate: float = 2e-4
+    RATES = Rates(lora=2e-4, full=2e-5)
 
 
 @dataclass
@@ -79,7 +105,7 @@ class CritiqueRevisionConfig(TrainerSettings):
     _group = "critique_revision"
     _bounds = POSITIVE.of("revisions", "samples_per_prompt", "max_new_tokens", "critique_tokens", "temperature")
 
-    learning_rate: float = 2e-4
+    RATES = SFTConfig.RATES
     critic: Critic = Critic.policy
     """Who critiques and revises: the ``policy`` that wrote the completion, or the ``labeler``."""
     revisions: int = 2
@@ -103,6 +129,7 @@ class PMConfig(TrainerSettings):
     # How scores combine later, and what they must be worth: what takes them counts it, or looks.
     _idle = frozenset({"ensemble_score", "ensemble_penalty", "gate", "min_accuracy"})
 
+    RATES = Rates(lora=1e-4, full=1e-5)
     soft_labels: bool = True
     """Train on p_chosen; false trains on the hard choice."""
     center_coefficient: float = 0.01
@@ -136,7 +163,7 @@ class DPOConfig(TrainerSettings):
     _group = "dpo"
     _bounds = POSITIVE.of("beta") | BELOW_HALF.of("label_smoothing")
 
-    learning_rate: float = 5e-5
+    RATES = Rates(lora=5e-5, full=5e-7)
     beta: float = 0.1
     """Strength of the implicit KL constraint; for ipo it is the paper's tau."""
     soft_labels: bool = True
@@ -161,7 +188,7 @@ class OnlineConfig(TrainerSettings):
 
     _bounds = POSITIVE.of("max_new_tokens", "temperature")
 
-    learning_rate: float = 1e-5
+    RATES = Rates(lora=1e-5, full=1e-6)
     batch_size: int = 64
     """Completions per optimiser step and device; a multiple of ``generations``."""
     generations: int = 4
@@ -172,6 +199,8 @@ class OnlineConfig(TrainerSettings):
     """Sampling temperature."""
     kl_coef: float = 0.05
     """Weight of the KL to the reference: in the reward (rloo, per completion) or in the loss (grpo, per token)."""
+    missing_eos_penalty: float = 1.0
+    """Subtracted from the score of completions that were cut instead of ended."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -251,7 +280,7 @@ class SamplerVLLMConfig(Settings):
 
 
 @dataclass
-class PPOConfig(Settings):
+class PPOConfig(ByTuning):
     """PPO with a preference model (Ouyang et al. 2022; details after Huang et al. 2023/2024)."""
 
     _group = "ppo"
@@ -271,6 +300,7 @@ class PPOConfig(Settings):
         "max_new_tokens",
         "temperature",
         "learning_rate",
+        "adam_epsilon",
         "clip_range",
         "value_clip_range",
         "max_grad_norm",
@@ -283,6 +313,8 @@ class PPOConfig(Settings):
         "eval_prompts",
         "stop_kl",
     ) | FRACTION.of("gamma", "gae_lambda")
+
+    RATES = Rates(lora=1e-5, full=1e-6)
 
     tuning: Tuning = Tuning.lora
     """``lora``, or ``qlora`` over 4-bit weights (needs a CUDA GPU and bitsandbytes): the adapter-off base is the
@@ -309,10 +341,12 @@ class PPOConfig(Settings):
     """With ``sampler=vllm``: how vLLM runs."""
     temperature: float = 1.0
     """Sampling temperature of rollouts; log-probabilities are scored at the same temperature."""
-    learning_rate: float = 1e-5
-    """AdamW learning rate of the policy."""
+    learning_rate: float | None = None
+    """AdamW learning rate of the policy. Null: 1e-5, or 1e-6 with ``tuning=full``."""
     value_learning_rate: float = 1e-3
     """AdamW learning rate of the value head, and of ``value_adapter``."""
+    adam_epsilon: float = 1e-8
+    """AdamW epsilon, of policy and value function. Gradients of its size and below make smaller steps."""
     linear_decay: bool = True
     """Anneal the learning rates linearly to zero."""
     warmup_iterations: int = 0
@@ -353,7 +387,7 @@ class PPOConfig(Settings):
     """Standardise scores by their mean and deviation on the reference policy's completions."""
     score_clip: float = 4.0
     """Clip (normalised) scores to [-score_clip, score_clip]."""
-    missing_eos_penalty: float = 0.0
+    missing_eos_penalty: float = 1.0
     """Subtracted from the score of completions that were cut instead of ended."""
     length_penalty: float = 0.0
     """Subtracted from the score for every token, the end token included."""

@@ -19,7 +19,7 @@ from rlaif.policy import completion_logps
 from rlaif.preference_model import load_scorer
 from rlaif.processes import spread
 from rlaif.progress import progress
-from rlaif.records import Message, Prompt, UserError, read_jsonl, write_json, write_jsonl
+from rlaif.records import Example, Message, Prompt, UserError, read_jsonl, write_json, write_jsonl
 
 log = logging.getLogger("rlaif")
 
@@ -37,6 +37,11 @@ class Sample:
     kl: float = 0.0
     gold_score: float | None = None
     pm_score: float | None = None
+
+    @property
+    def example(self) -> Example:
+        """What a PM scores."""
+        return Example(self.prompt, self.completion, self.finish_reason != "length")
 
 
 def sample_policy(
@@ -128,7 +133,7 @@ def score_samples(samples: Sequence[Sample], gold: str | None, preference_model:
         for sample in samples:
             sample.gold_score = gold_score(gold, sample.completion)
     if preference_model is not None:
-        scores = load_scorer(preference_model).score([(sample.prompt, sample.completion) for sample in samples])
+        scores = load_scorer(preference_model).score([sample.example for sample in samples])
         for sample, score in zip(samples, scores, strict=True):
             sample.pm_score = score
 

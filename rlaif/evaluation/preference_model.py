@@ -28,9 +28,7 @@ _SIMILAR_LENGTH = 0.1
 
 def pair_scores(model: Scorer, preferences: Sequence[Preference]) -> tuple[list[float], list[float]]:
     """Scores of the chosen and of the rejected completions."""
-    examples = [(preference.prompt, preference.chosen) for preference in preferences]
-    examples += [(preference.prompt, preference.rejected) for preference in preferences]
-    scores = model.score(examples)
+    scores = model.score([preference.examples[side] for side in (0, 1) for preference in preferences])
     return scores[: len(preferences)], scores[len(preferences) :]
 
 

@@ -25,7 +25,7 @@ from rlaif.methods.supervised import (
 from rlaif.models import eos_ids, load_causal_lm, load_tokenizer, seed_everything
 from rlaif.policy import Policy
 from rlaif.processes import rank, world_size
-from rlaif.records import Prompt, UserError
+from rlaif.records import Example, Prompt, UserError
 from rlaif.rewards import RewardModel
 from rlaif.sharding import gathered
 
@@ -131,7 +131,7 @@ def train_online(
     )
     trainer = trainer_class(
         model=model,
-        reward_funcs=reward_function(reward),
+        reward_funcs=reward_function(reward, eos_ids(model, tokenizer), config.missing_eos_penalty),
         args=on_one_device(arguments, start),
         train_dataset=Dataset.from_list([{"prompt": list(prompt.messages)} for prompt in kept]),
         processing_class=tokenizer,
@@ -149,12 +149,19 @@ def train_online(
     return folder / "policy"
 
 
-def reward_function(reward: RewardModel) -> Any:
-    """A reward in the form that TRL calls."""
+def reward_function(reward: RewardModel, eos: Sequence[int], missing_eos_penalty: float) -> Any:
+    """A reward in the form that TRL calls; completions that were cut pay the penalty."""
 
-    def score(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
+    def score(
+        prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **columns: Any
+    ) -> list[float | None]:
         texts = [completion[0]["content"].strip() for completion in completions]
-        return list(reward.score(list(zip(prompts, texts, strict=True))))
+        ended = [tokens[-1] in eos for tokens in completion_ids]
+        scores = reward.score([Example(*row) for row in zip(prompts, texts, ended, strict=True)])
+        return [
+            None if score is None else score - missing_eos_penalty * (not end)
+            for score, end in zip(scores, ended, strict=True)
+        ]
 
     return score
 

@@ -174,8 +174,8 @@ def _encoded(preferences: Sequence[Preference], tokenizer: Any, config: PMConfig
         {
             "prompt_id": preference.prompt_id,
             "prompt_ids": [],
-            "chosen_ids": encode_example(tokenizer, preference.prompt, preference.chosen),
-            "rejected_ids": encode_example(tokenizer, preference.prompt, preference.rejected),
+            "chosen_ids": encode_example(tokenizer, preference.examples[0]),
+            "rejected_ids": encode_example(tokenizer, preference.examples[1]),
             "p_chosen": label,
         }
         for preference, label in with_targets(preferences, config.soft_labels, "pm")

@@ -44,7 +44,7 @@ from rlaif.policy import Policy, load_policy
 from rlaif.preference_model import check_same_base, load_preference_model, pm_config, read_head
 from rlaif.processes import add_up, copy_from_main, is_main, spread, wait_for_all
 from rlaif.progress import keep_lines
-from rlaif.records import Prompt, UserError
+from rlaif.records import Example, Prompt, UserError
 from rlaif.trunk import recomputing
 
 log = logging.getLogger("rlaif")
@@ -68,8 +68,8 @@ def train_ppo(
         config: hyperparameters.
         start: the starting policy, which is also the reference.
         prompts: training prompts.
-        score: scores of completions, one per prompt; higher is better. Several processes call it together, with the
-            same completions. None: the PM's, which then shares the policy's base model where both are adapters on
+        score: scores of completions; higher is better. Several processes call it together, with the same completions.
+            None: the PM's, which then shares the policy's base model where both are adapters on
             the same one.
         folder: where to write; a ``checkpoints`` folder found there is gone on from.
         seed: of everything random.
@@ -92,9 +92,9 @@ def train_ppo(
         if pm.model is not policy.model:
             sharding.spread_weights(pm.model)
 
-        def score(asked: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        def score(examples: Sequence[Example]) -> list[float]:
             with sharding.gathered(pm.model):
-                return spread(pm.score, [(prompt.messages, text) for prompt, text in zip(asked, texts, strict=True)])
+                return spread(pm.score, examples)
 
     with open_sampler(policy, config, folder) as sampler:
         trainer = PPOTrainer(config, policy, prompts, score, folder, seed, validation, head, sampler, preference_model)
@@ -148,12 +148,12 @@ class PPOTrainer:
         self.parameters = [parameter for _, parameter in policy.trainable()]
         self.optimizer = sharding.adamw(
             [
-                {"params": self.parameters, "peak": config.learning_rate},
+                {"params": self.parameters, "peak": config.rate},
                 {"params": self.value_parameters, "peak": config.value_learning_rate},
             ],
-            lr=config.learning_rate,
+            lr=config.rate,
             betas=(0.9, 0.95),
-            eps=1e-5,
+            eps=config.adam_epsilon,
             weight_decay=0.0,
         )
         self.progress = Progress(kl_coef=config.kl_coef)
@@ -175,7 +175,7 @@ class PPOTrainer:
         with (
             (self.folder / "training.jsonl" if is_main() else Path(os.devnull)).open("a", encoding="utf-8") as curve,
             (self.folder / "samples.jsonl" if is_main() else Path(os.devnull)).open("a", encoding="utf-8") as samples,
-            Trackers(config.report_to, self.folder, first, plain(ppo=config)["ppo"]) as trackers,
+            Trackers(config.report_to, self.folder, first, plain(ppo=config.resolved())["ppo"]) as trackers,
             View(config.iterations, first) as view,
         ):
             for iteration in range(first, config.iterations):
@@ -260,9 +260,9 @@ class PPOTrainer:
             generations = self.actor.sample(
                 encoded, [(self.seed, STREAM_ROLLOUT, iteration, row, 1) for row in range(len(encoded))]
             )
-        texts = self.actor.decode(generations)
+        examples = self.actor.examples(prompts, generations)
         with self.timed("scoring"):
-            scores = torch.tensor(self.relative_scores(prompts, encoded, texts), device=self.device)
+            scores = torch.tensor(self.relative_scores(prompts, encoded, examples), device=self.device)
         first = self.progress.score_mean is None
         if first:
             self.start_from(scores)
@@ -275,26 +275,26 @@ class PPOTrainer:
             ref_logps = self.actor.evaluate_reference(batch)
         ended = torch.tensor([generation.ended for generation in generations], device=self.device)
         sampled = self.actor.sampled(batch, generations)
+        texts = [example.completion for example in examples]
         return Rollouts(prompts, texts, batch, ended, scores, logps, sampled, ref_logps, values)
 
     def relative_scores(
-        self, prompts: Sequence[Prompt], encoded: Sequence[list[int]], texts: Sequence[str]
+        self, prompts: Sequence[Prompt], encoded: Sequence[list[int]], examples: Sequence[Example]
     ) -> list[float]:
         """Scores of completions; with ``relative_reward`` minus that of the reference's completion on the prompt."""
         if not self.config.relative_reward:
-            return [float(value) for value in self.score(prompts, texts)]
+            return [float(value) for value in self.score(examples)]
         known = self.progress.baselines
         new = {p.prompt_id: (p, ids) for p, ids in zip(prompts, encoded, strict=True) if p.prompt_id not in known}
-        baselines: list[str] = []
+        baselines: list[Example] = []
         if new:
             generations = self.actor.sample_reference(
                 [ids for _, ids in new.values()],
                 [(self.seed, STREAM_BASELINE, zlib.crc32(name.encode()), 0, 1) for name in new],
             )
-            baselines = self.actor.decode(generations)
+            baselines = self.actor.examples([prompt for prompt, _ in new.values()], generations)
         # Scored together: where a score is missing, the mean of the others takes its place, and there are others.
-        asked = [*prompts, *(prompt for prompt, _ in new.values())]
-        found = [float(value) for value in self.score(asked, [*texts, *baselines])]
+        found = [float(value) for value in self.score([*examples, *baselines])]
         scores = found[: len(prompts)]
         known |= dict(zip(new, found[len(prompts) :], strict=True))
         return [score - known[prompt.prompt_id] for prompt, score in zip(prompts, scores, strict=True)]
@@ -442,9 +442,8 @@ class PPOTrainer:
         )
         batch = self.actor.pack(encoded, generations)
         mask = batch.completion_mask
-        scores = torch.tensor(
-            self.relative_scores(prompts, encoded, self.actor.decode(generations)), device=self.device
-        )
+        examples = self.actor.examples(prompts, generations)
+        scores = torch.tensor(self.relative_scores(prompts, encoded, examples), device=self.device)
         ended = torch.tensor([generation.ended for generation in generations], device=self.device)
         logps, _ = self.actor.evaluate(batch, generations)
         kl = float((losses.kl_k1(logps, self.actor.evaluate_reference(batch)) * mask).sum(dim=1).mean())

@@ -22,7 +22,7 @@ from rlaif.models import arithmetic, autocasts, eos_ids
 from rlaif.policy import Packed, Policy, completion_logits, completion_states, has_plain_head, merged, pack
 from rlaif.prefix import shareable
 from rlaif.processes import add_up, share_of, spread, spreads_weights, world_size
-from rlaif.records import Prompt, UserError
+from rlaif.records import Example, Prompt, UserError
 from rlaif.trunk import with_trunk
 
 log = logging.getLogger("rlaif")
@@ -30,7 +30,8 @@ log = logging.getLogger("rlaif")
 _WITHOUT_GRADIENTS = 4
 """Times as many completions fit into a pass that is not followed by a backward pass."""
 
-ScoreFunction = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
+ScoreFunction = Callable[[Sequence[Example]], Sequence[float]]
+"""Scores of completions; higher is better."""
 
 
 @dataclass
@@ -176,9 +177,12 @@ class Actor:
         found = dict(zip(order, spread(work, order), strict=True))
         return [found[index] for index in range(len(prompts))]
 
-    def decode(self, generations: Sequence[Generation]) -> list[str]:
-        """Completions as text."""
-        return [self.tokenizer.decode(row.tokens, skip_special_tokens=True).strip() for row in generations]
+    def examples(self, prompts: Sequence[Prompt], generations: Sequence[Generation]) -> list[Example]:
+        """Completions of prompts as text, to be scored."""
+        return [
+            Example(prompt.messages, self.tokenizer.decode(row.tokens, skip_special_tokens=True).strip(), row.ended)
+            for prompt, row in zip(prompts, generations, strict=True)
+        ]
 
     def pack(self, prompts: Sequence[Sequence[int]], generations: Sequence[Generation]) -> Packed:
         """Prompts and completions as a batch that has passed through the layers that do not train."""

@@ -19,6 +19,7 @@ from rlaif.engines.base import Engine
 from rlaif.preferences import ENDINGS, hub_preferences, of_feedback, prompts_of, read_preferences
 from rlaif.processes import is_main, spread, world_size
 from rlaif.records import (
+    Example,
     Message,
     Preference,
     Prompt,
@@ -416,10 +417,8 @@ def train_ppo_stage(arm: Arm, reward: RewardSource) -> Path:
             return
         with reward.open(folder) as model:
 
-            def score(asked: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-                return known_scores(
-                    spread(model.score, [(prompt.messages, text) for prompt, text in zip(asked, texts, strict=True)])
-                )
+            def score(examples: Sequence[Example]) -> list[float]:
+                return known_scores(spread(model.score, examples))
 
             train_ppo(config.ppo, arm.start, prompts, score, folder, config.seed, validation)
 

@@ -48,7 +48,7 @@ def trainer_arguments(
     total = config.max_steps if config.max_steps > 0 else math.ceil(steps)
     return {
         "output_dir": str(folder / "checkpoints"),
-        "learning_rate": config.learning_rate,
+        "learning_rate": config.rate,
         "num_train_epochs": config.epochs,
         "max_steps": config.max_steps,
         "per_device_train_batch_size": config.batch_size,

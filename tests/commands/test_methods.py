@@ -494,3 +494,15 @@ def test_arms_of_a_run(run_command: Command, tmp_path: Path) -> None:
     report = (out / "report.md").read_text(encoding="utf-8")
     assert all(name in report for name in ("bon", "revised", "direct", "base"))
     assert "Traceback" not in result.stderr
+
+
+def test_the_learning_rate_in_force_is_recorded_and_said(train: Callable[..., Any], tmp_path: Path) -> None:
+    result = train("method=dpo", "dpo.tuning=full", "eval.enabled=false")
+    assert "dpo: learning rate 5e-07 (dpo.tuning=full)" in result.stderr
+    provenance = json.loads((tmp_path / "out" / "dpo" / "provenance.json").read_text(encoding="utf-8"))
+    assert provenance["config"]["settings"]["learning_rate"] == 5e-7
+    lines = (tmp_path / "out" / "dpo" / "training.jsonl").read_text(encoding="utf-8").splitlines()
+    assert max(json.loads(line)["learning_rate"] for line in lines) <= 5e-7
+    # The rate that is written out is no other setting.
+    again = train("method=dpo", "dpo.tuning=full", "dpo.learning_rate=5e-7", "eval.enabled=false")
+    assert "dpo: up to date, skipped" in again.stderr

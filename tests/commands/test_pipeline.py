@@ -164,13 +164,14 @@ def test_preference_model_is_a_plain_transformers_model(smoke, command_env, monk
 
     from rlaif.config import ModelConfig
     from rlaif.preference_model import PreferenceModel
+    from rlaif.records import Example
 
     monkeypatch.setenv("RLAIF_CACHE", command_env["RLAIF_CACHE"])
     folder = smoke / "arms" / "rlaif_ppo" / "pm" / "preference_model"
     samples = lines_of(smoke / "arms" / "base" / "evaluation" / "samples.jsonl")
     user = [{"role": "user", "content": "Say something."}]
     texts = ["a", "area idea", samples[0]["completion"] or "oboe", "rhythm " * 30]
-    ours = PreferenceModel(ModelConfig(name=str(folder), device="cpu")).score([(user, text) for text in texts])
+    ours = PreferenceModel(ModelConfig(name=str(folder), device="cpu")).score([Example(user, text) for text in texts])
 
     base = AutoModelForSequenceClassification.from_pretrained(
         PeftConfig.from_pretrained(folder).base_model_name_or_path, num_labels=1

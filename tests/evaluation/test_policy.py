@@ -119,6 +119,7 @@ class First:
         yield self
 
     def score(self, examples):
+        self.ended = [example.ended for example in examples]
         return [-float(place) for place in range(len(examples))]
 
 
@@ -134,7 +135,7 @@ def test_the_best_of_n_are_not_the_baselines_completions(tmp_path):
         config=EvalConfig(gold="letters", max_new_tokens=8),
         row={"name": "bon"},
         seed=0,
-        best_of=(2, First()),
+        best_of=(2, first := First()),
     )
     found = read_samples(tmp_path / "evaluation" / "samples.jsonl")
     plain = sample_policy(
@@ -143,6 +144,9 @@ def test_the_best_of_n_are_not_the_baselines_completions(tmp_path):
     )  # fmt: skip
     drawn = {row.prompt_id: row.completion for row in plain}
     assert all(row.completion != drawn[row.prompt_id] for row in found)
+    # What chooses is told which completions were cut; the first of each two was kept.
+    reasons = {row.prompt_id: row.finish_reason for row in found}
+    assert sorted(first.ended[::2]) == sorted(reason == "stop" for reason in reasons.values())
 
 
 def test_the_kl_bound_of_best_of_n():

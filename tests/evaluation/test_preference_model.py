@@ -34,7 +34,7 @@ class Vowels:
     """A PM that counts the letter a."""
 
     def score(self, examples):
-        return [float(text.count("a")) for _, text in examples]
+        return [float(example.completion.count("a")) for example in examples]
 
 
 def preference(prompt_id, chosen, rejected, p_chosen=0.9, source=""):

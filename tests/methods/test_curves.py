@@ -26,7 +26,7 @@ from rlaif.methods.online import train_online
 from rlaif.methods.pm import train_pm
 from rlaif.methods.ppo import train_ppo
 from rlaif.methods.sft import train_sft
-from rlaif.records import Preference
+from rlaif.records import Example, Preference
 from tests.methods.problem import PROMPTS, TINY
 
 PREFERENCES = [Preference(p.prompt_id, p.messages, "aa", "zz", "0", "1", 1.0, "people", "human") for p in PROMPTS]
@@ -37,15 +37,15 @@ ONLINE: dict[str, Any] = STEP | {"generations": 2, "max_new_tokens": 4}
 class Lengths:
     """A reward."""
 
-    def score(self, examples: Sequence[tuple[Any, str]]) -> list[float | None]:
-        return [float(len(text)) for _, text in examples]
+    def score(self, examples: Sequence[Example]) -> list[float | None]:
+        return [float(len(example.completion)) for example in examples]
 
 
 def ppo(folder: Path) -> None:
     config = PPOConfig(
         iterations=1, rollouts=4, minibatch_size=4, max_new_tokens=4, eval_every=1, lora=LoraSettings(r=2), report_to=[]
     )
-    train_ppo(config, TINY, PROMPTS, lambda prompts, texts: [1.0] * len(texts), folder, 0, PROMPTS)
+    train_ppo(config, TINY, PROMPTS, lambda examples: [1.0] * len(examples), folder, 0, PROMPTS)
 
 
 OTHERS: dict[str, Callable[[Path], Any]] = {

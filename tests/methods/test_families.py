@@ -19,7 +19,7 @@ from rlaif.models import eos_ids, load_causal_lm, load_tokenizer
 from rlaif.policy import completion_logits, completion_logps, pack
 from rlaif.preference_model import load_scorer, pm_config
 from rlaif.prefix import shareable
-from rlaif.records import Preference, Prompt, UserError
+from rlaif.records import Example, Preference, Prompt, UserError
 from rlaif.siblings import joinable, lay_out, visible
 from tests.methods.families import FAMILIES, family
 
@@ -119,11 +119,9 @@ def test_every_method_trains(model: tuple[str, ModelConfig], tuning: Tuning, tmp
     ]
     pm = train_pm(PMConfig(**common), start, PAIRS, PAIRS, tmp_path / "pm", seed=0)
     scorer = load_scorer(pm_config(start, pm))
-    alone = [scorer.score([(USER, text)])[0] for text in ("a", "zzzzzzz")]
-    assert scorer.score([(USER, "a"), (USER, "zzzzzzz")]) == pytest.approx(alone, abs=1e-4)
-
-    def score(prompts: object, texts: list[str]) -> list[float]:
-        return scorer.score([(USER, text) for text in texts])
+    examples = [Example(USER, text) for text in ("a", "zzzzzzz")]
+    alone = [scorer.score([example])[0] for example in examples]
+    assert scorer.score(examples) == pytest.approx(alone, abs=1e-4)
 
     settings = PPOConfig(
         tuning=tuning,
@@ -137,7 +135,7 @@ def test_every_method_trains(model: tuple[str, ModelConfig], tuning: Tuning, tmp
     )
     (tmp_path / "ppo").mkdir()
     # Its start checks fail where padding or positions change what the model says.
-    policies.append(train_ppo(settings, start, [Prompt("p", USER)], score, tmp_path / "ppo", seed=0))
+    policies.append(train_ppo(settings, start, [Prompt("p", USER)], scorer.score, tmp_path / "ppo", seed=0))
     for policy in policies:
         load_causal_lm(ModelConfig(name=str(policy), device="cpu"))
 

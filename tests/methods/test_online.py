@@ -12,9 +12,9 @@ import torch
 
 from rlaif.chat import encode_chat
 from rlaif.config import GRPOConfig, GRPOLoss, LoraSettings, Method, ModelConfig, OnlineConfig, RLOOConfig, Tuning
-from rlaif.methods.online import OwnRLOOTrainer, _fitting, train_online
+from rlaif.methods.online import OwnRLOOTrainer, _fitting, reward_function, train_online
 from rlaif.models import load_causal_lm, load_tokenizer
-from rlaif.records import Prompt, UserError
+from rlaif.records import Example, Prompt, UserError
 
 TINY = ModelConfig(name="tiny", device="cpu")
 PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": "ab" * (i % 5 + 1)},)) for i in range(16)]
@@ -25,11 +25,11 @@ class Vowels:
 
     def __init__(self, silent: bool = False) -> None:
         self.silent = silent
-        self.seen: list[tuple[Any, str]] = []
+        self.seen: list[Example] = []
 
-    def score(self, examples: Sequence[tuple[Any, str]]) -> list[float | None]:
+    def score(self, examples: Sequence[Example]) -> list[float | None]:
         self.seen += examples
-        scores = [sum(letter in "aeiou" for letter in text) / 4 for _, text in examples]
+        scores = [sum(letter in "aeiou" for letter in example.completion) / 4 for example in examples]
         return [None if self.silent and place % 2 else score for place, score in enumerate(scores)]
 
 
@@ -88,8 +88,28 @@ def test_completions_without_a_score_are_no_signal(tmp_path: Path) -> None:
     reward = Vowels(silent=True)
     train_online(Method.rloo, settings(RLOOConfig), TINY, PROMPTS, reward, tmp_path, seed=0)
     assert all(line["score"] is not None for line in curve(tmp_path))
-    prompt, _ = reward.seen[0]
-    assert [message["role"] for message in prompt] == ["user"]
+    assert [message["role"] for message in reward.seen[0].prompt] == ["user"]
+
+
+def test_completions_that_were_cut_pay_and_are_known_to_be_cut() -> None:
+    reward = Vowels(silent=True)
+    score = reward_function(reward, eos=[7, 9], missing_eos_penalty=0.5)
+    texts = [[{"role": "assistant", "content": text}] for text in ("aei", "x", "aei", "x")]
+    found = score([()] * 4, texts, completion_ids=[[1, 7], [1, 2], [7, 1], [9]], trainer_state=None)
+    assert found == [0.75, None, 0.25, None]
+    assert [example.ended for example in reward.seen] == [True, False, False, True]
+
+
+@pytest.mark.parametrize(("method", "kind"), CASES)
+def test_the_penalty_reaches_the_score(tmp_path: Path, method: Method, kind: type[OnlineConfig]) -> None:
+    lines = {}
+    for penalty in (0.0, 10.0):
+        config = settings(kind, max_steps=1, max_new_tokens=16, missing_eos_penalty=penalty)
+        train_online(method, config, TINY, PROMPTS, Vowels(), tmp_path / str(penalty), seed=0)
+        (lines[penalty],) = curve(tmp_path / str(penalty))
+    cut = lines[0.0]["cut_rate"]
+    assert 0 < cut < 1
+    assert lines[10.0]["score"] == pytest.approx(lines[0.0]["score"] - 10 * cut, abs=1e-4)
 
 
 def test_control_tokens_in_prompts_stay_text() -> None:

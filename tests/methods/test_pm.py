@@ -28,7 +28,7 @@ from rlaif.preference_model import (
     training_scores,
 )
 from rlaif.prefix import positions_after
-from rlaif.records import Preference, UserError
+from rlaif.records import Example, Preference, UserError
 from tests.methods.families import family
 
 TINY = ModelConfig(name="tiny", device="cpu")
@@ -66,9 +66,9 @@ def test_a_pm_learns_and_its_folder_gives_the_same_scores(tmp_path: Path, tuning
     assert metrics["nll"] < 0.6
     assert metrics["train_pairs"] == 64
     model = PreferenceModel(ModelConfig(name=str(target), device="cpu"))
-    example = (data[0].prompt, "aaaa")
+    example = Example(data[0].prompt, "aaaa")
     alone = model.score([example])[0]
-    together = model.score([example, (data[0].prompt, "z" * 60), (data[3].prompt, "a")])[0]
+    together = model.score([example, Example(data[0].prompt, "z" * 60), Example(data[3].prompt, "a")])[0]
     assert alone == pytest.approx(together, abs=1e-4)
 
 
@@ -124,7 +124,7 @@ def test_an_ensemble_has_members_that_differ_and_one_score(tmp_path: Path) -> No
     data = preferences(32)
     target = train_pm(settings(ensemble=3, epochs=1), TINY, data, preferences(10), tmp_path, seed=0)
     config = ModelConfig(name=str(target), device="cpu")
-    examples = [(data[0].prompt, text) for text in ("aaaa", "zzzz", "azaz")]
+    examples = [Example(data[0].prompt, text) for text in ("aaaa", "zzzz", "azaz")]
     members = [PreferenceModel(ModelConfig(name=str(target / f"member-{i}"), device="cpu")) for i in range(3)]
     scales = [json.loads((target / f"member-{i}" / "calibration.json").read_text()) for i in range(3)]
     table = [
@@ -175,9 +175,7 @@ def test_centring_holds_the_scores_of_a_pair_around_zero(tmp_path: Path) -> None
         folder = tmp_path / str(coefficient)
         target = train_pm(settings(center_coefficient=coefficient), TINY, data, data[:8], folder, seed=0)
         model = PreferenceModel(ModelConfig(name=str(target), device="cpu"))
-        chosen, rejected = (
-            model.score([(row.prompt, getattr(row, side)) for row in data]) for side in ("chosen", "rejected")
-        )
+        chosen, rejected = (model.score([row.examples[side] for row in data]) for side in (0, 1))
         assert sum(one > other for one, other in zip(chosen, rejected, strict=True)) > 40
         off[coefficient] = statistics.fmean((one + other) ** 2 for one, other in zip(chosen, rejected, strict=True))
     assert off[1.0] < 0.3 * off[0.0]
@@ -202,7 +200,7 @@ def test_a_pm_may_have_another_tokenizer_than_the_policy(tmp_path: Path) -> None
     metrics = json.loads((tmp_path / "pm" / "pm_metrics.json").read_text())
     assert (metrics["base"], metrics["accuracy"] > 0.9) == (str(other), True)
     scorer = load_scorer(pm_config(TINY, target))
-    high, low = scorer.score([(preferences(1)[0].prompt, "aaaa"), (preferences(1)[0].prompt, "zzzz")])
+    high, low = scorer.score([Example(preferences(1)[0].prompt, text) for text in ("aaaa", "zzzz")])
     assert high > low
 
 
@@ -213,7 +211,7 @@ def test_training_reads_the_scores_that_are_used_later() -> None:
     model = load_sequence_scorer(TINY, new_head=True)
     torch.nn.init.normal_(model.score.weight)
     tokenizer = load_tokenizer(TINY)
-    rows = [encode_example(tokenizer, preferences(1)[0].prompt, text) for text in ("a", "zz" * 9, "aaaa")]
+    rows = [encode_example(tokenizer, Example(preferences(1)[0].prompt, text)) for text in ("a", "zz" * 9, "aaaa")]
     ids, mask = left_pad(rows, tokenizer.pad_token_id, torch.device("cpu"))
     model.config.pad_token_id = tokenizer.pad_token_id
     with torch.no_grad():
@@ -311,3 +309,25 @@ def test_an_interrupted_run_still_knows_the_best_weights(
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "cut")
     assert run(tmp_path / "cut") == whole
+
+
+def test_the_score_of_a_cut_completion_is_read_at_its_last_token(tmp_path: Path) -> None:
+    target = train_pm(settings(max_steps=1), TINY, preferences(8), preferences(4), tmp_path, seed=0)
+    model = PreferenceModel(ModelConfig(name=str(target), device="cpu"))
+    prompt = ({"role": "user", "content": "ab"},)
+    text = "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\ncd"
+    for ended, tail in ((True, "<|im_end|>\n"), (False, "")):
+        ids = torch.tensor([model.tokenizer(text + tail, add_special_tokens=False)["input_ids"]])
+        with torch.no_grad():
+            state = model.model.model(ids)[0][:, -1]
+            expected = float(model.model.score(state))
+        # Whatever stands beside it in the batch.
+        found = model.score([Example(prompt, "z" * 9), Example(prompt, "cd", ended)])[1]
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_pm_can_tell_completions_that_ended_from_those_that_were_cut(tmp_path: Path) -> None:
+    """The same text twice, of which one was cut."""
+    rows = [replace(row, rejected=row.chosen, rejected_ended=False) for row in preferences(48)]
+    train_pm(settings(), TINY, rows, rows[:16], tmp_path, seed=0)
+    assert json.loads((tmp_path / "pm_metrics.json").read_text())["accuracy"] == 1.0

@@ -13,7 +13,7 @@ import torch
 from peft import get_peft_model
 
 from rlaif import losses
-from rlaif.config import Dtype, Keep, KLControl, KLEstimator, LoraSettings, ModelConfig, Tuning, ValueInit
+from rlaif.config import Dtype, Keep, KLControl, KLEstimator, LoraSettings, ModelConfig, PPOConfig, Tuning, ValueInit
 from rlaif.generation import generate, left_pad
 from rlaif.methods.ppo import PPOTrainer, train_ppo
 from rlaif.methods.ppo_checkpoint import Checkpoints, Progress
@@ -22,7 +22,7 @@ from rlaif.methods.ppo_rollout import Actor, PromptStream, ScoreFunction
 from rlaif.models import load_sequence_scorer, load_tokenizer, lora_config, seed_everything
 from rlaif.policy import Packed, has_plain_head, load_policy
 from rlaif.prefix import positions_after
-from rlaif.records import Prompt, UserError
+from rlaif.records import Example, Prompt, UserError
 from rlaif.rewards import known_scores
 from tests.adapters import fill
 from tests.methods.problem import PROMPTS, TINY, VALIDATION, ppo_config, vowels
@@ -433,9 +433,35 @@ def test_an_end_token_in_the_last_place_counts_as_ended(tmp_path: Path) -> None:
     assert bool((~rollouts.ended).any())
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_what_scores_is_told_which_completions_ended(tmp_path: Path, relative: bool) -> None:
+    asked: list[Example] = []
+
+    def recorded(examples: Sequence[Example]) -> list[float]:
+        asked.extend(examples)
+        return vowels(examples)
+
+    ppo = trainer(tmp_path, max_new_tokens=16, rollouts=32, relative_reward=relative, score=recorded)
+    rollouts = ppo.rollout(0)
+    assert [example.ended for example in asked[:32]] == rollouts.ended.tolist()
+    assert set(rollouts.ended.tolist()) == {True, False}
+    if relative:
+        # The reference's completions come from the same start, and are cut as often.
+        assert {example.ended for example in asked[32:]} == {True, False}
+
+
+def test_the_learning_rate_follows_the_tuning(tmp_path: Path) -> None:
+    for tuning, expected in ((Tuning.lora, PPOConfig.RATES.lora), (Tuning.full, PPOConfig.RATES.full)):
+        ppo = trainer(tmp_path, tuning=tuning, learning_rate=None, linear_decay=False)
+        ppo.step(0)
+        assert [group["lr"] for group in ppo.optimizer.param_groups] == [expected, ppo.config.value_learning_rate]
+        assert ppo.optimizer.param_groups[0]["eps"] == ppo.config.adam_epsilon
+    assert trainer(tmp_path, learning_rate=3e-4).optimizer.param_groups[0]["lr"] == 3e-4
+
+
 @pytest.mark.parametrize("estimator", list(KLEstimator))
 def test_the_reward_takes_the_estimator_it_is_told(tmp_path: Path, estimator: KLEstimator) -> None:
-    ppo = trainer(tmp_path, kl_estimator=estimator, normalize_scores=False, score=lambda prompts, texts: [0] * 8)
+    ppo = trainer(tmp_path, kl_estimator=estimator, normalize_scores=False, score=lambda examples: [0] * 8)
     rollouts = ppo.rollout(0)
     shift = 0.2 * rollouts.batch.completion_mask
     rollouts.ref_logps = rollouts.logps - shift
@@ -464,19 +490,19 @@ def test_rewards_are_whitened_before_the_advantages(tmp_path: Path, monkeypatch:
 def test_relative_rewards_subtract_the_references_score_on_the_same_prompt(tmp_path: Path) -> None:
     asked: list[tuple[str, str]] = []
 
-    def recorded(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        asked.extend((prompt.prompt_id, text) for prompt, text in zip(prompts, texts, strict=True))
-        return vowels(prompts, texts)
+    def recorded(examples: Sequence[Example]) -> list[float]:
+        asked.extend((example.prompt[0]["content"], example.completion) for example in examples)
+        return vowels(examples)
 
     ppo = trainer(tmp_path, relative_reward=True, score=recorded)
     fill(ppo.policy.trainable(), 1.0)
     rollouts = ppo.rollout(0)
     assert len(asked) == 8 + 6
     baselines = dict(asked[8:])
-    assert set(baselines) == {prompt.prompt_id for prompt in PROMPTS}
+    assert set(baselines) == {prompt.text for prompt in PROMPTS}
     for prompt, text, score in zip(rollouts.prompts, rollouts.texts, rollouts.scores.tolist(), strict=True):
-        expected = vowels([], [text])[0] - vowels([], [baselines[prompt.prompt_id]])[0]
-        assert score == pytest.approx(expected)
+        own, baseline = vowels([Example(prompt.messages, each) for each in (text, baselines[prompt.text])])
+        assert score == pytest.approx(own - baseline)
     # They are the reference's: another policy gets the same ones, and nothing is sampled twice.
     ppo.rollout(1)
     assert len(asked) == 8 + 6 + 8
@@ -567,10 +593,10 @@ def test_the_best_policy_on_validation_prompts_is_kept(tmp_path: Path) -> None:
     """Scores fall with every iteration after the second, so the second is the best."""
     calls = 0
 
-    def falling(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+    def falling(examples: Sequence[Example]) -> list[float]:
         nonlocal calls
-        calls += len(texts) == 5
-        return [value - 5 * max(calls - 2, 0) for value in vowels(prompts, texts)]
+        calls += len(examples) == 5
+        return [value - 5 * max(calls - 2, 0) for value in vowels(examples)]
 
     settings = {"iterations": 5, "eval_every": 1, "linear_decay": False, "score_clip": 1e6, "normalize_scores": False}
     for name, changes in {
@@ -596,13 +622,14 @@ def test_the_best_policy_on_validation_prompts_is_kept(tmp_path: Path) -> None:
 
 
 def test_one_baseline_without_a_score_counts_as_average(tmp_path: Path) -> None:
-    def last_is_missing(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        return known_scores([*vowels(prompts, texts)[:-1], None])
+    def last_is_missing(examples: Sequence[Example]) -> list[float]:
+        return known_scores([*vowels(examples)[:-1], None])
 
     ppo = trainer(tmp_path, score=last_is_missing, relative_reward=True)
     ppo.progress.baselines = {prompt.prompt_id: 0.0 for prompt in PROMPTS[1:]}
     rollouts = ppo.rollout(0)
-    others = vowels(rollouts.prompts, rollouts.texts)
+    pairs = zip(rollouts.prompts, rollouts.texts, strict=True)
+    others = vowels([Example(prompt.messages, text) for prompt, text in pairs])
     assert ppo.progress.baselines["p0"] == pytest.approx(sum(others) / len(others))
 
 

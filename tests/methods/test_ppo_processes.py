@@ -38,18 +38,18 @@ validation = [Prompt(f"v{i}", ({"role": "user", "content": "xy" * (i + 1)},)) fo
 rounds = 0
 
 
-def own(texts):
+def own(examples):
     # No two texts score the same: equal scores have no deviation, and what is whitened then is rounding.
     bad = nan_after and rounds > nan_after and rank() == 1
-    return [float("nan") if bad else sum(ord(letter) % 7 for letter in text) / 8 for text in texts]
+    return [float("nan") if bad else sum(ord(letter) % 7 for letter in each.completion) / 8 for each in examples]
 
 
-def score(asked, texts):
+def score(examples):
     global rounds
-    rounds += asked[0].prompt_id[0] == "p"
+    rounds += examples[0].prompt[0]["content"][0] == "a"
     if rounds == kill_after and rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    return spread(own, texts)
+    return spread(own, examples)
 
 
 if changes.pop("zero", False):

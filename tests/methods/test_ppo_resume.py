@@ -31,13 +31,13 @@ validation = [Prompt(f"v{i}", ({"role": "user", "content": "xy" * (i + 1)},)) fo
 rounds = 0
 
 
-def score(asked, texts):
+def score(examples):
     global rounds
-    if asked[0].prompt_id[0] == "p":
+    if examples[0].prompt[0]["content"][0] == "a":
         rounds += 1
         if rounds == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
-    return [sum(letter in "aeiou" for letter in text) / 4 for text in texts]
+    return [sum(letter in "aeiou" for letter in example.completion) / 4 for example in examples]
 
 
 config = PPOConfig(

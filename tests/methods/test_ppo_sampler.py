@@ -48,7 +48,7 @@ from rlaif.methods.ppo_rollout import ScoreFunction
 from rlaif.methods.ppo_sampler import VLLMSampler, check_sampler, one_seed, shaken
 from rlaif.models import load_sequence_scorer, load_tokenizer, lora_config, seed_everything
 from rlaif.policy import load_policy
-from rlaif.records import Prompt, UserError
+from rlaif.records import Example, UserError
 from tests.methods.problem import PROMPTS, TINY, VALIDATION, ppo_config, vowels
 
 
@@ -612,12 +612,12 @@ class TestReal:
     def test_an_adapter_is_followed_and_a_death_is_survived(self, tmp_path: Path, small: ModelConfig) -> None:
         rounds = 0
 
-        def score(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        def score(examples: Sequence[Example]) -> list[float]:
             nonlocal rounds
             rounds += 1
             if rounds == 2:
                 os.killpg(Noted.opened[-1].pid, signal.SIGKILL)
-            return vowels(prompts, texts)
+            return vowels(examples)
 
         settings = self.settings(relative_reward=True, temperature=0.8)
         with pytest.raises(UserError, match="vLLM ended early") as caught:

@@ -20,7 +20,7 @@ from rlaif.methods.ppo_rollout import Rollouts
 from rlaif.models import load_sequence_scorer, load_tokenizer, lora_config, seed_everything
 from rlaif.policy import completion_states, load_policy, under
 from rlaif.preference_model import AdapterPreferenceModel, load_preference_model, pm_config, read_head
-from rlaif.records import Prompt
+from rlaif.records import Example
 from rlaif.trunk import frozen_layers
 from tests.adapters import fill
 from tests.methods.problem import PROMPTS, TINY, ppo_config, vowels
@@ -38,9 +38,7 @@ def trainer(folder: Path, start: ModelConfig = TINY, pm: Path | None = None, **c
     score = vowels
     if pm is not None:
         model = load_preference_model(pm_config(start, pm), policy)
-
-        def score(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-            return model.score([(prompt.messages, text) for prompt, text in zip(prompts, texts, strict=True)])
+        score = model.score
 
     head = read_head(pm) if pm else None
     return PPOTrainer(settings, policy, PROMPTS, score, folder, seed=0, head=head, preference_model=pm)
@@ -169,12 +167,12 @@ class KilledError(Exception):
 def run(folder: Path, kill_in_round: int = 0, **changes: Any) -> tuple[bytes, list[dict[str, Any]]]:
     rounds = 0
 
-    def score(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+    def score(examples: Sequence[Example]) -> list[float]:
         nonlocal rounds
         rounds += 1
         if rounds == kill_in_round:
             raise KilledError
-        return vowels(prompts, texts)
+        return vowels(examples)
 
     folder.mkdir(exist_ok=True)
     train_ppo(config(**{"iterations": 4, "save_every": 2} | changes), TINY, PROMPTS, score, folder, 0)

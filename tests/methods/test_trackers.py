@@ -17,7 +17,7 @@ from rlaif.methods import trackers
 from rlaif.methods.ppo import train_ppo
 from rlaif.methods.sft import train_sft
 from rlaif.methods.trackers import TensorBoardBeside, Trackers, chosen, flat
-from rlaif.records import Prompt
+from rlaif.records import Example
 from tests.methods.problem import PROMPTS, TINY
 
 pytest.importorskip("tensorboard")
@@ -43,12 +43,12 @@ class KilledError(Exception):
 def ppo(folder: Path, kill_in_round: int = 0, **changes: Any) -> None:
     rounds = 0
 
-    def score(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+    def score(examples: Sequence[Example]) -> list[float]:
         nonlocal rounds
         rounds += 1
         if rounds == kill_in_round:
             raise KilledError
-        return [float(len(text)) for text in texts]
+        return [float(len(example.completion)) for example in examples]
 
     settings = {"iterations": 5, "rollouts": 4, "minibatch_size": 4, "max_new_tokens": 4, "save_every": 2} | changes
     config = PPOConfig(lora=LoraSettings(r=2), **settings)
