@@ -454,7 +454,7 @@ def _write_dataset(
         config: the command's.
     """
     from rlaif.labeling.live import summary
-    from rlaif.labeling.quality import GoldAgreement
+    from rlaif.labeling.quality import GoldAgreement, MissingWeight
     from rlaif.labeling.ranking import ranked_pairs
     from rlaif.preferences import PreferenceWriter, balanced, select_preferences
 
@@ -462,19 +462,16 @@ def _write_dataset(
     min_margin = config.labeling.min_margin if config.feedback is Feedback.ai else 0.0
     agreement = GoldAgreement(config.gold) if config.gold is not None else None
     counts: Counter[str] = Counter()
-    missing_weight = 0.0
+    missing = MissingWeight()
 
     def selected() -> Iterator[tuple[str, Preference]]:
-        nonlocal missing_weight
         for line, found in pairs:
             if rank:
                 names = [candidate.candidate_id for candidate in line.candidates]
                 found, unconnected = ranked_pairs(line.prompt.prompt_id, names, found)
                 dropped["not_connected"] += unconnected
             counts.update(n_pairs=len(found), n_inferred=sum(pair.inferred for pair in found))
-            own = [pair.missing_weight for pair in found if not pair.inferred]
-            counts.update(own=len(own), n_partial=sum(map(bool, own)))
-            missing_weight += sum(own)
+            missing.add(found)
             if agreement is not None:
                 agreement.add(line, found)
             kept, unselected = select_preferences(line, found, selection, min_margin, labeler, config.feedback.value)
@@ -501,8 +498,7 @@ def _write_dataset(
     if agreement is not None:
         quality |= agreement.result()
     if config.feedback is Feedback.ai:
-        quality["n_partial"] = counts["n_partial"]
-        quality["missing_weight_mean"] = round(missing_weight / counts["own"], 6) if counts["own"] else None
+        quality |= missing.result()
     quality |= {
         "seed": config.seed,
         "feedback": config.feedback.value,

@@ -67,9 +67,7 @@ class Candidates:
         line: dict[str, Any] = {"prompt_id": self.prompt.prompt_id, "prompt": list(self.prompt.messages)}
         if self.split:
             line["split"] = self.split
-        line["candidates"] = [
-            {k: v for k, v in asdict(candidate).items() if v is not None} for candidate in self.candidates
-        ]
+        line["candidates"] = [{k: v for k, v in asdict(c).items() if v is not None} for c in self.candidates]
         return line
 
 
@@ -81,7 +79,7 @@ class Label:
     ``candidate`` (the other modes). The verdict is ``p``, P(first is better) or P(the completion satisfies the
     principle) (pairwise, pointwise); ``score`` with its distribution ``probs`` over 1 to 9 (score); ``probs``, P(each
     is the best) in the order shown (listwise); or ``score``, a log-likelihood ratio (contrastive). Where there is none
-    it is ``None`` with a ``reason``: a missing verdict is kept and counted, never guessed.
+    it is ``None`` with a ``reason``: kept and counted, never guessed. ``replies``: how many (votes, text) name one.
     """
 
     prompt_id: str
@@ -100,7 +98,6 @@ class Label:
     probs: tuple[float, ...] | None = None
     reply: str | None = None
     replies: int | None = None
-    """How many replies the verdict was read from (votes, text): those that name an option."""
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     truncated: bool | None = None
@@ -403,8 +400,7 @@ def parse_messages(value: Any, what: str = "prompt") -> tuple[Message, ...]:
 
 def _prompt(line: dict[str, Any]) -> Prompt:
     if "prompt" not in line:
-        found = ", ".join(sorted(line)) or "nothing"
-        raise ValueError(f'has no "prompt" (found: {found})')
+        raise ValueError(f'has no "prompt" (found: {", ".join(sorted(line)) or "nothing"})')
     messages = parse_messages(line["prompt"])
     name = line.get("prompt_id", line.get("id"))
     if name is None:

@@ -37,7 +37,7 @@ MODES = {
     "rationale first": ["labeling.rationales=1", "labeling.rationale_tokens=48", ONE],
     "two rationales first": ["labeling.rationales=2", "labeling.rationale_tokens=48", ONE],
     "verdict words": ["labeling.mode=pointwise", ONE],
-    "score 1-10": ["labeling.mode=score", ONE],
+    "score 1-9": ["labeling.mode=score", ONE],
     "listwise": ["labeling.mode=listwise", ONE],
     "contrastive": ["labeling.mode=contrastive", ONE],
 }
@@ -113,7 +113,8 @@ def collect(out: Path, pairs: int) -> dict[str, Any]:
             found = read_json(folder / "audit.json") if (folder / "audit.json").is_file() else {}
             if found.get("n_comparisons") == pairs:
                 provenance = read_json(folder / "provenance.json")
-                audits.setdefault(name, {})[mode] = {**found, "wall_s": provenance["wall_s"]}
+                own = {key: provenance[key] for key in ("wall_s", "commit")}
+                audits.setdefault(name, {})[mode] = {**found, **own}
                 made = {key: provenance[key] for key in ("commit", "device", "versions")}
     return {"pairs": pairs, "made": made, "audits": audits}
 
@@ -137,7 +138,14 @@ def page(results: Mapping[str, Any]) -> str:
     if missing:
         text += f"\nNot measured yet: {'; '.join(missing)}.\n"
     made = results["made"]
-    where = f", at commit {made['commit']}, {made['device']}" if made else ""
+    others = {
+        (mode, found["commit"])
+        for modes in results["audits"].values()
+        for mode, found in modes.items()
+        if found.get("commit", made.get("commit")) != made.get("commit")
+    }
+    but = "".join(f" ({mode}: {commit})" for mode, commit in sorted(others))
+    where = f", at commit {made['commit']}{but}, {made['device']}" if made else ""
     people = f" Among people who both took a side, {'; '.join(ceilings.values())}." if ceilings else ""
     return text + TAIL.format(pairs=results["pairs"], where=where, ceilings=people)
 

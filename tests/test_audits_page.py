@@ -49,7 +49,7 @@ def test_every_figure_of_a_row_and_what_is_missing(script: ModuleType) -> None:
     biased = audit(**estimate("position_bias", 1.25, 0.5), **estimate("human_ceiling", 0.926, 0.05))
     audits = {
         "llmbar": {"pairwise, few-shot exemplars": biased},
-        "hh_harmless_test": {"score 1-10": audit(verdict="Above chance, but not shown to be better than")},
+        "hh_harmless_test": {"score 1-9": audit(verdict="Above chance, but not shown to be better than", commit="def")},
     }
     made = {"commit": "abc", "device": "cpu (x86_64)", "versions": {}}
     text = script.page({"pairs": 40, "made": made, "audits": audits})
@@ -57,12 +57,12 @@ def test_every_figure_of_a_row_and_what_is_missing(script: ModuleType) -> None:
         "| llmbar | harmless | pairwise, few-shot exemplars | 50.0% [35.2%, 64.8%] | 25.0% [15.0%, 35.0%] | – | "
         "+1.25 [+0.75, +1.75] | – | 0.28 | 6 of 80 | 0.08 | no |\n"
     ) in text
-    assert "| hh_harmless_test | harmless | score 1-10 |" in text
+    assert "| hh_harmless_test | harmless | score 1-9 |" in text
     assert "| 0.08 | not beyond length |\n" in text
     [rest] = [line for line in text.splitlines() if line.startswith("Not measured yet")]
     assert len(rest.split(";")) == len(script.SETS) * len(script.MODES) - 2
     assert "two rationales first on llmbar" in rest
-    assert "at commit abc, cpu (x86_64)" in text
+    assert "at commit abc (score 1-9: def), cpu (x86_64)" in text
     assert "92.6% [87.6%, 97.6%] agree on llmbar" in text
 
 

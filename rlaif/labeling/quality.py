@@ -139,6 +139,27 @@ def _favourite(label: Label) -> int | None:
     return best[0] if len(best) == 1 else None
 
 
+class MissingWeight:
+    """How many pair labels are without some of their principles, and with what share of the weight."""
+
+    def __init__(self) -> None:
+        self._pairs = self._partial = 0
+        self._missing = 0.0
+
+    def add(self, pairs: Sequence[PairLabel]) -> None:
+        """One prompt's labels; those that were inferred have no verdicts that could be missing."""
+        for pair in pairs:
+            if not pair.inferred:
+                self._pairs += 1
+                self._partial += pair.missing_weight > 0
+                self._missing += pair.missing_weight
+
+    def result(self) -> dict[str, Any]:
+        """Flat figures."""
+        mean = round(self._missing / self._pairs, 6) if self._pairs else None
+        return {"n_partial": self._partial, "missing_weight_mean": mean}
+
+
 class GoldAgreement:
     """Agreement of pair labels with the gold judge, and of the rule "the longer completion wins"."""
 
