@@ -332,7 +332,8 @@ def _to_json(answer: OptionMass | Sampled | Likelihood) -> dict[str, Any]:
 
 
 def _from_json(value: Mapping[str, Any]) -> Answer:
-    kind = Sampled if "text" in value else Likelihood if "logp" in value else OptionMass
+    kinds: dict[str, Any] = {"text": Sampled, "logp": Likelihood, "reason": Failure}
+    kind = next((made for name, made in kinds.items() if name in value), OptionMass)
     known = {name: field for name, field in value.items() if name in kind.__dataclass_fields__}
     if kind is OptionMass:
         known["masses"] = tuple(known["masses"])
