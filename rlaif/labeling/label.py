@@ -338,7 +338,7 @@ def _to_json(answer: Answer) -> dict[str, Any]:
 
 def _from_json(value: Mapping[str, Any]) -> Answer:
     kinds: dict[str, Any] = {"text": Sampled, "logp": Likelihood, "reason": Failure}
-    kind = next((kind for name, kind in kinds.items() if name in value), OptionMass)
+    kind = next((made for name, made in kinds.items() if name in value), OptionMass)
     known = {name: field for name, field in value.items() if name in kind.__dataclass_fields__}
     if kind is OptionMass:
         known["masses"] = tuple(known["masses"])

@@ -39,13 +39,15 @@ def _has(path: str, *types: str) -> str:
 
 _NUMBER = ("integer", "real")
 _OPTIONAL = (
-    *(_has(name, "text", "absent") for name in ("text", "reply", "finish_reason", "method")),
+    *(_has(name, "text", "absent") for name in ("text", "reply", "finish_reason", "method", "reason", "detail")),
     *(_has(name, "integer", "absent") for name in ("tokens", "prompt_tokens", "completion_tokens", "replies")),
     *(_has(name, *_NUMBER, "absent") for name in ("logp", "latency_s", "observed")),
 )
 _KINDS = (
     (_has("text", "text"), _has("finish_reason", "text"), _has("tokens", "integer")),
     (_has("logp", *_NUMBER), _has("tokens", "integer")),
+    # A refusal for good, which is not asked again.
+    (_has("reason", "text"),),
     (_has("method", "text"), *(_has(f"masses[{place}]", *_NUMBER, "null") for place in (0, 1))),
 )
 # What was written is ASCII, whatever it says.

@@ -15,7 +15,8 @@ from rlaif.records import UserError
 
 ANSWERS = {
     "logprob": {"masses": [0.1, None], "method": "logprob", "prompt_tokens": 3, "latency_s": 0.5, "observed": 0},
-    "text": {"masses": [1, 0], "method": "text", "reply": "A, \ud800 ü", "completion_tokens": 1},
+    "text": {"masses": [1, 0], "method": "text", "reply": "A, \ud800 ü", "completion_tokens": 1, "replies": 1},
+    "refused": {"reason": "content_filter", "detail": "", "latency_s": 0.5},
     "sampled": {"text": "", "finish_reason": "stop", "tokens": 0},
     "likelihood": {"logp": -3, "tokens": 4},
     "revision": ["text", "length", 9],
