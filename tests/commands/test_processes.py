@@ -20,6 +20,7 @@ from preloaded import TIMEOUT, Preloaded
 from safetensors.torch import load_file
 
 from rlaif.labeling.store import STORE, VerdictStore
+from rlaif.locks import exclusive
 
 REPO = Path(__file__).parents[2]
 COMMON = ["policy.name=tiny", "policy.device=cpu", "feedback=human", "eval.enabled=false"]
@@ -412,8 +413,16 @@ def test_processes_share_the_samples_of_an_evaluation(
 
 
 @pytest.mark.slow
-def test_an_error_ends_all_processes(inputs: Path, command_env: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "out" / "dpo").mkdir(parents=True)
-    (tmp_path / "out" / "dpo" / "mine.txt").write_text("mine")
-    text = launch(command_env, *arguments("dpo", inputs, tmp_path / "out", 4), expect=2)
+@pytest.mark.parametrize("problem", ["somebody's files", "another run"])
+def test_an_error_ends_all_processes(inputs: Path, command_env: dict[str, str], tmp_path: Path, problem: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    if problem == "another run":
+        with exclusive(out / ".dpo.lock", out / "dpo"):
+            text = launch(command_env, *arguments("dpo", inputs, out, 4), expect=2)
+        assert f"output_dir={out}/dpo: process {os.getpid()} on " in text
+        return
+    (out / "dpo").mkdir()
+    (out / "dpo" / "mine.txt").write_text("mine")
+    text = launch(command_env, *arguments("dpo", inputs, out, 4), expect=2)
     assert "was not made by rlaif.dpo" in text
