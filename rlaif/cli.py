@@ -57,7 +57,7 @@ def launch(command: str, task: Callable[[Any, Path], None], usage: str) -> NoRet
             _stop("interrupted; the same command goes on from here", 130)
         message = explain(error, command)
         if message is None:
-            _stop(traceback.format_exc(), 1)
+            _stop(traceback.format_exc().rstrip(), 1)
         _stop(f"error: {message}", 2)
     if failures:
         _stop(f"error: {len(failures)} job(s) of the sweep failed: {'; '.join(failures)}", 1)

@@ -90,14 +90,15 @@ def _composition_error(text: str, cause: str, command: str) -> str:
     )
     if choice:
         return _no_such_choice(choice[1], choice[2], (choice[3] or "").split())
-    unknown = re.search(r"Key '([^']+)' is not in struct|Could not override '([^']+)'", both)
+    unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in ')", both)
     full = re.search(r"full_key: (\S+)", both)
-    if "is not in struct" in both or ("Could not override" in both and "not in" in both):
-        key = full.group(1) if full else (unknown.group(1) or unknown.group(2) if unknown else "?")
+    if unknown:
+        key = full[1] if full else unknown[1]
         known = sorted(_known_keys(COMMANDS[command]))
         near = difflib.get_close_matches(key, known, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else f"see python -m rlaif.{command} --cfg job"
-        return f"unknown key {key!r}: {hint}"
+        file = re.search(r"^In '(\w+/[^']+)'", text)
+        return f"unknown key {key!r}{f' in {file[1]}' if file else ''}: {hint}"
     if full and cause:
         return _first_line(cause)
     group = re.search(r"Could not override '([^']+)'\. No match in the defaults list", text)

@@ -27,10 +27,10 @@ class FileConfigSource(file_config_source.FileConfigSource):
         try:
             result = super().load_config(config_path)
         except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            raise UserError(
-                f"{path}, line {mark.line + 1 if mark else '?'}: {error.problem or error.context}"
-            ) from None
+            mark, began = error.problem_mark, error.context_mark
+            line = f", line {mark.line + 1}" if mark else ""
+            inside = f" ({error.context} that begins on line {began.line + 1})" if error.context and began else ""
+            raise UserError(f"{path}{line}: {error.problem}{inside}") from None
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
         except (yaml.YAMLError, ValueError, RecursionError) as error:

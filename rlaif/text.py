@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 from typing import Any
 
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
@@ -35,12 +36,19 @@ _NAME = r"(?:[\w.-]*[._-]key|(?:[\w.-]*[._-])?(?:apikey|token|secret|passw(?:or)
 """What names a secret by its last word: ``labeler.extra_body.api_key``, but not ``max_new_tokens``."""
 _VALUE = r"""(?!\[hidden\])(?:"[^"]*"|'[^']*'|[^\s,;&}\])]+)"""
 _VARIABLE = r"[A-Z_][A-Z0-9_]*"
-_INSIDE = r"""(?m:^|[{,])\s*["']?"""
-_SECRETS = [
+_INSIDE = r"""(?m:^|[{,])[ \t]*["']?"""
+
+
+def _without_user(address: re.Match[str]) -> str:
+    _, at, host = address[2].rpartition("@")
+    return f"{address[1]}{HIDDEN}@{host}" if at else address[0]
+
+
+_SECRETS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         # An address with a user or a password.
-        (r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s'\"]*@", rf"\1{HIDDEN}@"),
+        (r"(?i)\b([a-z][a-z0-9+.-]{0,20}://)([^\s'\"]*)", _without_user),
         # The tokens of OpenAI, Anthropic and others, Hugging Face, GitHub, GitLab, Google, AWS, Slack, NVIDIA; JWTs.
         (
             r"\b(?:sk-[\w-]{10,}|(?:hf|gsk|xai|r8|ghp|gho|ghu|ghs|ghr|github_pat|nvapi|glpat)[_-][\w-]{16,}"

@@ -1,11 +1,21 @@
-"""Sweeps: ``-m`` anywhere, one folder a job, one report over all of them, and failed jobs that stop no other."""
+"""Sweeps: ``-m`` anywhere, one folder a job, one report over all of them, and failed jobs that stop no other.
+
+Jobs run in this process or, by Hydra's launchers, in others: under joblib, and under submitit's local executor.
+"""
 
 from __future__ import annotations
 
 import json
+import string
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlaif.cli import LOST, job_folder
 
 pytestmark = pytest.mark.slow  # each test runs several commands
 
@@ -158,3 +168,134 @@ def test_a_failed_job_keeps_its_row_and_is_mended_by_a_rerun(smoke, run_command,
     result = run_command(*arguments)
     assert "sft: up to date, skipped" in result.stderr
     assert not (tmp_path / "out" / "feedback=human" / "failed.json").exists()
+
+
+LAUNCHERS = ["joblib", "submitit_local"]
+
+
+def beside(inputs: Path, folder: Path) -> list[str]:
+    """A cheap labeling."""
+    return [f"candidates={inputs}/candidates.jsonl", "labeler=scripted", f"output_dir={folder}"]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_jobs_in_other_processes(launcher, inputs, run_command, tmp_path):
+    """Every job has its folder, a failed one its line and its row, and nothing lies about."""
+    copy = tmp_path / "my warm.yaml"
+    copy.write_text((PROMPTS.parents[1] / "constitutions" / "warm.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    result = run_command(
+        "label",
+        *beside(inputs, tmp_path / "out"),
+        f"constitution=warm,nice,'{copy}'",
+        "-m",
+        f"hydra/launcher={launcher}",
+        env={},
+        cwd=tmp_path,
+        expect=1,
+    )
+    last = result.stderr.rstrip().splitlines()[-1]
+    assert last.startswith("error: 1 job(s) of the sweep failed: constitution=nice: constitution=nice: no such")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my warm.yaml", "out"], "no litter beside the output"
+    own = job_folder([f"constitution='{copy}'"])
+    assert {path.name for path in visible(tmp_path / "out")} == {"constitution=warm", "constitution=nice", own}
+    for name in ("constitution=warm", own):
+        assert (tmp_path / "out" / name / "labels.jsonl").is_file()
+    failed = json.loads((tmp_path / "out" / "constitution=nice" / "failed.json").read_text(encoding="utf-8"))
+    assert "no such constitution" in failed["error"]
+    assert "constitution=nice" in failed["overrides"]
+    kept = [path for path in (tmp_path / "out").rglob("*") if ".sweep-" in str(path) and path.is_file()]
+    assert {path.suffix for path in kept} <= {".err", ".out"}, "only what jobs printed elsewhere"
+
+
+def visible(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_job_that_is_killed_has_failed(launcher, inputs, start_command, tmp_path):
+    process = start_command(
+        "label",
+        *beside(inputs, tmp_path / "out"),
+        "constitution=warm",
+        "labeler.scripted.delay_s=0,600",
+        "-m",
+        f"hydra/launcher={launcher}",
+        "hydra.launcher.n_jobs=2" if launcher == "joblib" else "hydra.launcher.timeout_min=5",
+    )
+    done, killed = (tmp_path / "out" / f"labeler.scripted.delay_s={delay}" for delay in (0, 600))
+    until = time.monotonic() + 120
+    while not ((done / "provenance.json").is_file() and (killed.parent / f".{killed.name}.partial").is_dir()):
+        assert time.monotonic() < until, process.log.read_text(encoding="utf-8")
+        time.sleep(0.2)
+    for worker in psutil.Process(process.pid).children(recursive=True):
+        if {"submitit.core._submit", "joblib.externals.loky.backend.popen_loky_posix"} & set(worker.cmdline()):
+            worker.kill()
+    assert process.wait(120) == 1
+    errors = process.log.read_text(encoding="utf-8")
+    # loky's own process says more after it.
+    assert f"\nerror: 1 job(s) of the sweep failed: {killed.name}: {LOST}\n" in errors
+    assert "Traceback" not in errors
+    assert json.loads((killed / "failed.json").read_text(encoding="utf-8"))["error"] == LOST
+    assert not (done / "failed.json").exists()
+
+
+def test_two_jobs_never_share_a_folder(inputs, run_command, tmp_path):
+    """Values that differ in odd characters only; a value that is given twice is refused."""
+    names = ["a b.yaml", "a_b.yaml", "a-b.yaml"]
+    text = (PROMPTS.parents[1] / "constitutions" / "warm.yaml").read_text(encoding="utf-8")
+    for number, name in enumerate(names):
+        (tmp_path / name).write_text(text.replace("version: ", f"version: {number}"), encoding="utf-8")
+    swept = ",".join(f"'{name}'" for name in names)
+    run_command("label", *beside(inputs, tmp_path / "out"), f"constitution={swept}", "-m", cwd=tmp_path)
+    labels = [folder / "labels.jsonl" for folder in (tmp_path / "out").iterdir()]
+    assert len(labels) == 3
+    assert all(file.is_file() for file in labels)
+    result = run_command("label", *beside(inputs, tmp_path / "two"), "constitution=warm,warm", "-m", expect=2)
+    assert "constitution=warm: two jobs of the sweep would write this folder" in result.stderr
+    assert not (tmp_path / "two").exists()
+
+
+PLAIN = st.text(string.ascii_letters + string.digits + ".@+-_", min_size=1, max_size=20)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), PLAIN), min_size=1, max_size=3, unique_by=lambda part: part[0]))
+def test_an_ordinary_value_names_its_folder(parts):
+    words = [f"{key}={value}" for key, value in parts]
+    assert job_folder(words) == ",".join(sorted(words))
+
+
+@given(st.lists(st.text(max_size=300), min_size=2, max_size=5, unique=True))
+def test_other_values_get_folders_of_their_own(values):
+    folders = [job_folder([f"k={value}"]) for value in values]
+    assert len(set(folders)) == len(values)
+    for folder in folders:
+        assert len(folder.encode()) < 256
+        assert not {"/", "\0", "\n"} & set(folder)
+
+
+SECRETS = ["sk-proj-SECRET123456", "PASSWORD99", "hunter2"]
+
+
+def test_secrets_set_by_mistake_are_written_nowhere(inputs, run_command, tmp_path):
+    """Not in failed.json, folders' names, messages, provenance or what a launcher leaves, nor in the report of it."""
+    result = run_command(
+        "label",
+        *beside(inputs, tmp_path / "out"),
+        "constitution=warm,helpful",
+        f"labeler.api_key_env=OPENAI_API_KEY,{SECRETS[0]}",
+        f"labeler.base_url='http://user:{SECRETS[1]}@host/v1'",
+        f"labeler.extra_body={{api_key: {SECRETS[2]}, note: kept}}",
+        "-m",
+        expect=1,
+    )
+    folder = tmp_path / "out"
+    shown = [str(path) for path in folder.rglob("*")] + [result.stdout, result.stderr]
+    shown += [path.read_bytes().decode("utf-8", "replace") for path in folder.rglob("*") if path.is_file()]
+    assert not [secret for secret in SECRETS for text in shown if secret in text]
+    (good, *_) = (json.loads(file.read_text(encoding="utf-8")) for file in folder.rglob("provenance.json"))
+    assert good["config"]["labeler"]["extra_body"] == {"api_key": "[hidden]", "note": "kept"}
+    failed = [json.loads(file.read_text(encoding="utf-8")) for file in folder.rglob("failed.json")]
+    assert {override for job in failed for override in job["overrides"]} >= {
+        "labeler.api_key_env=[hidden]",
+        "labeler.base_url='http://[hidden]@host/v1'",
+    }
