@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlaif import config
 from rlaif.artifacts import deciding, plain
-from rlaif.config import Keep, PMConfig, PPOConfig, SamplerVLLMConfig
+from rlaif.config import DPOConfig, Keep, ModelConfig, PMConfig, PPOConfig, SamplerVLLMConfig, TrainConfig
 from rlaif.config.checks import Settings
+from rlaif.methods import stages
 
 TRAINER = (
     "tuning lora learning_rate epochs max_steps batch_size gradient_accumulation_steps warmup_ratio max_length "
     "weight_decay max_grad_norm"
 )
-ONLINE = f"{TRAINER} generations max_new_tokens temperature kl_coef"
+ONLINE = f"{TRAINER} generations max_new_tokens temperature kl_coef missing_eos_penalty"
 DECIDES = {
     "SFTConfig": TRAINER,
     "CritiqueRevisionConfig": (
         f"{TRAINER} critic revisions samples_per_prompt max_new_tokens critique_tokens temperature"
     ),
-    "PMConfig": f"{TRAINER} soft_labels center_coefficient margin ensemble model",
+    "PMConfig": f"{TRAINER} soft_labels center_coefficient margin ensemble model keep",
     "DPOConfig": f"{TRAINER} beta soft_labels loss_type label_smoothing",
     "RLOOConfig": ONLINE,
     "GRPOConfig": f"{ONLINE} loss_type",
     "PPOConfig": (
         "tuning lora iterations rollouts epochs minibatch_size max_new_tokens sampler temperature learning_rate "
-        "value_learning_rate linear_decay warmup_iterations gamma gae_lambda clip_range value_clip_range value_coef "
-        "value_init value_adapter value_backprop entropy_coef max_grad_norm stop_kl kl_coef kl_estimator kl_control "
-        "kl_target kl_horizon normalize_scores score_clip missing_eos_penalty length_penalty relative_reward "
-        "whiten_rewards whiten_advantages max_prompt_length eval_every eval_prompts keep"
+        "value_learning_rate adam_epsilon linear_decay warmup_iterations gamma gae_lambda clip_range value_clip_range "
+        "value_coef value_init value_adapter value_backprop entropy_coef max_grad_norm stop_kl kl_coef kl_estimator "
+        "kl_control kl_target kl_horizon normalize_scores score_clip missing_eos_penalty length_penalty "
+        "relative_reward whiten_rewards whiten_advantages max_prompt_length eval_every eval_prompts keep"
     ),
     "LoraSettings": "r alpha target_modules top_layers",
     "EvalConfig": "samples_per_prompt max_new_tokens temperature gold",
@@ -82,6 +84,16 @@ def test_measurements_count_where_they_choose_the_policy() -> None:
     for change in ({"eval_every": 10}, {"eval_prompts": 3}):
         assert not counts(last, **change)
         assert counts(best, **change)
+
+
+def test_a_rate_that_is_left_out_counts_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(stages, "run_stage", lambda stage, output, settings, *rest, **more: seen.append(settings))
+    for settings in (DPOConfig(), DPOConfig(learning_rate=DPOConfig().rate), DPOConfig(learning_rate=1.0)):
+        arm = stages.Arm(TrainConfig(dpo=settings), tmp_path, ModelConfig(name="tiny"))
+        arm.run("dpo", {"settings": settings}, {}, lambda folder: None)
+    same, given, other = (plain(**deciding(each)) for each in seen)
+    assert same == given != other
 
 
 def test_groups_within_groups_and_lists_are_searched() -> None:

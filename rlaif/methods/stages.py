@@ -13,6 +13,7 @@ from typing import Any
 
 from rlaif.artifacts import labeler_inputs, model_inputs, run_stage
 from rlaif.config import Critic, Feedback, Method, ModelConfig, Reward, Split, TrainConfig
+from rlaif.config.training import ByTuning
 from rlaif.constitution import find_constitution, load_constitution
 from rlaif.demonstrations import Demonstration, chosen_completions, read_demonstrations
 from rlaif.engines.base import Engine
@@ -305,7 +306,8 @@ class Arm:
         """Run a stage into its folder, unless it is up to date."""
         # Where things lie and on which device they are computed decides nothing; the model is an input.
         own = {"columns": self.config.columns, "trust_remote_code": self.start.trust_remote_code}
-        settings = {**settings, **own}
+        rates = {name: each.resolved() for name, each in settings.items() if isinstance(each, ByTuning)}
+        settings = {**settings, **rates, **own}
         if world_size() > 1 and stage != Method.ppo.value:
             # A batch is per process: more of them take larger steps. Those of PPO are shared.
             settings["processes"] = world_size()
