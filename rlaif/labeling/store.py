@@ -46,6 +46,7 @@ _OPTIONAL = (
 _KINDS = (
     (_has("text", "text"), _has("finish_reason", "text"), _has("tokens", "integer")),
     (_has("logp", *_NUMBER), _has("tokens", "integer")),
+    (_has("reason", "text"), _has("detail", "text")),
     (_has("method", "text"), *(_has(f"masses[{place}]", *_NUMBER, "null") for place in (0, 1))),
 )
 # What was written is ASCII, whatever it says.

@@ -18,6 +18,7 @@ ANSWERS = {
     "text": {"masses": [1, 0], "method": "text", "reply": "A, \ud800 ü", "completion_tokens": 1},
     "sampled": {"text": "", "finish_reason": "stop", "tokens": 0},
     "likelihood": {"logp": -3, "tokens": 4},
+    "withheld": {"reason": "content_filter", "detail": "no", "latency_s": 0.5},
     "revision": ["text", "length", 9],
 }
 """One of each kind that is stored."""
