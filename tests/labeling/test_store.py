@@ -19,6 +19,7 @@ ANSWERS = {
     "refused": {"reason": "content_filter", "detail": "", "latency_s": 0.5},
     "sampled": {"text": "", "finish_reason": "stop", "tokens": 0},
     "likelihood": {"logp": -3, "tokens": 4},
+    "withheld": {"reason": "content_filter", "detail": "no", "latency_s": 0.5},
     "revision": ["text", "length", 9],
 }
 """One of each kind that is stored."""
