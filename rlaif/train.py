@@ -57,6 +57,7 @@ Train on preferences or principles: a preference model (pm), or a policy by one 
   prompts=FILE                    prompts for rollouts and evaluation; default: those of the preferences
   drop_leaked=true                train on no preference or demonstration that resembles an evaluation prompt
   preference_model=DIR            PM for ppo, rloo, grpo, best_of_n; default: one is trained on the preferences first
+  pm.gate=warn                    go on with a PM that is not shown to be above chance
   reward=labeler constitution=harmless labeler=...
                                   score completions by the labeler itself, without a PM
   eval.gold=vader                 judge the policy on held-out prompts; eval.enabled=false skips evaluation
