@@ -47,6 +47,7 @@ _KINDS = (
     (_has("text", "text"), _has("finish_reason", "text"), _has("tokens", "integer")),
     (_has("logp", *_NUMBER), _has("tokens", "integer")),
     (_has("method", "text"), *(_has(f"masses[{place}]", *_NUMBER, "null") for place in (0, 1))),
+    (_has("reason", "text"), _has("detail", "text")),
 )
 # What was written is ASCII, whatever it says.
 _SOUND = f"""CASE
