@@ -49,6 +49,7 @@ _KINDS = (
     # A refusal for good, which is not asked again.
     (_has("reason", "text"),),
     (_has("method", "text"), *(_has(f"masses[{place}]", *_NUMBER, "null") for place in (0, 1))),
+    (_has("reason", "text"), _has("detail", "text")),
 )
 # What was written is ASCII, whatever it says.
 _SOUND = f"""CASE

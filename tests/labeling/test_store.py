@@ -1,28 +1,33 @@
 """What was stored stays stored."""
 
+import json
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
 import tracemalloc
+from typing import get_args
 
 import pytest
 
-from rlaif.engines.base import Failure
+from rlaif.engines.base import Failure, Likelihood, OptionMass, Sampled
 from rlaif.labeling.store import Failures, VerdictStore
+from rlaif.labeling.verdicts import Answer
 from rlaif.records import UserError
 
+KINDS = [
+    OptionMass((0.1, None), "logprob", prompt_tokens=3, latency_s=0.5, observed=0.0),
+    OptionMass((1.0, 0.0), "text", reply="A, \ud800 ü", completion_tokens=1, replies=1),
+    Sampled("", "stop", 0),
+    Likelihood(-3.0, 4),
+    Failure("content_filter", "refused"),
+]
 ANSWERS = {
-    "logprob": {"masses": [0.1, None], "method": "logprob", "prompt_tokens": 3, "latency_s": 0.5, "observed": 0},
-    "text": {"masses": [1, 0], "method": "text", "reply": "A, \ud800 ü", "completion_tokens": 1, "replies": 1},
-    "refused": {"reason": "content_filter", "detail": "", "latency_s": 0.5},
-    "sampled": {"text": "", "finish_reason": "stop", "tokens": 0},
-    "likelihood": {"logp": -3, "tokens": 4},
-    "withheld": {"reason": "content_filter", "detail": "no", "latency_s": 0.5},
-    "revision": ["text", "length", 9],
-}
-"""One of each kind that is stored."""
+    str(number): json.loads(json.dumps({name: field for name, field in vars(answer).items() if field is not None}))
+    for number, answer in enumerate(KINDS)
+} | {"revision": ["text", "length", 9]}
+"""One of each kind that is stored, as labeling and revising store them."""
 
 
 def test_put_and_get(tmp_path):
@@ -36,6 +41,7 @@ def test_put_and_get(tmp_path):
 
 
 def test_survives_reopening_and_leaves_one_file(tmp_path):
+    assert {type(answer) for answer in KINDS} == set(get_args(Answer))
     with VerdictStore(tmp_path / "s.sqlite") as store:
         for name, answer in ANSWERS.items():
             store.put(name, answer)
@@ -71,9 +77,9 @@ def test_what_is_put_together_is_there_for_others_once_committed(tmp_path):
         store.put("c", 3)
         assert other.get(["c"]) == {"c": 3}
     with VerdictStore(tmp_path / "s.sqlite") as store:
-        store.put("d", ANSWERS["text"], together=True)
+        store.put("d", ANSWERS["1"], together=True)
     with VerdictStore(tmp_path / "s.sqlite") as store:
-        assert store.get(["d"]) == {"d": ANSWERS["text"]}
+        assert store.get(["d"]) == {"d": ANSWERS["1"]}
 
 
 @pytest.mark.parametrize("problem", [KeyboardInterrupt, UserError])
