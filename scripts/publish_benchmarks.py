@@ -240,7 +240,7 @@ def default_tables(details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "critics",
         table(
             ["tuning", "critic", "lambda", *(f"{task}, {tokens} tokens" for task, tokens in columns)],
-            [[*map(str, key), *(cells[column] for column in columns)] for key, cells in rows.items()],
+            [[*map(str, key), *(cells.get(column, "") for column in columns)] for key, cells in rows.items()],
         ),
     )
     yield (
