@@ -59,13 +59,17 @@ FORMER: dict[str, Any] = {
     "value_clip_range": 0.2,
     "adam_epsilon": 1e-5,
 }
+PINNED = FORMER | {"missing_eos_penalty": 0.0}
+"""What a run has where it does not say otherwise: the table stays what it is when a default changes."""
 OTHERS: dict[str, tuple[float, ...]] = {
     "value_learning_rate": (1e-2,),
     "value_clip_range": (0.5,),
     "adam_epsilon": (1e-5,),
 }
 """What is tried of each setting beside the default, one at a time."""
-LENGTHS, LONGEST = (16, 64), 128
+LENGTHS = (16, 64)
+CASES = [("first", 16), ("first", 64), ("first", 128), ("shared", 64)]
+"""Rewards and lengths for the comparison with the former defaults."""
 SEEDS, FRESH = range(4), range(100, 104)
 ROUNDS = {"tiny": 20, "embedded": 10}
 LAST = 5
@@ -109,8 +113,7 @@ def measure(cell: Cell, rounds: int) -> dict[str, float]:
     torch.set_num_threads(1)
     logging.getLogger("rlaif").setLevel(logging.ERROR)
     about = {name: cell[name] for name in ("model", "task", "tokens", "tuning", "critic", "seed")}
-    # Pinned, so that the table stays what it is when a default changes.
-    settings = {name: value for name, value in (FORMER | cell).items() if name not in about}
+    settings = {name: value for name, value in (PINNED | cell).items() if name not in about}
     model, score = str(about["model"]), SCORES[str(about["task"])]
     if model == "tiny":
         prompts = [Prompt(f"p{i}", ({"role": "user", "content": "ab" * (i + 1)},)) for i in range(16)]
@@ -122,7 +125,7 @@ def measure(cell: Cell, rounds: int) -> dict[str, float]:
         max_new_tokens=int(about["tokens"]),
         report_to=[],
         log_samples=0,
-        **{"iterations": rounds, "missing_eos_penalty": 0.0} | settings,
+        **{"iterations": rounds} | settings,
         **CRITIC_SETTINGS[str(about["critic"])],
     )
     start = ModelConfig(name=model, device="cpu", dtype=Dtype.float32)
@@ -179,7 +182,7 @@ class Runner:
 
 def key(cell: Cell) -> str:
     """A name for a cell."""
-    return json.dumps(cell, sort_keys=True)
+    return json.dumps(PINNED | cell, sort_keys=True)
 
 
 def grid(**axes: Any) -> list[Cell]:
@@ -235,15 +238,24 @@ def rates(run: Runner, model: str, seeds: Sequence[int], lengths: Sequence[int])
 
 
 def compare(run: Runner, rate: dict[str, float], seeds: Sequence[int], lengths: Sequence[int]) -> dict[str, Any]:
-    """Lambda and critic together, then the other settings one at a time from what was chosen."""
+    """Lambda and critic together, then the other settings one at a time from what was chosen.
 
-    def cells(tuning: str, critic: str, lam: float, **changes: Any) -> list[Cell]:
-        axes: dict[str, Any] = {"model": "tiny", "task": TASKS, "tokens": tuple(lengths), "seed": tuple(seeds)}
+    All at the longest of the lengths; lambda with the cheapest critic at the others too.
+    """
+
+    def cells(tuning: str, critic: str, lam: float, tokens: int = lengths[-1], **changes: Any) -> list[Cell]:
+        axes: dict[str, Any] = {"model": "tiny", "task": TASKS, "tokens": tokens, "seed": tuple(seeds)}
         axes |= {"tuning": tuning, "critic": critic, "gae_lambda": lam, "learning_rate": rate[tuning]}
         return grid(**axes | {"adam_epsilon": 1e-8} | changes)
 
     lambdas = (0.95, 1.0)
-    combinations = [(tuning, critic, lam) for tuning in TUNINGS for critic in CRITICS[tuning] for lam in lambdas]
+    combinations = [
+        (tuning, critic, lam, tokens)
+        for tuning in TUNINGS
+        for critic in CRITICS[tuning]
+        for lam in lambdas
+        for tokens in (lengths if critic == "head" else lengths[-1:])
+    ]
     run(cell for each in combinations for cell in cells(*each))
     table = [
         {
@@ -253,20 +265,17 @@ def compare(run: Runner, rate: dict[str, float], seeds: Sequence[int], lengths: 
             "task": task,
             "tokens": tokens,
             **{
-                figure: interval(run.by_seed(cells(tuning, critic, lam, task=task, tokens=tokens), figure))
+                figure: interval(run.by_seed(cells(tuning, critic, lam, tokens, task=task), figure))
                 for figure in ("objective", "score", "kl", "explained_variance")
             },
         }
-        for tuning, critic, lam in combinations
+        for tuning, critic, lam, tokens in combinations
         for task in TASKS
-        for tokens in lengths
     ]
     decisions: dict[str, Any] = {}
 
     def by_lambda(lam: float) -> list[float]:
-        return run.by_seed(
-            cell for tuning, critic, each in combinations if each == lam for cell in cells(tuning, critic, lam)
-        )
+        return run.by_seed(cell for each in combinations if each[2] == lam for cell in cells(*each))
 
     lam, gains = choose({each: by_lambda(each) for each in lambdas}, FORMER["gae_lambda"])
     decisions["gae_lambda"] = {"default": FORMER["gae_lambda"], "chosen": lam, "gains": gains}
@@ -294,7 +303,7 @@ def chosen_settings(found: dict[str, Any], tuning: str) -> dict[str, Any]:
 
 
 def confirm(
-    run: Runner, rate: dict[str, float], found: dict[str, Any], seeds: Sequence[int], lengths: Sequence[int]
+    run: Runner, rate: dict[str, float], found: dict[str, Any], seeds: Sequence[int], cases: Sequence[tuple[str, int]]
 ) -> dict[str, Any]:
     """What was chosen against the defaults until now, on seeds that took no part in the choice."""
     result: dict[str, Any] = {}
@@ -304,8 +313,7 @@ def confirm(
             axes: dict[str, Any] = {"model": "tiny", "tuning": tuning, "seed": tuple(seeds), **settings}
             rows[name] = [
                 (task, tokens, grid(**axes, task=task, tokens=tokens, learning_rate=rate[tuning]))
-                for task in TASKS
-                for tokens in lengths
+                for task, tokens in cases
             ]
             run(cell for *_, some in rows[name] for cell in some)
         result[tuning] = [
@@ -327,20 +335,14 @@ def confirm(
 
 
 def penalties(
-    run: Runner, rate: dict[str, float], found: dict[str, Any], seeds: Sequence[int], lengths: Sequence[int]
+    run: Runner, rate: dict[str, float], found: dict[str, Any], seeds: Sequence[int], tokens: int
 ) -> list[dict[str, Any]]:
     """What a penalty on completions that were cut does to their share and to the score."""
     rows = []
-    for tuning, tokens, penalty in itertools.product(TUNINGS, lengths, (0.0, 1.0)):
-        axes: dict[str, Any] = {
-            "model": "tiny",
-            "tuning": tuning,
-            "seed": tuple(seeds),
-            "task": TASKS,
-            "tokens": tokens,
-        }
-        axes |= chosen_settings(found, tuning)
-        some = grid(**axes, learning_rate=rate[tuning], missing_eos_penalty=penalty)
+    for tuning, penalty in itertools.product(TUNINGS, (0.0, 1.0)):
+        axes: dict[str, Any] = {"model": "tiny", "tuning": tuning, "seed": tuple(seeds), "task": TASKS}
+        axes |= chosen_settings(found, tuning) | {"tokens": tokens, "learning_rate": rate[tuning]}
+        some = grid(**axes, missing_eos_penalty=penalty)
         run(some)
         figures = {name: interval(run.by_seed(some, name)) for name in ("eos_rate", "score", "kl")}
         rows.append({"tuning": tuning, "tokens": tokens, "missing_eos_penalty": penalty, **figures})
@@ -354,9 +356,9 @@ def main() -> None:
     arguments.add_argument("--journal", type=Path, help="file to keep finished runs in, and to take them from")
     arguments.add_argument("--part", choices=["tiny", "embedded"], help="only this model; the other's result is kept")
     options = arguments.parse_args()
-    seeds, fresh, lengths, longest = SEEDS, FRESH, LENGTHS, LONGEST
+    seeds, fresh, lengths, cases = SEEDS, FRESH, LENGTHS, CASES
     if options.quick:
-        seeds, fresh, lengths, longest = range(1), range(100, 101), (8,), 8
+        seeds, fresh, lengths, cases = range(1), range(100, 101), (8,), [("first", 8)]
         ROUNDS.update(tiny=1)
         RATES["tiny"] = {tuning: values[1:2] for tuning, values in RATES["tiny"].items()}
     run = Runner(options.jobs, options.journal)
@@ -368,8 +370,8 @@ def main() -> None:
         details["tiny"] = {
             "rates": rate,
             **found,
-            "confirmed": confirm(run, rate["best"], found, fresh, sorted({*lengths, longest})),
-            "penalties": penalties(run, rate["best"], found, seeds, lengths[:1]),
+            "confirmed": confirm(run, rate["best"], found, fresh, cases),
+            "penalties": penalties(run, rate["best"], found, seeds, lengths[0]),
         }
     if options.part == "embedded" or not (options.part or options.quick):
         details["embedded"] = {"rates": rates(run, "embedded", range(3), ())}

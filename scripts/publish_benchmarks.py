@@ -114,9 +114,9 @@ MEANING: dict[str, tuple[str, dict[str, str]]] = {
     "optimum": (
         "How far training ends from the KL-regularised optimum that is known ([optimum.md](optimum.md)).",
         {
-            "reference_total_variation": "total variation before training: median, smallest and largest over prompts",
+            "reference_total_variation": "total variation before training",
             "dpo_total_variation": "after DPO",
-            "ppo_total_variation": "after PPO by its defaults, with normalised scores",
+            "ppo_total_variation": "after PPO",
             "ppo_full_total_variation": "of all weights",
             "ppo_raw_total_variation": "by its defaults on raw scores",
             "ppo_raw_to_dpo_total_variation": "between that and DPO",
@@ -125,6 +125,8 @@ MEANING: dict[str, tuple[str, dict[str, str]]] = {
             "ppo_raw_full_total_variation": "all weights",
             "ppo_raw_full_backprop_total_variation": "all weights, with such a critic",
             "ppo_raw_k3_total_variation": "with k3 in the reward, which is biased",
+            "ppo_k3_total_variation": "with k3 in the reward, which is biased",
+            "ppo_to_dpo_total_variation": "between PPO and DPO",
         },
     ),
     "ppo_defaults": (
@@ -240,7 +242,7 @@ def default_tables(details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "critics",
         table(
             ["tuning", "critic", "lambda", *(f"{task}, {tokens} tokens" for task, tokens in columns)],
-            [[*map(str, key), *(cells[column] for column in columns)] for key, cells in rows.items()],
+            [[*map(str, key), *(cells.get(column, "") for column in columns)] for key, cells in rows.items()],
         ),
     )
     yield (
@@ -309,6 +311,8 @@ def default_tables(details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def with_tables(text: str) -> str:
     """docs/defaults.md with its tables made anew."""
+    if not (RESULTS / "ppo_defaults.json").is_file():
+        return text
     result = read_json(RESULTS / "ppo_defaults.json")
     for name, rows in default_tables(result["details"]):
         begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"

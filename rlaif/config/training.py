@@ -353,8 +353,8 @@ class PPOConfig(ByTuning):
     """Iterations in which only the value head trains."""
     gamma: float = 1.0
     """Discount."""
-    gae_lambda: float = 0.95
-    """GAE lambda (Schulman et al. 2015)."""
+    gae_lambda: float = 1.0
+    """GAE lambda (Schulman et al. 2015). Below 1 the critic has to carry the score from the end to the first tokens."""
     clip_range: float = 0.2
     """Clip range of the probability ratio."""
     value_clip_range: float = 0.2

@@ -450,6 +450,40 @@ def test_what_scores_is_told_which_completions_ended(tmp_path: Path, relative: b
         assert {example.ended for example in asked[32:]} == {True, False}
 
 
+def test_by_default_the_score_reaches_the_first_of_many_tokens(tmp_path: Path) -> None:
+    """Also where the value function, as at the start, foresees nothing."""
+    ppo = trainer(tmp_path, max_new_tokens=64, whiten_advantages=False, kl_coef=0.0)
+    seen: list[torch.Tensor] = []
+    ppo.update = lambda iteration, rollouts, advantages, returns: seen.append(advantages) or {}  # type: ignore[method-assign]
+    _, rollouts = ppo.step(0)
+    lengths = rollouts.batch.completion_mask.sum(dim=1)
+    assert int(lengths.max()) == 64
+    scores = ppo.reward_scores(rollouts.scores, lengths, rollouts.ended)
+    assert float(scores.abs().max()) > 0.5
+    torch.testing.assert_close(seen[0][:, 0], scores)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gae_lambda", [0.95, PPOConfig().gae_lambda])
+def test_a_score_that_the_first_of_64_tokens_decides_is_learnt(tmp_path: Path, gae_lambda: float) -> None:
+    def first(examples: Sequence[Example]) -> list[float]:
+        return [float("a" <= example.completion[:1] <= "m") for example in examples]
+
+    config = PPOConfig(
+        iterations=20,
+        max_new_tokens=64,
+        learning_rate=3e-3,
+        missing_eos_penalty=0.0,
+        gae_lambda=gae_lambda,
+        report_to=[],
+        log_samples=0,
+    )
+    train_ppo(config, TINY, PROMPTS, first, tmp_path, seed=0)
+    late = [line["score"] for line in lines_of(tmp_path / "training.jsonl")[-5:]]
+    learnt = sum(late) / len(late)
+    assert learnt > 0.5 if gae_lambda == 1 else learnt < 0.2
+
+
 def test_the_learning_rate_follows_the_tuning(tmp_path: Path) -> None:
     for tuning, expected in ((Tuning.lora, PPOConfig.RATES.lora), (Tuning.full, PPOConfig.RATES.full)):
         ppo = trainer(tmp_path, tuning=tuning, learning_rate=None, linear_decay=False)
