@@ -464,15 +464,6 @@ def _completion(value: Any, index: int) -> Completion:
     return Completion(**known)
 
 
-def read_candidates(path: Path) -> list[Candidates]:
-    """All of :func:`iterate_candidates`.
-
-    Raises:
-        UserError: naming file and line.
-    """
-    return list(iterate_candidates(path))
-
-
 def iterate_candidates(path: Path) -> Iterator[Candidates]:
     """Read ``candidates.jsonl``, or a user's lines with ``prompt`` and ``completions`` (a list of texts).
 

@@ -20,8 +20,8 @@ from rlaif.records import (
     content_hash,
     existing_dir,
     existing_file,
+    iterate_candidates,
     parse_messages,
-    read_candidates,
     read_json,
     read_prompts,
     write_json,
@@ -29,6 +29,10 @@ from rlaif.records import (
 )
 
 GOOD = '{"prompt": "hello"}\n'
+
+
+def read_candidates(path):
+    return list(iterate_candidates(path))
 
 
 def error_of(read, path):
