@@ -32,34 +32,33 @@ STORE_FILES = (STORE, f"{STORE}-wal", f"{STORE}.damaged*")
 log = logging.getLogger("rlaif")
 
 
-def _has(path: str, *types: str) -> str:
-    """SQL for a field of one of these types; the type ``absent`` lets it be missing."""
-    return f"coalesce(json_type(value, '$.{path}'), 'absent') IN ({', '.join(map(repr, types))})"
+_TYPES = {
+    **dict.fromkeys(("text", "finish_reason", "method", "reply", "reason", "detail"), ("text",)),
+    **dict.fromkeys(("tokens", "prompt_tokens", "completion_tokens", "replies"), ("integer",)),
+    **dict.fromkeys(("logp", "latency_s", "observed"), ("integer", "real")),
+    **dict.fromkeys(("masses[0]", "masses[1]"), ("integer", "real", "null")),
+}
+"""SQLite's names for what each field of an answer may be."""
+_KINDS = (("masses[0]", "masses[1]", "method"), ("text", "finish_reason", "tokens"), ("logp", "tokens"), ("reason",))
+"""What each kind of answer has in any case."""
 
 
-_NUMBER = ("integer", "real")
-_OPTIONAL = (
-    *(_has(name, "text", "absent") for name in ("text", "reply", "finish_reason", "method", "reason", "detail")),
-    *(_has(name, "integer", "absent") for name in ("tokens", "prompt_tokens", "completion_tokens", "replies")),
-    *(_has(name, *_NUMBER, "absent") for name in ("logp", "latency_s", "observed")),
-)
-_KINDS = (
-    (_has("text", "text"), _has("finish_reason", "text"), _has("tokens", "integer")),
-    (_has("logp", *_NUMBER), _has("tokens", "integer")),
-    # A refusal for good, which is not asked again.
-    (_has("reason", "text"),),
-    (_has("method", "text"), *(_has(f"masses[{place}]", *_NUMBER, "null") for place in (0, 1))),
-    (_has("reason", "text"), _has("detail", "text")),
-)
-# What was written is ASCII, whatever it says.
-_SOUND = f"""CASE
-    WHEN typeof(value) <> 'text' OR value GLOB '*[^ -~]*' OR length(value) <> length(CAST(value AS BLOB)) THEN 0
-    WHEN NOT json_valid(value) THEN 0
-    WHEN json_type(value) = 'array' THEN json_array_length(value) = 3 AND json_type(value, '$[0]') = 'text'
-        AND json_type(value, '$[1]') = 'text' AND json_type(value, '$[2]') = 'integer'
-    WHEN json_type(value) = 'object' THEN {" AND ".join(_OPTIONAL)}
-        AND ({" OR ".join(" AND ".join(kind) for kind in _KINDS)})
-    ELSE 0 END"""
+def _broken() -> str:
+    """SQL for a row that is no answer; the type of a field that is not there is NULL, which makes nothing true."""
+    wrong = (
+        " AND ".join(f"json_type(value, '$.{name}') <> '{kind}'" for kind in kinds) for name, kinds in _TYPES.items()
+    )
+    known = (" AND ".join(f"json_type(value, '$.{name}') IS NOT NULL" for name in names) for names in _KINDS)
+    # What was written is ASCII: as many characters as bytes.
+    return f"""CASE
+        WHEN typeof(value) <> 'text' OR length(value) <> length(CAST(value AS BLOB)) OR NOT json_valid(value) THEN 1
+        WHEN json_type(value) = 'array' THEN json_array_length(value) <> 3 OR json_type(value, '$[0]') <> 'text'
+            OR json_type(value, '$[1]') <> 'text' OR json_type(value, '$[2]') <> 'integer'
+        WHEN {" OR ".join(wrong)} THEN 1
+        ELSE NOT ({" OR ".join(known)}) END"""
+
+
+_BROKEN = _broken()
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -87,6 +86,7 @@ class VerdictStore:
 
     def _open(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None, timeout=60)
+        connection.text_factory = _readable_text
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=NORMAL")
@@ -104,9 +104,9 @@ class VerdictStore:
         return connection
 
     def _drop_broken_rows(self) -> None:
-        broken = self.connection.execute(f"SELECT count(*) FROM verdicts WHERE NOT ({_SOUND})").fetchone()[0]
+        broken = self.connection.execute(f"SELECT count(*) FROM verdicts WHERE {_BROKEN}").fetchone()[0]
         if broken:
-            self.connection.execute(f"DELETE FROM verdicts WHERE NOT ({_SOUND})")
+            self.connection.execute(f"DELETE FROM verdicts WHERE {_BROKEN}")
             # Of whom they are is unknown: every prompt is looked at again.
             self.connection.execute("DELETE FROM finished")
             log.warning("WARNING: %s: %d rows are no verdicts; they are dropped, and asked again", self.path, broken)
@@ -148,7 +148,7 @@ class VerdictStore:
             part = wanted[start : start + _BATCH]
             marks = ",".join("?" * len(part))
             rows = self._read(f"SELECT key, value FROM verdicts WHERE key IN ({marks})", *part)
-            found.update((key, json.loads(value)) for key, value in rows)
+            found.update((key, json.loads(value, strict=False)) for key, value in rows)
         return found
 
     def put(self, key: str, value: Any, together: bool = False) -> None:
@@ -275,6 +275,10 @@ def _damaged(problem: str) -> sqlite3.DatabaseError:
     return error
 
 
+def _readable_text(text: bytes) -> str:
+    return text.decode(errors="replace")
+
+
 def _free_name(path: Path) -> Path:
     """``NAME.damaged``, or ``NAME.damaged-2`` and so on where there is one."""
     number = 1
@@ -287,7 +291,7 @@ def _readable(path: Path, table: str) -> Iterator[tuple[Any, ...]]:
     """The rows of a damaged file from both ends up to the damage."""
     for order in ("ASC", "DESC"):
         with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as connection:
-            connection.text_factory = lambda text: text.decode(errors="replace")
+            connection.text_factory = _readable_text
             # Then a file that was cut is read as far as it goes.
             connection.execute("PRAGMA writable_schema=ON")
             yield from connection.execute(f"SELECT * FROM {table} ORDER BY 1 {order}")
