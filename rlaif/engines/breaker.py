@@ -67,29 +67,33 @@ class Breaker:
             self._suspect()
 
     async def is_up(self) -> bool:
-        """Whether the server answers: it has since the last failure, or it answers a question at once."""
-        if not self._failures:
-            return True
+        """Whether the server answers a question now. What it has answered meanwhile may have been asked before."""
         self._suspect()
         return self._watch is not None and await asyncio.shield(self._watch)
 
     def _suspect(self) -> None:
         """Send nothing more until the server answers."""
         if self.stopped is None and (self._watch is None or self._watch.done()):
+            loop = asyncio.get_running_loop()
             self.open, self._down = True, False
             self._back.clear()
-            self._watch = asyncio.get_running_loop().create_task(self._until_up())
+            if not self._failures:
+                self._since = loop.time()
+            self._watch = loop.create_task(self._until_up())
 
     async def _until_up(self) -> bool:
-        """Ask until the server answers, or for too long; returns whether it did so at once."""
+        """Ask until the server answers, or for too long; returns whether it answered the first question."""
         clock = asyncio.get_running_loop().time
-        wait, tries = FIRST_WAIT_S, 0
+        wait, tries, at_once = FIRST_WAIT_S, 0, True
         while self.open:
             tries += 1
             try:
                 await self._probe()
             except AttemptError as problem:
                 if problem.outage:
+                    at_once = False
+                    if not self.open:  # another request has been answered
+                        break
                     down = clock() - self._since
                     if down >= self._patience_s:
                         self._stop(self._gave_up(down, tries, problem))
@@ -113,12 +117,11 @@ class Breaker:
                 self._stop(error)
                 return False
             self.answered()
-        if not self._down:
-            return True
-        down = clock() - self._since
-        self.waited_s += down
-        log.warning("%s answers again after %.0f seconds", self._where, down)
-        return False
+        if self._down:
+            down = clock() - self._since
+            self.waited_s += down
+            log.warning("%s answers again after %.0f seconds", self._where, down)
+        return at_once
 
     def _gave_up(self, down: float, tries: int, problem: AttemptError) -> UserError:
         return UserError(
