@@ -131,12 +131,22 @@ def between_labelers(own: Path, others: Sequence[Path], comparisons: Sequence[Co
 def _labeler(folder: Path) -> dict[str, Any]:
     """Whom an earlier audit measured."""
     found = read_json(folder / "audit.json")
+    if not isinstance(found, dict) or not {"labeler", "mode"} <= found.keys():
+        raise UserError(f"compare={folder}: audit.json is not what rlaif.audit writes")
     return {"folder": str(folder), "labeler": found["labeler"], "mode": found["mode"]}
 
 
 def _logits(folder: Path) -> dict[str, float | None]:
     """An audit's logit for each pair; ``None`` where it has no label."""
-    return dict(read_jsonl(folder / COMPARISONS, lambda line: (str(line["id"]), line["logit"])))
+
+    def parse(line: dict[str, Any]) -> tuple[str, float | None]:
+        logit = line.get("logit")
+        number = isinstance(logit, int | float) and not isinstance(logit, bool) and abs(logit) < 1e300
+        if "id" not in line or not (logit is None or number):
+            raise ValueError("not a pair as rlaif.audit writes it, with id and logit")
+        return str(line["id"]), logit
+
+    return dict(read_jsonl(folder / COMPARISONS, parse))
 
 
 def main(config: AuditConfig, output: Path) -> None:
@@ -153,6 +163,7 @@ def main(config: AuditConfig, output: Path) -> None:
             raise UserError(f"compare={folder}: no {COMPARISONS} in it; give the output_dir of an earlier rlaif.audit")
         if not _logits(folder).keys() & {comparison.name for comparison in comparisons}:
             raise UserError(f"compare={folder}: no pair in common with this audit")
+        _labeler(folder)
 
     def make(folder: Path) -> None:
         from rlaif.engines import build_labeler

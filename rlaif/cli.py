@@ -59,10 +59,16 @@ def launch(command: str, task: Callable[[Any, Path], None], usage: str) -> NoRet
         message = explain(error, command)
         if message is None:
             _stop(traceback.format_exc().rstrip(), 1)
-        _stop(f"error: {message}", 2)
+        _stop(f"error: {_on_one_line(message)}", 2)
     if failures:
-        _stop(f"error: {len(failures)} job(s) of the sweep failed: {'; '.join(failures)}", 1)
+        failed = "; ".join(map(_on_one_line, failures))
+        _stop(f"error: {len(failures)} job(s) of the sweep failed: {failed}", 1)
     sys.exit(0)
+
+
+def _on_one_line(message: str) -> str:
+    """Paths and replies of servers may have line breaks in them."""
+    return message.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def _stop(message: str, status: int) -> NoReturn:
@@ -155,15 +161,17 @@ def _do(command: str, task: Callable[[Any, Path], None], composed: Any, output: 
     from omegaconf import OmegaConf
 
     configure_logging()
-    check_output(output)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, COMMANDS[command])
+    check_output(output)
     task(config, output)
 
 
 def _output_dir(composed: Any, command: str) -> Path:
     if not composed.output_dir:
         raise UserError(f"output_dir is not set: give output_dir=DIR, the folder that rlaif.{command} writes")
+    if "\0" in composed.output_dir:
+        raise UserError("output_dir: holds a NUL character")
     output = Path(composed.output_dir)
     check_output(output)
     return output

