@@ -140,7 +140,7 @@ def test_m_anywhere(place, inputs, run_command, tmp_path):
     assert counts[0] > counts[1] > 0
 
 
-def test_a_failed_job_keeps_its_row_and_is_mended_by_a_rerun(smoke, run_command, tmp_path):
+def test_a_failed_job_keeps_its_row_and_is_mended_by_a_rerun(smoke, inputs, run_command, tmp_path):
     labels = tmp_path / "labels"
     labels.symlink_to(smoke / "labels")
     arguments = [
@@ -164,7 +164,7 @@ def test_a_failed_job_keeps_its_row_and_is_mended_by_a_rerun(smoke, run_command,
     labels.unlink()
     labels.mkdir()
     (labels / "ai").symlink_to(smoke / "labels" / "ai")
-    (labels / "human").symlink_to(smoke / "labels" / "simulated_human")
+    (labels / "human").symlink_to(inputs / "preferences")
     result = run_command(*arguments)
     assert "sft: up to date, skipped" in result.stderr
     assert not (tmp_path / "out" / "feedback=human" / "failed.json").exists()
