@@ -78,14 +78,5 @@ def test_ppo_comes_near_the_optimum_by_its_defaults(problem, raw, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_critic_that_learns_features_comes_nearer(problem, raw, tmp_path):
-    reached, target = by_ppo(problem, tmp_path / "run", **VARIANTS["ppo_raw_full_backprop"])
-    assert max(target.distances(reached)["total_variation"]) < 0.15
-    # It is the optimum for this beta, and not for another.
-    other = problem.target(problem.scores, BETA / 2)
-    assert min(other.distances(reached)["total_variation"]) > 0.15
-
-
-@pytest.mark.slow
 def test_dpo_reaches_the_optimum(problem, raw, tmp_path):
     assert max(raw.distances(by_dpo(problem, tmp_path / "run"))["total_variation"]) < 0.05

@@ -95,7 +95,7 @@ def test_methods_that_need_a_pm_train_one(train: Command, tmp_path: Path, method
     assert (out / "pm" / "preference_model" / "member-1" / "calibration.json").is_file()
     found = metrics(out)
     assert found["method"] == method
-    assert found["preference_model"].startswith("human labels by unknown, 2 members (")
+    assert found["preference_model"].startswith("human (declared by the user) labels by unknown, 2 members (")
     assert "pm_gain" in found
     if method == "best_of_n":
         assert not (out / "best_of_n").exists()

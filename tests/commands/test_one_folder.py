@@ -173,7 +173,7 @@ def test_simultaneous_starts_keep_a_budget_and_all_that_was_paid(
     [
         ("label", "1", False, 22),
         ("label", "1", True, 22),
-        ("label", "random", False, 10),
+        ("label", "random", False, 3),
         ("sample", "1", False, 20),
         ("train", "3", False, 26),
     ],

@@ -75,8 +75,8 @@ def test_one_complete_folder_for_each_job(sweep):
         folder = here / "out" / name
         metrics = json.loads((folder / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
         assert (metrics["method"], metrics["feedback"], metrics["seed"]) == (method, feedback, seed)
-        # pm_* needs a PM, which only PPO trains; everything else is comparable.
-        keys.add(frozenset(key for key in metrics if not key.startswith(("pm", "preference_model"))))
+        # pm_* and guide_* need a PM, which only PPO trains; everything else is comparable.
+        keys.add(frozenset(key for key in metrics if not key.startswith(("pm", "guide", "preference_model"))))
         assert (folder / method / "policy" / "adapter_model.safetensors").is_file()
         assert (folder / "pm" / "preference_model").is_dir() == (method == "ppo")
         provenance = json.loads((folder / method / "provenance.json").read_text(encoding="utf-8"))

@@ -402,7 +402,9 @@ def test_a_verdict_is_the_mean_of_those_after_its_rationales(
         line["completions"] = [text.strip() for text in line["completions"]]
     overrides = Reasoned(rationales, clamp, {}).overrides
     moves = told(label_by_server(tmp_path, lines, oracle, votes, *overrides))
-    assert {len(found) for found in moves.values()} == {rationales}
+    # A request that the server fails is tried again.
+    sound = [found for (_, *texts), found in moves.items() if BROKEN not in "".join(texts)]
+    assert {len(found) for found in sound} == {rationales}
     assert {move for found in moves.values() for move in found} == {None, -2.0, -0.25, 0.5, 1.5}
     mode = Reasoned(rationales, clamp, moves)
     expected = {line["prompt_id"]: mode.expected(line, oracle, votes) for line in lines}

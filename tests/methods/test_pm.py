@@ -274,7 +274,7 @@ def test_the_last_weights_are_kept_where_they_are_the_best(tmp_path: Path) -> No
     for keep in Keep:
         config = settings(keep=keep, max_steps=11, learning_rate=2e-3)
         target = train_pm(config, TINY, preferences(32), preferences(9), tmp_path / keep.value, seed=0)
-        scores[keep] = PreferenceModel(pm_config(TINY, target)).score([(preferences(1)[0].prompt, "aza")])
+        scores[keep] = PreferenceModel(pm_config(TINY, target)).score([Example(preferences(1)[0].prompt, "aza")])
     assert json.loads((tmp_path / "best" / "pm_metrics.json").read_text())["kept_step"] == 11
     assert scores[Keep.best] == scores[Keep.last]
 
@@ -294,7 +294,7 @@ def test_an_interrupted_run_still_knows_the_best_weights(
 
     def run(folder: Path) -> tuple[int, list[float]]:
         target = train_pm(config, TINY, preferences(32), contrary(preferences(12)), folder, seed=0)
-        scores = PreferenceModel(pm_config(TINY, target)).score([(preferences(1)[0].prompt, "aza")])
+        scores = PreferenceModel(pm_config(TINY, target)).score([Example(preferences(1)[0].prompt, "aza")])
         return json.loads((folder / "pm_metrics.json").read_text())["kept_step"], scores
 
     def stops(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
