@@ -166,7 +166,7 @@ class LabelerConfig(Settings):
     max_retries: int = 6
     """Retries of a failed request, with exponential back-off and Retry-After (openai)."""
     outage_s: float = 300.0
-    """Seconds that a server which answers nothing at all is waited for; then the run ends (openai)."""
+    """Seconds after which a run ends in which the server answers nothing, or no request succeeds (openai)."""
     top_logprobs: int = 20
     """Log-probabilities asked for per position (openai); servers cap this."""
     audit: str | None = None

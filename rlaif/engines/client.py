@@ -15,7 +15,7 @@ import random
 import re
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from itertools import islice
 from typing import Any, Generic, TypeVar
 from urllib.parse import urljoin, urlsplit
@@ -168,7 +168,7 @@ class Client:
         job: Callable[[Sequence[T]], Awaitable[Sequence[R]]],
         size: int = 1,
         after_burst: Callable[[], None] = lambda: None,
-    ) -> Iterator[tuple[int, R]]:
+    ) -> Generator[tuple[int, R]]:
         """Results of ``job`` on batches of ``size`` requests, as they end; at most ``concurrency`` jobs at once.
 
         As many batches again are pulled ahead, so that the server does not wait while the caller works.

@@ -32,7 +32,7 @@ from rlaif.engines.options import (
     parse_reply,
     rests,
 )
-from rlaif.engines.refusals import Refusals
+from rlaif.engines.refusals import Refusals, while_some_succeed
 from rlaif.engines.wire import (
     WITHHELD,
     AttemptError,
@@ -126,7 +126,7 @@ class OpenAIEngine(Engine):
             # Many prompts in each request: a slow server shall answer some before it is given all.
             start=config.concurrency if config.endpoint is Endpoint.chat else config.concurrency // 16 + 1,
         )
-        where = f"labeler.base_url={self._base_url}, labeler.model={config.model}"
+        self._asked = where = f"labeler.base_url={self._base_url}, labeler.model={config.model}"
         self._refusals = Refusals(where, self._ask_plainly)
         self._client = Client(
             self._base_url,
@@ -263,7 +263,9 @@ class OpenAIEngine(Engine):
     def _stream(
         self, requests: Iterable[T], job: Callable[[Sequence[T]], Awaitable[Sequence[R]]], what: str, size: int = 1
     ) -> Iterator[tuple[int, R]]:
-        return self.told(self._client.stream(requests, job, size, self.after_burst), what)
+        results = self._client.stream(requests, job, size, self.after_burst)
+        patient = while_some_succeed(results, self._asked, self._config.outage_s, lambda: self.waited_s)
+        return self.told(patient, what)
 
     async def _sample(self, batch: Sequence[SampleRequest]) -> list[Sampled | Failure]:
         [request] = batch

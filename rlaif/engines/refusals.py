@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
+import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from typing import Any
 
-from rlaif.engines.base import CONTENT_FILTER
+from rlaif.engines.base import CONTENT_FILTER, Failure
 from rlaif.engines.wire import AttemptError
 from rlaif.records import UserError
 
@@ -78,3 +81,38 @@ def _hint(problem: AttemptError) -> str:
     if problem.reason in _BY_REASON:
         return _BY_REASON[problem.reason]
     return next(hint for words, hint in _BY_WORDS if re.search(words, problem.detail, re.IGNORECASE))
+
+
+def while_some_succeed(
+    results: Generator[tuple[int, Any]], where: str, patience_s: float, waited_s: Callable[[], float]
+) -> Iterator[tuple[int, Any]]:
+    """Results, until requests have failed for too long with none answered between them.
+
+    A server that answers harmless questions is neither down nor does it refuse everything; yet if nothing that is
+    asked of it comes back, asking on is of no use.
+
+    Args:
+        results: of the requests, as they come in.
+        where: begins the line that ends the run.
+        patience_s: ``labeler.outage_s``.
+        waited_s: how long the server has been down, which does not count.
+
+    Raises:
+        UserError: with the last reason.
+    """
+    failed, since = 0, 0.0
+    with contextlib.closing(results):
+        for index, result in results:
+            if not isinstance(result, Failure) or result.permanent or result.reason == "budget":
+                failed = 0
+            else:
+                now = time.monotonic() - waited_s()
+                since = since if failed else now
+                failed += 1
+                if failed >= MOST and now - since >= patience_s:
+                    raise UserError(
+                        f"{where}: {failed} requests in a row have failed in {now - since:.0f} seconds "
+                        f"(labeler.outage_s={patience_s:g}), the last one with {result.reason}: {result.detail}; what "
+                        "was answered before is kept, and the same command goes on from here"
+                    )
+            yield index, result

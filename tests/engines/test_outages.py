@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -198,6 +199,28 @@ def test_requests_at_fault_by_themselves_do_not_end_the_run(server: FakeServer) 
         results = [result for _, result in engine.score_options(asks(150))]
     assert reasons(results) == {"answered": 30, "http_400": 120}
     assert sum(content(body) == PLAIN for body in server.bodies) == 1
+
+
+@pytest.mark.parametrize("before", [0, 40])
+@pytest.mark.parametrize("status", [400, 500])
+def test_a_server_that_answers_nothing_but_harmless_questions_is_given_up(
+    status: int, before: int, server: FakeServer
+) -> None:
+    """It is neither down nor refuses everything, and still no request is answered, for as long as there are any."""
+    refused = replace(error(status, "out of order"), delay_s=0.05)
+    server.default = lambda body: (
+        answer(body) if content(body) == PLAIN or int(content(body).split()[-1]) < before else refused
+    )
+    started, got = time.monotonic(), list[Any]()
+    with build(server, max_retries=0, outage_s=1.0) as engine, pytest.raises(UserError) as raised:
+        got.extend(result for _, result in engine.score_options(asks(100_000)) if isinstance(result, OptionMass))
+    assert len(got) == before
+    assert 1 <= time.monotonic() - started < 10
+    assert re.search(
+        rf"labeler\.model=judge: \d+ requests in a row have failed in \d seconds \(labeler\.outage_s=1\), the last one "
+        rf"with http_{status}: out of order; what was answered before is kept, and the same command goes on from here$",
+        str(raised.value),
+    )
 
 
 def away(server: FakeServer) -> Reply:
