@@ -5,9 +5,12 @@ Random numbers are a function of seed, iteration and episode, so no generator's 
 
 from __future__ import annotations
 
+import logging
+import math
 import os
+import pickle
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ import torch
 from torch import Tensor
 
 from rlaif.folders import sync
-from rlaif.records import read_json, write_json
+from rlaif.records import UserError, read_json, write_json
+
+log = logging.getLogger("rlaif")
 
 
 @dataclass
@@ -32,6 +37,36 @@ class Progress:
     """Scores of the reference's completions by prompt id (``ppo.relative_reward``)."""
     best_iteration: int | None = None
     best_objective: float | None = None
+
+    @classmethod
+    def read(cls, file: Path) -> Progress:
+        """What was written, if it makes sense.
+
+        Raises:
+            ValueError: if it does not.
+            UserError: if it is no JSON.
+        """
+        value = read_json(file)
+        types = {each.name: _JSON_TYPES[str(each.type)] for each in fields(cls)}
+        if not isinstance(value, dict) or not all(type(v) in types.get(name, ()) for name, v in value.items()):
+            raise ValueError(f"{file.name} does not hold what was written")
+        found = cls(**value)
+        if found.iteration < 1 or found.position < 0 or not math.isfinite(found.kl_coef):
+            raise ValueError(f"{file.name} does not hold what was written")
+        return found
+
+
+_NONE = type(None)
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "float | None": (int, float, _NONE),
+    "int | None": (int, _NONE),
+    "dict[str, float]": (dict,),
+}
+_UNREADABLE = (FileNotFoundError, UserError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError)
+"""What reading a checkpoint raises that is not whole: PyTorch has no error of its own for it."""
+_TENSORS = ("policy", "value_head", "value_adapter", "optimizer")
 
 
 class Checkpoints:
@@ -59,12 +94,21 @@ class Checkpoints:
                 other.unlink()
 
     def newest(self) -> tuple[Progress, dict[str, Any]] | None:
-        """The newest checkpoint, if there is one; its tensors on the CPU."""
-        found = sorted(self.root.glob("iteration-*"))
-        if not found:
-            return None
-        tensors = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True)
-        return Progress(**read_json(found[-1] / "progress.json")), tensors
+        """The newest checkpoint that is whole, if there is one; its tensors on the CPU."""
+        for folder in sorted(self.root.glob("iteration-*"), reverse=True):
+            try:
+                progress = Progress.read(folder / "progress.json")
+                tensors = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+                if not isinstance(tensors, dict) or not tensors.keys() >= set(_TENSORS):
+                    raise ValueError("state.pt does not hold what was written")
+                if progress.best_iteration is not None and not self._best(progress.best_iteration).is_file():
+                    raise ValueError(f"{self._best(progress.best_iteration).name} is missing")
+            except _UNREADABLE as error:
+                why = (str(error) or type(error).__name__).splitlines()[0][:200]
+                log.warning("WARNING: ppo: checkpoint %s cannot be used (%s); its rounds are made again", folder, why)
+            else:
+                return progress, tensors
+        return None
 
     def save_best(self, iteration: int, policy: dict[str, Tensor]) -> None:
         """Keep the trained weights of the best policy so far, that after ``iteration``.

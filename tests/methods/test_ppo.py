@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -676,6 +677,40 @@ def test_the_best_policy_that_a_checkpoint_knows_of_outlives_a_newer_one(tmp_pat
     assert [float(checkpoints.best(iteration)["x"]) for iteration in (1, 3)] == [1.0, 3.0]
     checkpoints.save(Progress(iteration=4, best_iteration=3), {})
     assert [file.name for file in (tmp_path / "checkpoints").glob("best*")] == ["best-000003.pt"]
+
+
+BROKEN_CHECKPOINTS = {
+    "state.pt": [b"", b"\0" * 100, b"not a checkpoint", None],
+    "progress.json": [b"", b"\0", b"[1]", b'{"iteration": "a"}', b'{"iteration": 2, "more": 1}', b"\xff", None],
+    "../best-000001.pt": [None],
+}
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize(("name", "content"), [(n, c) for n, each in BROKEN_CHECKPOINTS.items() for c in each])
+def test_a_checkpoint_that_is_not_whole_is_left_out(
+    name: str, content: bytes | None, older: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    tensors: dict[str, Any] = {key: {} for key in ("policy", "value_head", "value_adapter", "optimizer")}
+    if older:
+        checkpoints.save(Progress(iteration=2), tensors)
+        os.replace(tmp_path / "checkpoints" / "iteration-000002", tmp_path / "older")
+    checkpoints.save_best(1, {})
+    checkpoints.save(Progress(iteration=4, best_iteration=1, best_objective=0.5), tensors)
+    if older:
+        os.replace(tmp_path / "older", tmp_path / "checkpoints" / "iteration-000002")
+    folder = tmp_path / "checkpoints" / "iteration-000004"
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[0].iteration == 4
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+    found = checkpoints.newest()
+    assert (found and found[0].iteration) == (2 if older else None)
+    assert f"checkpoint {folder} cannot be used (" in caplog.text
 
 
 def test_samples_are_logged_and_hostile_text_stays_inside_its_line(tmp_path: Path) -> None:
