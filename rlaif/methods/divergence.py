@@ -24,9 +24,10 @@ def check_figures(method: str, when: str, figures: Mapping[str, Any]) -> None:
 
 
 def check_weights(method: str, model: Any) -> None:
-    """Refuse trained weights that are not finite: what the last step made of them, no figure has seen.
+    """Refuse trained weights that no model can compute with: what the last step made of them, no figure has seen.
 
-    They must be whole in the main process.
+    That is where the sum of squares of a tensor is not finite in single precision. They must be whole in the main
+    process.
 
     Raises:
         UserError: in every process, saying how many.
@@ -34,11 +35,11 @@ def check_weights(method: str, model: Any) -> None:
 
     def check() -> None:
         trained = [value for value in model.parameters() if value.requires_grad]
-        bad = sum(not bool(torch.isfinite(value).all()) for value in trained)
+        bad = sum(not bool(torch.isfinite(torch.linalg.vector_norm(value.detach().float()))) for value in trained)
         if bad:
             raise UserError(
-                f"{method}: training left {bad} of {len(trained)} tensors with weights that are not finite; "
-                f"{_advice(method)}"
+                f"{method}: training left {bad} of {len(trained)} tensors with weights that are not finite, or too "
+                f"large to compute with; {_advice(method)}"
             )
 
     from_main(check)
