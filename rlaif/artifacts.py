@@ -71,7 +71,7 @@ def run_stage(
     make: Callable[[Path], None],
     seed: int,
     carry_over: Sequence[str] = (),
-    unfinished: Callable[[Path], bool] = lambda folder: False,
+    unfinished: Callable[[Path], str | None] = lambda folder: None,
     together: bool = False,
 ) -> Path:
     """Make ``output`` with ``make(partial_folder)`` unless it is up to date.
@@ -83,8 +83,8 @@ def run_stage(
         inputs: files and folders that are read, by role.
         make: writes everything into the folder it is given; it may find there what an interrupted run left.
         carry_over: patterns of files of an outdated output or partial folder that stay useful (a store of paid calls).
-        unfinished: whether a complete output still has something to catch up on (calls that failed); it is then
-            made again.
+        unfinished: what a complete output still has to catch up on (calls that failed), if anything; it is then made
+            again.
         together: several processes make it at once; one of them keeps the folders.
 
     Raises:
@@ -171,7 +171,7 @@ def _look(
     output: Path,
     fingerprint: str,
     carry_over: Sequence[str],
-    unfinished: Callable[[Path], bool],
+    unfinished: Callable[[Path], str | None],
 ) -> _Found:
     """Whether an output is what would be made, and is all there."""
     record = recorded(places.output)
@@ -184,22 +184,23 @@ def _look(
     if not all(is_carried(name, carry_over) for name in broken):
         return _Found(False, f"{output}: {told}; making it again", logging.WARNING)
     # Without what earlier requests gave, those that failed are not asked again: that would ask the others again too.
-    if MISSING not in broken.values() and unfinished(places.output):
-        return _Found(False, "requests failed last time; making it again")
+    if MISSING not in broken.values() and (why := unfinished(places.output)):
+        return _Found(False, f"{why}; making it again")
     if broken:
         lost = f"{told}; the results are whole, but making them again asks again what is lost"
         return _Found(True, f"up to date, skipped ({output}), but {lost}", logging.WARNING)
     return _Found(True, f"up to date, skipped ({output})")
 
 
-def has_failures(summary: Path) -> bool:
-    """Whether a summary counts requests that failed, which a rerun may get an answer to, or cannot be read."""
+def has_failures(summary: Path) -> str | None:
+    """What a summary still has to catch up on: requests that failed, which a rerun may get an answer to, or itself."""
     try:
         found = read_json(summary)
     except UserError as error:
-        log.warning("%s", error)
-        return True
-    return not isinstance(found, dict) or bool(found.get("failed"))
+        return str(error)
+    if not isinstance(found, dict):
+        return f"{summary}: is no summary"
+    return "requests failed last time" if found.get("failed") else None
 
 
 def _after_error(

@@ -398,7 +398,7 @@ def _set_aside(places: Places, carry_over: Sequence[str], stage: str) -> None:
 
 def _discard(folder: Path) -> None:
     """Delete a partial folder, its marker first: what a kill leaves of it is not taken for the whole."""
-    (folder / MARKER).unlink(missing_ok=True)
+    remove(folder / MARKER)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -198,7 +198,7 @@ def test_whole_results_without_their_store_ask_nothing_again(
     (output / "store").unlink()
     if content is not None:
         (output / "store").write_text(content)
-    made = tree(output, unfinished=lambda folder: failed)
+    made = tree(output, unfinished=lambda folder: "requests failed" if failed else None)
     assert made == (failed and content is not None)
     if made:
         assert (output / "store").read_text() == f"{content}paid "
@@ -240,6 +240,15 @@ def test_a_broken_marker_costs_no_more_than_going_on(
     assert (tmp_path / "out" / "store").read_text() == "paid paid "
     assert f"{partial / MARKER} is broken" in caplog.text
     assert (tmp_path / "out.unfinished-1" / "checkpoint").read_text() == "work"
+
+
+def test_a_folder_in_the_place_of_a_marker_does_not_block(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / ".out.partial" / MARKER).mkdir(parents=True)
+    (tmp_path / ".out.partial" / "store").write_text("paid ")
+    assert tree(tmp_path / "out") == 1
+    assert (tmp_path / "out" / "store").read_text() == "paid paid "
+    assert f"{MARKER} is broken" in caplog.text
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_a_marker_with_an_odd_time(tmp_path: Path) -> None:
@@ -291,10 +300,10 @@ def test_a_broken_summary_counts_as_unfinished(tmp_path: Path, content: bytes | 
     file = tmp_path / "quality.json"
     if content is not None:
         file.write_bytes(content)
-    assert has_failures(file)
+    assert str(file) in (has_failures(file) or "")
     for failed in (0, 3):
         file.write_text(json.dumps({"failed": failed}))
-        assert has_failures(file) == bool(failed)
+        assert has_failures(file) == ("requests failed last time" if failed else None)
 
 
 def test_what_writing_that_was_killed_left_is_not_published(tmp_path: Path) -> None:
