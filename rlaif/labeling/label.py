@@ -226,7 +226,7 @@ class Labeling:
             requests = next(talk)
             while True:
                 keys = [self.key(request, near) for request in requests]
-                known = self._known(keys)
+                known = self._known(dict(zip(keys, requests, strict=True)))
                 unknown = [(key, request) for key, request in zip(keys, requests, strict=True) if key not in known]
                 if unknown and missing is None:
                     return _Held([], unknown, sound)
@@ -236,8 +236,14 @@ class Labeling:
         except StopIteration as end:
             return _Held(end.value, [], sound)
 
-    def _known(self, keys: Sequence[str]) -> dict[str, Answer]:
-        stored: dict[str, Answer] = {key: _from_json(value) for key, value in self.store.get(keys).items()}
+    def _known(self, asked: Mapping[str, Request]) -> dict[str, Answer]:
+        keys = list(asked)
+        stored: dict[str, Answer] = {}
+        for key, value in self.store.get(keys).items():
+            if (answer := _answer(value, asked[key])) is None:
+                self.store.drop(key)
+            else:
+                stored[key] = answer
         known = {key: answer for key, answer in stored.items() if not (_is_fallback(answer) and self._outdated(answer))}
         failed = self.failed.get(key for key in keys if key not in known)
         return known | {key: Failure(reason) for key, reason in failed.items()}
@@ -334,6 +340,17 @@ def _shown(line: Candidates) -> list[tuple[str, str]]:
 
 def _to_json(answer: Answer) -> dict[str, Any]:
     return {name: value for name, value in vars(answer).items() if value is not None}
+
+
+def _answer(value: Any, request: Request) -> Answer | None:
+    """What is stored as the answer to a request, if it can be one: a row that was changed may be that of another."""
+    answer = _from_json(value) if isinstance(value, Mapping) else None
+    if isinstance(answer, OptionMass):
+        fits = isinstance(request, OptionRequest) and len(answer.masses) == len(request.options)
+    else:
+        kinds: dict[type, type] = {Sampled: SampleRequest, Likelihood: CompletionRequest, Failure: object}
+        fits = answer is not None and isinstance(request, kinds[type(answer)])
+    return answer if fits else None
 
 
 def _from_json(value: Mapping[str, Any]) -> Answer:

@@ -24,6 +24,7 @@ _BATCH = 500
 _PUT = "INSERT OR REPLACE INTO verdicts VALUES (?, ?)"
 _FINISH = "INSERT OR IGNORE INTO finished VALUES (?)"
 _SPEND = "INSERT OR REPLACE INTO account VALUES (0, ?)"
+_TABLES = {"verdicts": {"key", "value"}, "finished": {"key"}, "account": {"id", "value"}}
 STORE = "store.sqlite"
 # A run that was killed leaves its newest verdicts in the write-ahead log.
 STORE_FILES = (STORE, f"{STORE}-wal", f"{STORE}.damaged*")
@@ -98,6 +99,11 @@ class VerdictStore:
             problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if problem != "ok":
                 raise _damaged(problem)
+            for table, columns in _TABLES.items():
+                found = {name for _, name, *_ in connection.execute(f"PRAGMA table_info({table})")}
+                kind = connection.execute("SELECT type FROM sqlite_master WHERE name = ?", (table,)).fetchone()[0]
+                if found != columns or kind != "table":
+                    raise _damaged(f"its table {table} is not that of a label store")
         except BaseException:
             connection.close()
             raise
@@ -150,6 +156,16 @@ class VerdictStore:
             rows = self._read(f"SELECT key, value FROM verdicts WHERE key IN ({marks})", *part)
             found.update((key, json.loads(value, strict=False)) for key, value in rows)
         return found
+
+    def drop(self, key: str) -> None:
+        """Forget what is no answer to the request with this key, and which prompts have all of theirs.
+
+        Raises:
+            UserError: if the file cannot be written.
+        """
+        log.warning("WARNING: %s: row %s is no answer to what it is stored for; it is asked again", self.path, key)
+        self._write("DELETE FROM verdicts WHERE key = ?", [(key,)])
+        self._write("DELETE FROM finished")
 
     def put(self, key: str, value: Any, together: bool = False) -> None:
         """Store one verdict; ``together`` with what else is put until :meth:`commit` or until anything is read: faster.
@@ -294,7 +310,8 @@ def _readable(path: Path, table: str) -> Iterator[tuple[Any, ...]]:
             connection.text_factory = _readable_text
             # Then a file that was cut is read as far as it goes.
             connection.execute("PRAGMA writable_schema=ON")
-            yield from connection.execute(f"SELECT * FROM {table} ORDER BY 1 {order}")
+            columns = "id, value" if table == "account" else "key, value"
+            yield from connection.execute(f"SELECT {columns} FROM {table} ORDER BY 1 {order}")
 
 
 class Failures:

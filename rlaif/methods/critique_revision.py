@@ -178,7 +178,7 @@ def _ask(
         return from_main(lambda: ask(requests))
     assert engine is not None
     keys = _keys(engine, requests)
-    known = from_main(lambda: {} if store is None else store.get(keys))
+    known = from_main(lambda: _known(store, keys))
     pending = [request for key, request in zip(keys, requests, strict=True) if key not in known]
     found: dict[str, Sampled | str] = {key: Sampled(*value) for key, value in known.items()}
     size = _TOGETHER * world_size()
@@ -197,7 +197,7 @@ def _ask_here(
     engine: Engine, requests: Sequence[SampleRequest], store: VerdictStore | None, what: str
 ) -> list[Sampled | str]:
     keys = _keys(engine, requests)
-    known: dict[str, Any] = {} if store is None else store.get(keys)
+    known = _known(store, keys)
     pending = [place for place, key in enumerate(keys) if key not in known]
     failed: dict[str, str] = {}
     with progress(len(requests), what, "text", initial=len(requests) - len(pending)) as bar:
@@ -213,6 +213,12 @@ def _ask_here(
                     store.put(key, known[key])
             bar.update()
     return [Sampled(*known[key]) if key in known else failed[key] for key in keys]
+
+
+def _known(store: VerdictStore | None, keys: Sequence[str]) -> dict[str, Any]:
+    """The texts that are stored; of another stage's answers, which are no lists, none."""
+    found = {} if store is None else store.get(keys)
+    return {key: value for key, value in found.items() if isinstance(value, list)}
 
 
 def _keys(engine: Engine, requests: Sequence[SampleRequest]) -> list[str]:

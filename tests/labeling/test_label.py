@@ -158,6 +158,29 @@ def test_faults_are_not_stored_and_a_rerun_asks_only_them(store, config):
     assert all(label.p is not None for label in first)
 
 
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *('["a", "stop", 3]', '{"text": "a", "finish_reason": "stop", "tokens": 3}', '{"logp": -3.5, "tokens": 2}'),
+        *('{"masses": [0.1, 0.2, 0.3], "method": "logprob"}', '{"masses": [0.1, 0.2, "x"], "method": "logprob"}'),
+    ],
+)
+def test_a_row_that_answers_something_else_is_asked_again(store, caplog, value, finished):
+    whole = label_candidates(lines(2), CONSTITUTION, engine(), PAIRWISE, store)
+    [(key,)] = store.connection.execute("SELECT key FROM verdicts LIMIT 1").fetchall()
+    store.connection.execute("UPDATE verdicts SET value = ? WHERE key = ?", (value, key))
+    if not finished:
+        store.connection.execute("DELETE FROM finished")
+    first = label_candidates(lines(2), CONSTITUTION, engine(), PAIRWISE, store)
+    assert f"row {key} is no answer to what it is stored for; it is asked again" in caplog.text
+    # What was marked as finished is looked at too late; the next run asks it.
+    assert sum(label.reason == "not_asked" for label in first) == finished
+    recording = Recording(engine())
+    assert label_candidates(lines(2), CONSTITUTION, recording, PAIRWISE, store) == whole
+    assert len(recording.asked) == finished
+
+
 def test_too_little_mass_is_uncovered(store):
     for minimum, reason in ((0.31, "uncovered"), (0.29, None)):
         config = LabelingConfig(min_option_mass=minimum)

@@ -266,6 +266,27 @@ def test_rows_that_are_no_verdicts_are_dropped(tmp_path, caplog, value):
     assert caplog.messages == []
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        *("TABLE verdicts (a)", "TABLE verdicts (key, value, more)", "VIEW verdicts AS SELECT 1 key, 2 value"),
+        *("TABLE account (x)", "TABLE finished (a, b)"),
+    ],
+)
+def test_a_database_of_somebody_else_is_set_aside(tmp_path, caplog, other):
+    path = tmp_path / "s.sqlite"
+    connection = sqlite3.connect(path)
+    connection.execute(f"CREATE {other}")
+    connection.commit()
+    connection.close()
+    with VerdictStore(path) as store:
+        store.put("a", {"reason": "content_filter"})
+        assert store.get(["a"]) == {"a": {"reason": "content_filter"}}
+        assert store.spent() is None
+    assert "is kept as s.sqlite.damaged; 0 verdicts could be read" in caplog.text
+    assert (tmp_path / "s.sqlite.damaged").is_file()
+
+
 @pytest.mark.parametrize("value", ["", "{}", "7", '["x"]', "[null]", "[NaN]", "[-1]", "[[1]]", "[true]"])
 def test_an_account_that_is_not_readable_counts_the_verdicts(tmp_path, caplog, value):
     path = tmp_path / "s.sqlite"
