@@ -118,6 +118,7 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
         from rlaif.labeling.live import agreement_with_gold
         from rlaif.labeling.quality import VerdictQuality, latency
         from rlaif.labeling.store import VerdictStore
+        from rlaif.labeling.verdicts import advice
 
         started = time.perf_counter()
         with build_labeler(config.labeler, config.seed) as engine, VerdictStore(folder / STORE) as store, _loaded():
@@ -151,7 +152,7 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
                     said = "".join(f"; {reason}: {words}" for reason, words in labeling.failed.details.items() if words)
                     raise UserError(
                         f"the labeler gave no usable verdict in {result['n_verdicts']} requests; reasons: "
-                        f"{quality.reasons()}{said}"
+                        f"{quality.reasons()}{said}{advice(quality.reasons())}"
                     )
                 if asked:
                     # Of this run: what an earlier one asked took time that is not counted here.

@@ -19,6 +19,7 @@ from rlaif.labeling.label import label_candidates
 from rlaif.labeling.modes import Setup
 from rlaif.labeling.prompts import SCALE
 from rlaif.labeling.store import STORE, STORE_FILES, VerdictStore
+from rlaif.labeling.verdicts import advice
 from rlaif.processes import from_all, from_main, is_main, rank, world_size
 from rlaif.records import Candidates, Completion, Example, Label, Prompt, UserError
 
@@ -204,7 +205,9 @@ class LabelerScores:
                 totals[index] += weights[label.principle] * value
                 asked[index] += weights[label.principle]
         if missing and len(missing) == len(lines):
-            raise UserError(f"the labeler gave no usable verdict on {len(lines)} completions; first: {reasons[0]}")
+            raise UserError(
+                f"the labeler gave no usable verdict on {len(lines)} completions; first: {reasons[0]}{advice(reasons)}"
+            )
         if missing:
             log.warning(
                 "reward: %d of %d completions have no verdict (first: %s)", len(missing), len(lines), reasons[0]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlaif.engines.base import CONTENT_FILTER, Engine, Failure, OptionMass, OptionRequest
 from rlaif.gold import gold_score
+from rlaif.labeling.verdicts import SAY_THE_REST
 from rlaif.progress import progress
 
 if TYPE_CHECKING:
@@ -185,8 +186,8 @@ def summary(quality: Mapping[str, Any]) -> str:
         if quality["unlisted"] > UNLISTED * quality["n_verdicts"]:
             share = quality["unlisted"] / quality["n_verdicts"]
             lines.append(
-                f"WARNING: {share:.0%} of the verdicts are left open by the tokens that the server lists; where words "
-                "of several tokens are why, labeler.prefill=true or labeler.endpoint=completions asks for their rest"
+                f"WARNING: {share:.0%} of the verdicts are left open by the tokens that the server lists; "
+                f"{SAY_THE_REST}"
             )
     if quality.get("n_partial"):
         lines.append(

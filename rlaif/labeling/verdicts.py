@@ -128,9 +128,20 @@ def likelihood_ratio(blank: Blank, answers: Sequence[Answer], normalize: bool) -
     return blank(method="logprob", prompt_tokens=read, reason=reason, score=None if reason else ratio)
 
 
+_UNKNOWN = "option_unknown"
+SAY_THE_REST = (
+    "where words of several tokens are why, labeler.prefill=true or labeler.endpoint=completions asks for their rest"
+)
+
+
+def advice(reasons: Iterable[str | None]) -> str:
+    """What helps against verdicts that are missing for these reasons, to end a sentence with; empty: nothing known."""
+    return f"; {_UNKNOWN}: the server does not list enough tokens; {SAY_THE_REST}" if _UNKNOWN in reasons else ""
+
+
 def _missing(seen: bool, finite: bool) -> str:
     """Why there is no verdict in what an engine said. A model that overflows says NaN, which must not be a label."""
-    return "option_unknown" if not seen else "uncovered" if finite else "not_finite"
+    return _UNKNOWN if not seen else "uncovered" if finite else "not_finite"
 
 
 def total_count(counts: Iterable[int | None]) -> int | None:

@@ -235,6 +235,25 @@ def test_words_of_several_tokens_call_nothing_safer_than_it_is(prefill: bool, tm
     assert told == (0 if prefill else sum(entry["score"] is None for entry in labels)) < len(labels)
 
 
+def test_words_of_which_only_beginnings_are_listed_are_told_what_helps(tmp_path: Path) -> None:
+    """There is not one verdict, so no summary says it."""
+    words = HARM.replace("[safe, harmless]", "[harmless]").replace("[harmful, dangerous]", "[harmful]")
+    (tmp_path / "harm.yaml").write_text(words, encoding="utf-8")
+    write_lines(
+        tmp_path / "c.jsonl",
+        [{"prompt": "Question?", "split": "train", "completions": ["{kind=+1.00}", "{kind=-1.00}"]}],
+    )
+    server = serve(lambda body: logprobs([("Harm", 0.9), ("The", 0.1)]))
+    files = [f"candidates={tmp_path}/c.jsonl", f"constitution={tmp_path}/harm.yaml", f"output_dir={tmp_path}/out"]
+    labeler = ["labeler=openai", "labeler.model=judge", f"labeler.base_url={server.url}", "labeling.mode=pointwise"]
+    try:
+        told = command("label", *files, *labeler, code=2).stderr.splitlines()[-1]
+    finally:
+        server.close()
+    assert "the labeler gave no usable verdict in 2 requests; reasons: {'option_unknown': 2}" in told
+    assert told.endswith("labeler.prefill=true or labeler.endpoint=completions asks for their rest")
+
+
 def test_the_planted_combinations_are_there() -> None:
     """The test above is only worth what its material holds."""
     for name, mode in MODES.items():
