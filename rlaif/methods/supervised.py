@@ -310,7 +310,8 @@ class Complete(TrainerCallback):
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint whose files are all there in the sizes that they were written with."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[-1]), reverse=True)
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    found = sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]), reverse=True)
     for path in found:
         try:
             complete = read_json(path / _MANIFEST) == _sizes(path)
