@@ -33,7 +33,7 @@ def exclusive(file: Path, output: Path) -> Iterator[None]:
         output: the folder that it guards, for messages.
 
     Raises:
-        UserError: if another process holds it.
+        UserError: if another process holds it, or may hold it.
     """
     handle = _acquire(file, output)
     try:
@@ -48,7 +48,7 @@ def exclusive(file: Path, output: Path) -> Iterator[None]:
 
 def _acquire(file: Path, output: Path) -> int | None:
     deadline = time.monotonic() + _PATIENCE_S
-    while (handle := _open(file)) is not None:
+    while (handle := _open(file, output)) is not None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -81,13 +81,26 @@ def _acquire(file: Path, output: Path) -> int | None:
     return None
 
 
-def _open(file: Path) -> int | None:
+def _open(file: Path, output: Path) -> int | None:
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-    # The second is enough for another user's.
-    for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):
-        with contextlib.suppress(OSError):
-            return os.open(file, flags | os.O_NOFOLLOW, 0o666)
+    # Reading is enough for another user's.
+    for flags in (os.O_RDWR | os.O_CREAT | os.O_EXCL, os.O_RDWR, os.O_RDONLY, os.O_RDWR | os.O_CREAT):
+        try:
+            handle = os.open(file, flags | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            problem = error
+            continue
+        if flags & os.O_EXCL:
+            # Whatever the umask: others must be able to see that it is held.
+            with contextlib.suppress(OSError):
+                os.fchmod(handle, 0o644)
+        return handle
+    if os.path.lexists(file) and os.access(file.parent, os.W_OK):
+        raise UserError(
+            f"output_dir={output}: {file} cannot be opened ({problem.strerror}), so nothing says whether another "
+            "process is at work there; if none is, delete it"
+        )
     return None
 
 

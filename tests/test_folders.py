@@ -80,6 +80,38 @@ def test_a_lock_that_is_deleted_while_it_is_taken_is_not_held(tmp_path: Path, mo
     assert len(opened) > 2
 
 
+@pytest.mark.parametrize("what", ["link", "closed"])
+def test_a_lock_that_cannot_be_opened_may_be_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """As that of another user, for whom new files are closed to others."""
+    lock, opened = tmp_path / ".out.lock", os.open
+    if what == "link":
+        lock.symlink_to("nowhere")
+    else:
+        lock.touch()
+
+        def closed(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+            if path == lock and not flags & os.O_EXCL:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return opened(path, flags, *rest, **more)
+
+        monkeypatch.setattr("os.open", closed)
+    with pytest.raises(UserError, match=rf"output_dir=.*: {lock} cannot be opened \(.*; if none is, delete it"):
+        stage(tmp_path / "out")
+    assert os.listdir(tmp_path) == [".out.lock"]
+
+
+def test_others_can_open_a_lock_whatever_the_umask(tmp_path: Path) -> None:
+    modes: list[int] = []
+    before = os.umask(0o077)
+    try:
+        run_stage(
+            "sample", tmp_path / "out", {}, {}, lambda _: modes.append((tmp_path / ".out.lock").stat().st_mode), 0
+        )
+    finally:
+        os.umask(before)
+    assert modes[0] & 0o444 == 0o444
+
+
 def test_a_file_system_without_locks_costs_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
