@@ -105,6 +105,16 @@ def test_nothing_is_asked_twice(tmp_path: Path) -> None:
     assert not critic.asked
 
 
+def test_a_row_that_is_no_text_is_asked_again(tmp_path: Path) -> None:
+    first = run(tmp_path, Scribe("writer"), Scribe("critic"))
+    with VerdictStore(tmp_path / "store.sqlite") as store:
+        [(key,)] = store.connection.execute("SELECT key FROM verdicts LIMIT 1").fetchall()
+        store.put(key, {"text": "x", "finish_reason": "stop", "tokens": 1})
+    writer, critic = Scribe("writer"), Scribe("critic")
+    assert run(tmp_path, writer, critic) == first
+    assert len(writer.asked) + len(critic.asked) == 1
+
+
 def test_what_fails_is_dropped_with_its_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     items = run(tmp_path, Scribe("writer", {"question 1": "timeout"}), Scribe("critic", {"question 2": "empty"}))
     assert [item.dropped for item in items[:4]] == [None, "timeout", "empty", None]

@@ -155,3 +155,9 @@ def test_40_steps_are_20_then_a_kill_then_the_rest(
     rows = [[{key: row[key] for key in keep & row.keys()} for row in curve(root)] for root in (whole, cut)]
     assert [row["step"] for row in rows[0]] == list(range(1, 41))
     assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("stray", ["checkpoint-7 (copy)", "checkpoint-old"])
+def test_a_stray_folder_is_no_checkpoint(tmp_path: Path, stray: str) -> None:
+    (tmp_path / stray).mkdir()
+    assert newest_checkpoint(tmp_path) is None
