@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import cache
 
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
@@ -40,21 +41,36 @@ _THAI_TO_KHMER = (
 _SPACELESS = _HAN_AND_KANA + _THAI_TO_KHMER
 _CLAUSE = re.compile(f"[{_SPACELESS}]+")
 _WORD = re.compile(r"\w+")
-_WORD_OR_CLAUSE = re.compile(rf"[{_SPACELESS}]+|[^\W{_SPACELESS}]+")
 _GRAM = 3
+
+
+@cache
+def _word_or_clause() -> re.Pattern[str]:
+    """Clauses without spaces, and words with their combining marks, which regular expressions take for no letters."""
+    marks = "".join(sorted(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c)[0] == "M"))
+    letter = rf"[^\W{_SPACELESS}]"
+    return re.compile(rf"[{_SPACELESS}]+|{letter}(?:{letter}|[{marks}])*")
 
 
 def words_of(text: str) -> list[str]:
     """Words in the order of the text, in lower case, as near-duplicates are compared by.
 
     Where a script has no spaces, a character counts as a word the first time, and from then on with the two that follow
-    it: long texts use all the same characters, but not in the same order.
+    it: long texts use all the same characters, but not in the same order. What looks the same is the same: invisible
+    characters do not count, nor does the width or the composition of letters. A text without words has its symbols:
+    emoji.
     """
-    text = text.lower()
-    if not _CLAUSE.search(text):
-        return _WORD.findall(text)
+    if text.isascii():
+        found = _WORD.findall(text.lower())
+    else:
+        visibly = (c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+        found = _words_in("".join(visibly).lower())
+    return found or [character for character in text if unicodedata.category(character)[0] == "S"]
+
+
+def _words_in(text: str) -> list[str]:
     words, seen = [], set[str]()
-    for piece in _WORD_OR_CLAUSE.findall(text):
+    for piece in _word_or_clause().findall(text):
         if not _CLAUSE.match(piece):
             words.append(piece)
             continue

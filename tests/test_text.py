@@ -3,6 +3,8 @@
 
 import random
 import time
+import unicodedata
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -74,6 +76,43 @@ def test_words_by_hand() -> None:
     assert words_of("好人好事多") == ["好", "人", "好事多", "事", "多"]
     assert words_of("用Python3写") == ["用", "python3", "写"]
     assert words_of("") == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: f"{text}.",
+        lambda text: "\u200b".join(text),
+        lambda text: "\u00ad".join(text),
+        lambda text: f"\ufeff{text}\u200e",
+        lambda text: unicodedata.normalize("NFD", text),
+        lambda text: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text),
+        lambda text: text.upper(),
+    ],
+    ids=["stop", "zero width", "soft hyphens", "marks of order", "decomposed", "full width", "capitals"],
+)
+def test_what_looks_the_same_is_the_same(change: Callable[[str], str]) -> None:
+    for text in ("Où est le café, s'il vous plaît", "How do I bake bread", "मुझे एक अच्छी कहानी सुनाओ", "怎么做红烧肉"):
+        assert words_of(change(text)) == words_of(text)
+
+
+def test_combining_marks_break_no_word() -> None:
+    assert words_of("मुझे एक अच्छी कहानी सुनाओ") == ["मुझे", "एक", "अच्छी", "कहानी", "सुनाओ"]
+    assert words_of("எனக்கு ஒரு கதை சொல்") == ["எனக்கு", "ஒரு", "கதை", "சொல்"]
+    # Each language has some forty consonants, which long texts share.
+    rng = random.Random(0)
+    letters, vowels = [chr(code) for code in range(0x915, 0x93A)], [chr(code) for code in range(0x93E, 0x94D)]
+    words = ["".join(rng.choice(letters) + rng.choice(vowels) for _ in range(3)) for _ in range(5000)]
+    texts = [" ".join(rng.choices(words, k=40)) for _ in range(20)]
+    assert len(set(near_duplicate_clusters(texts, 0.7))) == 20
+
+
+def test_emoji_are_compared_where_there_are_no_words() -> None:
+    texts = ["\U0001f600" * 3, "\U0001f600!", "\U0001f621", "?", "", " "]
+    assert [near_duplicate_clusters(texts, 0.7).index(cluster) for cluster in near_duplicate_clusters(texts, 0.7)] == [
+        *(0, 0, 2),
+        *(3, 3, 3),
+    ]
 
 
 mixed = st.lists(st.sampled_from(["红", "烧", "肉", "の", "ด", "a", "bc", " ", "。", "d e"]), max_size=9).map("".join)
