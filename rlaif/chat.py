@@ -255,8 +255,11 @@ def _mark(index: int, contents: Sequence[str]) -> str:
 
 def _render(tokenizer: Any, messages: list[Message], generation_prompt: bool) -> str:
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
     except Exception as error:
         # Templates are programs: what those of strangers raise may be anything.
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the chat template of {tokenizer.name_or_path} refuses a prompt: {reason}") from error
+    if not text:
+        raise UserError(f"the chat template of {tokenizer.name_or_path} makes an empty text of a prompt")
+    return text

@@ -84,7 +84,10 @@ def _stop(message: str, status: int) -> NoReturn:
 
 
 # Hydra's own options that are followed by a value (python -m rlaif.X --hydra-help lists them).
-_TAKES_VALUE = {"-c", "--cfg", "-p", "--package", "-cd", "--config-dir", "-cn", "--config-name", "-cp", "--config-path"}
+_TAKES_VALUE = {
+    *("-c", "--cfg", "-p", "--package", "-cd", "--config-dir", "-cn", "--config-name", "-cp", "--config-path"),
+    "--experimental-rerun",
+}
 
 
 def _add_by_name(argument: str) -> str:
@@ -107,23 +110,45 @@ def _quote_path(argument: str) -> str:
 
 
 def _normalise(arguments: Sequence[str]) -> tuple[list[str], bool]:
-    """The arguments without ``-m``, which argparse refuses between overrides, and whether it was among them.
+    """The overrides, then the options without ``-m``; and whether that was among them.
 
+    argparse takes no options between overrides, and says in lines of its own, secrets included, what it does not know.
     An option and its value become one argument.
     """
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
-    rest: list[str] = []
+    overrides: list[str] = []
+    options: list[str] = []
     for argument in arguments:
-        if rest and rest[-1] in _TAKES_VALUE:
-            rest[-1] += f"={argument}"
-        elif argument not in ("-m", "--multirun"):
-            rest.append(_quote_path(_add_by_name(argument)))
-    for argument in rest:
+        if options and options[-1] in _TAKES_VALUE:
+            options[-1] += f"={argument}"
+        elif argument.startswith("-"):
+            options += [argument] * (argument not in ("-m", "--multirun"))
+        else:
+            overrides.append(_quote_path(_add_by_name(argument)))
+    for argument in overrides:
         if argument.startswith("hydra.mode="):
             raise UserError("hydra.mode: a sweep is asked for with -m")
-        if not argument.startswith("-") and "=" not in argument and not argument.startswith("~"):
+        if "=" not in argument and not argument.startswith("~"):
             raise UserError(f"{argument!r} is not an override: write key=value (python -m rlaif.X --help)")
-    return rest, sweep
+    for option in options:
+        _check_option(option)
+    return [*overrides, *options], sweep
+
+
+def _check_option(argument: str) -> None:
+    from hydra._internal.utils import get_args_parser
+
+    name, given, value = argument.partition("=")
+    action = get_args_parser()._option_string_actions.get(name)
+    if action is None:
+        shown = name if len(name) <= 80 else f"{name[:77]}..."
+        raise UserError(
+            f"there is no option {shown}: settings are key=value, without dashes (python -m rlaif.X --help)"
+        )
+    if bool(given) != (name in _TAKES_VALUE) and action.nargs != "?":
+        raise UserError(f"{name}: {'takes no value' if given else 'its value is missing'}")
+    if given and action.choices is not None and value not in action.choices:
+        raise UserError(f"{name}={value}: must be one of {', '.join(action.choices)}")
 
 
 def _hydra(command: str, job: Callable[[Any], None], arguments: Sequence[str]) -> None:

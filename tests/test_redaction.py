@@ -23,6 +23,19 @@ from rlaif.redaction import redacted, redacted_settings
         ('{"token": "abc"}', '{"token": [hidden]}'),
         ("pushed with hf_abcdefghijklmnopqrstuvwx", "pushed with [hidden]"),
         ("Bearer abcdefghijklm", "Bearer [hidden]"),
+        # As Hydra writes the overrides of a sweep's job.
+        ("labeler.base_url=http\\://bob\\:PASS@host\\:9/v1", "labeler.base_url=http\\://[hidden]@host\\:9/v1"),
+        ("labeler.base_url=bob\\:PASS@host\\:9/v1", "labeler.base_url=[hidden]@host\\:9/v1"),
+        ("{base_url: 'bob:PASS@host', model: m}", "{base_url: '[hidden]@host', model: m}"),
+        ("labeler.base_url=host/v1?key=abc&x=1", "labeler.base_url=host/v1?key=[hidden]&x=1"),
+        ("http://h/v1?sig=abc", "http://h/v1?sig=[hidden]"),
+        ("{credentials: abc, n: 1}", "{credentials: [hidden], n: 1}"),
+        ("{api_token: {value: abc}, n: 1}", "{api_token: [hidden], n: 1}"),
+        ("{apikey: [abc, def], n: 1}", "{apikey: [hidden], n: 1}"),
+        ('api_key="a\\"b c" n=1', "api_key=[hidden] n=1"),
+        ("{clientSecret: abc, accessToken: def}", "{clientSecret: [hidden], accessToken: [hidden]}"),
+        ("api_key = abc", "api_key = [hidden]"),
+        ("{user: a, pass: abc}", "{user: a, pass: [hidden]}"),
     ],
 )
 def test_a_secret_is_hidden(text, shown):
@@ -40,6 +53,7 @@ def test_a_secret_is_hidden(text, shown):
         "x.yaml, line 3: key 'a' is given twice",
         "policy.name=task-oriented_model policy.revision=0123456789abcdef0123456789abcdef01234567",
         "labeler.base_url=http://127.0.0.1:8000/v1, hydra/launcher=basic: there is no such launcher",
+        "labeler.base_url=http\\://127.0.0.1\\:8000/v1 output_dir=runs/a@b keyboard=1 monkey: 3 tokens=4 passed: 7",
     ],
 )
 def test_what_is_no_secret_stays(text):
@@ -58,9 +72,22 @@ def test_settings_keep_their_shape():
     }
     assert redacted_settings(settings) == shown
     assert redacted_settings({"api_key_env": "MY_KEY"}) == {"api_key_env": "MY_KEY"}
+    assert redacted_settings({"api_key": {"value": "x"}, "token": [1, "x"], "pwd": 12345, "secret": None}) == {
+        "api_key": "[hidden]",
+        "token": ["[hidden]", "[hidden]"],
+        "pwd": "[hidden]",
+        "secret": None,
+    }
+    assert redacted_settings({"base_url": "bob:x@host/v1", "tokens_per_minute": 3, "key=sk-abcdefghijklmnop": 1}) == {
+        "base_url": "[hidden]@host/v1",
+        "tokens_per_minute": 3,
+        "key=[hidden]": 1,
+    }
 
 
-@pytest.mark.parametrize("part", ["a.", "\n", "a://", "key=", "{ ", "sk-", "bearer ", "@"])
+@pytest.mark.parametrize(
+    "part", ["a.", "\n", "a://", "key=", "{ ", "sk-", "bearer ", "@", "url=", "?a", "a_key=[", "token={", 'pw="\\\\']
+)
 def test_long_texts_take_no_time(part):
     started = time.process_time()
     redacted(part * (50_000 // len(part)))

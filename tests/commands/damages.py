@@ -125,6 +125,7 @@ TEMPLATES = {
     "unknown_function": "{{ wobble(messages) }}",
     "value_error": "{{ 'a' | int(base=99) }}{{ '%d' | format('a') }}",
     "overflow": "{{ 'a' * 9999999999999999999999 }}",
+    "nothing": "{{ messages.__class__ }}",
 }
 ADAPTER = {
     "peft_type_unknown": {"peft_type": "TAPIR"},
