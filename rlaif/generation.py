@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from rlaif.prefix import positions_after, read_prefix, shareable, split_prefix
+from rlaif.records import UserError
 
 # First words of random streams after the seed, so that no two purposes share numbers. NumPy pads short seeds with
 # zeros, so all have the same length and end in 1.
@@ -142,6 +143,9 @@ def generate(
         eos: token ids that end a completion.
         pad: token id to pad with.
         observe: a value of the hidden states (B, 1, H) -> (B, 1) before each token, for example a value head.
+
+    Raises:
+        UserError: if the model gives no probabilities.
     """
     from rlaif.decoding import grouped_heads, with_room
 
@@ -190,6 +194,9 @@ def generate(
                 active, ids, mask, positions = active[left], ids[left], mask[left], positions[left]
                 cache.batch_select_indices(left)
             mask = torch.cat([mask, mask.new_ones((len(mask), 1))], dim=-1)
+    if logps.isnan().any():
+        name = getattr(model.config, "name_or_path", "") or "the model"
+        raise UserError(f"{name} gives NaN for what comes next: its weights are damaged, or its training diverged")
     rows = zip(tokens.tolist(), lengths.tolist(), ended.tolist(), logps.tolist(), values.tolist(), strict=True)
     return [
         Generation(row[:count], flag, logp[:count], value[:count] if observe is not None else None)

@@ -10,7 +10,7 @@ from pathlib import Path
 from rlaif.config import SamplingConfig, Split
 from rlaif.engines.base import Engine, Failure, Sampled, SampleRequest
 from rlaif.progress import progress
-from rlaif.records import Candidates, Completion, Message, Prompt, content_hash, write_jsonl
+from rlaif.records import Candidates, Completion, Message, Prompt, UserError, content_hash, write_jsonl
 
 log = logging.getLogger("rlaif")
 
@@ -28,6 +28,9 @@ def sample_candidates(
     Each completion has a seed of its own, made from ``seed``, the prompt and its place. Finished completions are
     appended to ``samples.partial.jsonl``, so an interrupted run goes on from there. Completions that repeat
     another of the same prompt are dropped and counted.
+
+    Raises:
+        UserError: if no prompt has two different ones.
     """
     jobs: list[tuple[int, str, SampleRequest]] = []
     for index, prompt in enumerate(prompts):
@@ -61,6 +64,11 @@ def sample_candidates(
             file.write(json.dumps([number, result.text, result.finish_reason, result.tokens]) + "\n")
             file.flush()
     lines, repeated = _assemble(prompts, splits, jobs, done, engine)
+    if not lines:
+        raise UserError(
+            f"none of {len(prompts)} prompts has two different completions ({repeated} repeat another, {failed} failed): "
+            "sample more (sampling.styles.plain.n), warmer (sampling.temperature), longer, or from another model"
+        )
     write_jsonl(folder / "candidates.jsonl", (line.to_json() for line in lines))
     journal.unlink()
     kept = sum(len(line.candidates) for line in lines)

@@ -10,6 +10,7 @@ from rlaif.chat import encode_chat
 from rlaif.config import ModelConfig
 from rlaif.generation import Generation, draw, generate, left_pad
 from rlaif.models import eos_ids, load_causal_lm, load_tokenizer
+from rlaif.records import UserError
 
 # Probabilities 1/2, 0, 1/4, 1/4: exact in binary, so the boundaries are exact too.
 LOGITS = torch.tensor([[0.5, 0.0, 0.25, 0.25]]).log()
@@ -180,3 +181,14 @@ def test_log_probabilities_are_those_of_the_drawn_tokens(tiny):
         assert generation.logps == pytest.approx(expected.tolist(), abs=1e-4)
         states = output.hidden_states[-1][0, len(prompt) - 1 : -1].sum(-1)
         assert generation.values == pytest.approx(states.tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_are_no_numbers_are_refused(temperature):
+    """An adapter or a model whose training diverged, or a file with holes: its tokens would mean nothing."""
+    config = ModelConfig(name="tiny", device="cpu")
+    model = load_causal_lm(config)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7] = float("nan")
+    with pytest.raises(UserError, match="gives NaN for what comes next"):
+        generate(model, [[1, 2]], [[0, 1]], max_new_tokens=4, temperature=temperature, eos=[0], pad=0)
