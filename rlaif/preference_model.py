@@ -75,6 +75,15 @@ def pm_identity(folder: Path) -> dict[str, str]:
     return {"preference_model": name, "preference_model_id": digest}
 
 
+def pm_feedback(folder: Path) -> tuple[str | None, bool]:
+    """Whose labels a PM learnt, where it says so, and whether that was the user's word alone."""
+    found = sorted(folder.rglob(CALIBRATION))
+    if not found:
+        return None, False
+    about = json_object(found[0], feedback=str)
+    return about["feedback"], about.get("feedback_declared") is True
+
+
 class Ensemble:
     """Several PMs whose standardised scores become one (Coste et al. 2023, section 3).
 

@@ -416,7 +416,7 @@ def of_feedback(rows: Sequence[Preference], feedback: Feedback | None, folder: P
 
     Args:
         rows: as they were read.
-        feedback: what the user says that they are; None takes the file's word.
+        feedback: what the user says that they are; None takes the file's word, which must then be on all rows.
         folder: for messages.
 
     Raises:
@@ -424,10 +424,10 @@ def of_feedback(rows: Sequence[Preference], feedback: Feedback | None, folder: P
     """
     said = Counter(row.feedback for row in rows if row.feedback)
     if feedback is None and rows:
-        if not said:
+        if silent := len(rows) - said.total():
             raise UserError(
-                f"preferences={folder}: its rows do not say who labelled them (no column feedback): "
-                "give feedback=ai or feedback=human"
+                f"preferences={folder}: {silent} of its {len(rows)} rows do not say who labelled them "
+                "(column feedback): give feedback=ai or feedback=human"
             )
         feedback = Feedback(said.most_common(1)[0][0])
     others = {word: count for word, count in said.items() if word != feedback}

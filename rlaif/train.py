@@ -78,7 +78,7 @@ class Trained:
     policy: ModelConfig | None
     pm: Path | None
     best_of: tuple[int, RewardSource] | None = None
-    data: Mapping[str, str | bool | int] = field(default_factory=dict)
+    data: Mapping[str, str | bool | int | None] = field(default_factory=dict)
     """What its metrics say of the data behind it."""
     guide: PMGate | None = None
     """The PM's gate, where a PM guided it."""
@@ -95,7 +95,8 @@ def main(config: TrainConfig, output: Path) -> None:
     trained = fit(config, output)
     if trained.policy is not None and config.eval.enabled:
         assert config.method is not None
-        measure(config, output, f"{config.method.value}_{trained.data['feedback']}", trained, trained.pm)
+        words = (config.method.value, trained.data["feedback"])
+        measure(config, output, "_".join(str(word) for word in words if word), trained, trained.pm)
     if trained.guide is not None:
         trained.guide.tell()
 
@@ -365,12 +366,13 @@ def _warn_of_leaks(arm: Arm) -> None:
         log.warning("WARNING: %s; the evaluation will flatter; drop_leaked=true leaves these rows out", told)
 
 
-def _data_facts(arm: Arm) -> dict[str, str | bool | int]:
+def _data_facts(arm: Arm) -> dict[str, str | bool | int | None]:
     """What the evaluation must say of the data behind the policy."""
     dropped = arm.config.drop_leaked
+    feedback, declared = arm.origin
     return {
-        "feedback": arm.feedback,
-        "feedback_declared": arm.declared,
+        "feedback": feedback,
+        "feedback_declared": declared,
         "leaked_prompts": 0 if dropped else arm.leaks.prompts,
         "leaked_rows": 0 if dropped else arm.leaks.rows,
         "dropped_leaked": arm.leaks.rows if dropped else 0,

@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlaif.cli import _normalise
-from rlaif.config import AnnotatorConfig, DataConfig, Feedback, Method, ModelConfig, Selection, Split, TrainConfig
+from rlaif.config import (
+    AnnotatorConfig,
+    DataConfig,
+    Feedback,
+    Method,
+    ModelConfig,
+    Reward,
+    Selection,
+    Split,
+    TrainConfig,
+)
 from rlaif.gold import gold_score
 from rlaif.labeling.aggregate import PairLabel, logit, sigmoid
 from rlaif.methods.stages import Arm
@@ -160,6 +170,33 @@ def test_where_a_file_says_who_labelled_it_it_is_believed(tmp_path):
     mixed = arm_on(tmp_path / "one", Feedback.ai, "ai", None)
     assert [row.declared for row in mixed.preferences("train")] == [False, True]
     assert mixed.declared
+
+
+def test_nobody_speaks_for_rows_that_do_not_say_who_labelled_them(tmp_path):
+    with pytest.raises(UserError, match="1 of its 3 rows do not say who labelled them"):
+        arm_on(tmp_path, None, "human", "human", None).preferences("train")
+
+
+@pytest.mark.parametrize(
+    ("settings", "word", "origin"),
+    [
+        ({"method": Method.ppo, "preference_model": "pm"}, "human", ("human", False)),
+        ({"method": Method.ppo, "preference_model": "pm", "feedback": Feedback.ai}, "human", ("human", False)),
+        ({"method": Method.best_of_n, "preference_model": "pm"}, None, (None, False)),
+        ({"method": Method.rloo, "preference_model": "pm", "feedback": Feedback.human}, None, ("human", True)),
+        ({"method": Method.grpo, "reward": Reward.labeler}, None, ("ai", False)),
+        ({"method": Method.critique_revision}, None, ("ai", False)),
+        ({"method": Method.sft, "demonstrations": "d.jsonl"}, None, (None, False)),
+        ({"method": Method.sft, "demonstrations": "d.jsonl", "feedback": Feedback.human}, None, ("human", True)),
+    ],
+)
+def test_whose_feedback_trains_a_policy_without_preferences(tmp_path, settings, word, origin):
+    """A PM that is given knows; of demonstrations nobody says it. Neither is AI feedback for want of a word."""
+    (tmp_path / "pm").mkdir()
+    if word is not None:
+        (tmp_path / "pm" / "calibration.json").write_text(json.dumps({"feedback": word, "feedback_declared": False}))
+    settings = {key: str(tmp_path / value) if value == "pm" else value for key, value in settings.items()}
+    assert Arm(TrainConfig(**settings), tmp_path, ModelConfig(name="tiny")).origin == origin
 
 
 def test_a_folder_that_is_named_after_its_feedback_is_the_default(tmp_path):

@@ -17,6 +17,7 @@ from rlaif.config.training import ByTuning
 from rlaif.constitution import find_constitution, load_constitution
 from rlaif.demonstrations import Demonstration, chosen_completions, read_demonstrations
 from rlaif.engines.base import Engine
+from rlaif.preference_model import pm_feedback
 from rlaif.preferences import ENDINGS, hub_preferences, of_feedback, prompts_of, read_preferences
 from rlaif.processes import is_main, spread, world_size
 from rlaif.records import (
@@ -193,6 +194,21 @@ class Arm:
     def declared(self) -> bool:
         """Whether it is the user who says whose feedback the preferences are, for some at least."""
         return self.source is not None and any(row.declared for row in self._parts["train"])
+
+    @property
+    def origin(self) -> tuple[str | None, bool]:
+        """Whose feedback trains the policy, None where nobody says, and whether that is the user's word alone."""
+        config, rewarded = self.config, self.config.method in REWARDED
+        if config.method is Method.critique_revision or (rewarded and config.reward is Reward.labeler):
+            return Feedback.ai.value, False
+        said: tuple[str | None, bool] = (None, False)
+        if rewarded and config.preference_model:
+            said = pm_feedback(existing_dir(config.preference_model, "preference_model"))
+        elif needs_preferences(config):
+            return self.feedback, self.declared
+        if said[0] is None and config.feedback is not None:
+            return config.feedback.value, True
+        return said
 
     @cached_property
     def leaks(self) -> Leaks:
