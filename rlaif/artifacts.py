@@ -361,8 +361,9 @@ def input_hash(source: Path | str | None) -> str | None:
         return _file_hash(source)
     parts = []
     for path in sorted(source.rglob("*")):
-        # Provenance differs between equal outputs (time, machine); what it describes is hashed instead.
-        if path.is_file() and path.name != PROVENANCE:
+        # Provenance differs between equal outputs (time, machine); what it describes is hashed instead. So do
+        # TensorBoard's curves, which are beside the members of an ensemble.
+        if path.is_file() and path.name != PROVENANCE and not path.name.startswith("events.out.tfevents."):
             parts.append((str(path.relative_to(source)), _file_hash(path)))
     return content_hash(parts)
 

@@ -66,8 +66,9 @@ def sample_candidates(
     lines, repeated = _assemble(prompts, splits, jobs, done, engine)
     if not lines:
         raise UserError(
-            f"none of {len(prompts)} prompts has two different completions ({repeated} repeat another, {failed} "
-            "failed): sample more (sampling.styles.plain.n), warmer (sampling.temperature), longer, or from another model"
+            f"none of {len(prompts)} prompts has two different completions ({repeated} repeat another, "
+            f"{failed} failed): sample more (sampling.styles.plain.n), warmer (sampling.temperature), longer or from "
+            "another model"
         )
     write_jsonl(folder / "candidates.jsonl", (line.to_json() for line in lines))
     journal.unlink()

@@ -165,3 +165,18 @@ def test_a_labelers_folder_counts_by_what_it_holds(tmp_path: Path) -> None:
     )
     assert here == there
     assert here != other
+
+
+def test_curves_and_provenance_make_no_other_folder_of_equal_ones(tmp_path):
+    """An ensemble's members have TensorBoard's files beside them, with the time and the process in name and content."""
+    hashes = set()
+    for number in range(2):
+        member = tmp_path / str(number) / "member-0"
+        (member / "tensorboard").mkdir(parents=True)
+        (member / "adapter_model.safetensors").write_bytes(b"weights")
+        (member / "tensorboard" / f"events.out.tfevents.{number}.host.{number}.0").write_text(str(number))
+        (member / "provenance.json").write_text(str(number))
+        hashes.add(input_hash(member.parent))
+    assert len(hashes) == 1
+    (member / "adapter_model.safetensors").write_bytes(b"others")
+    assert input_hash(member.parent) not in hashes

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +49,15 @@ def test_what_is_no_option_is_refused_without_its_value(argument: str, message: 
         cli._normalise(["a=1", argument])
     assert str(refused.value).startswith(message)
     assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"), [("KeyboardInterrupt", 130, "interrupted"), ("OSError", 1, "Trace")]
+)
+def test_an_interrupt_while_modules_load_is_no_traceback(raised: str, status: int, said: str, tmp_path: Path) -> None:
+    (tmp_path / "numpy.py").write_text(f"raise {raised}\n")
+    path = f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"
+    command = [sys.executable, "-m", "rlaif.sample", "--help"]
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == status
+    assert ended.stderr.strip().startswith(said)

@@ -142,6 +142,11 @@ def test_a_name_given_as_text_builds_the_engine_of_that_name():
 
     with pytest.raises(UserError, match=r"labeler\.base_url=x: not a valid address"):
         build_labeler(LabelerConfig(type="openai", model="m", base_url="x"), 0)
+    # Assigned, a text is not checked by the settings.
+    config = LabelerConfig(type="scripted", model="m", base_url="x")
+    config.type = "openai"
+    with pytest.raises(UserError, match="base_url"):
+        build_labeler(config, 0)
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "/abs", "..", ".hidden", "", " a", "a\nb", "a\\b", "x" * 101])

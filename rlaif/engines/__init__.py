@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rlaif.config import LabelerConfig, LabelerType
 from rlaif.engines.base import Engine
 from rlaif.records import UserError
@@ -15,6 +17,8 @@ def build_labeler(config: LabelerConfig, seed: int) -> Engine:
     Raises:
         UserError: if the model, server or key that it needs is missing.
     """
+    # Checks it again: a type that was assigned as a text would be taken for none of those below.
+    config = replace(config)
     if config.type is None:
         raise UserError("labeler is not set: give labeler=hf, labeler=vllm, labeler=openai or labeler=scripted")
     if config.type is LabelerType.scripted:

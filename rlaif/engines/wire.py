@@ -11,7 +11,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from rlaif.chat import defuse
@@ -24,6 +24,8 @@ TOKEN_ID = "token_id:"
 WITHHELD = "the server withheld the reply"
 MAX_LOGPROB = 1e-3
 """A log-probability above this is none; up to it, a server has rounded."""
+MAX_TOTAL = 1.05
+"""The probabilities of a token's alternatives add up to 1 at most; servers round each of them."""
 MAX_COUNT = 10**9
 """No request has more tokens."""
 MAX_MESSAGE = 1 << 16
@@ -260,6 +262,7 @@ def parse_first_token(payload: dict[str, Any]) -> FirstToken:
     listed = [
         pair if type(pair[1]) is float and pair[1] <= 0 else (pair[0], checked_logprob(pair[1])) for pair in listed
     ]
+    _check_total(logp for _, logp in listed)
     return FirstToken(listed or None, _text(first.get("token"), "token"), reply, prompt_tokens, completion_tokens)
 
 
@@ -306,6 +309,7 @@ def parse_continuations(payload: dict[str, Any], prompts: int) -> list[Continuat
         [top, *_] = _list(logprobs.get("top_logprobs") or [], "top_logprobs") or [None]
         [sampled, *_] = _list(logprobs.get("tokens") or [], "tokens") or [""]
         listed = {_token(name): checked_logprob(logp) for name, logp in _object(top or {}, "top_logprobs").items()}
+        _check_total(listed.values())
         text = choice.get("text")
         found.append(
             Continuation(
@@ -347,6 +351,11 @@ def checked_logprob(value: Any) -> float:
     if type(value) not in (int, float) or not value <= MAX_LOGPROB or (type(value) is int and value < -MAX_COUNT):
         _malformed("the response has a log-probability that is none")
     return min(float(value), 0.0)
+
+
+def _check_total(logps: Iterable[float]) -> None:
+    if sum(map(math.exp, logps)) > MAX_TOTAL:
+        _malformed(f"the response has log-probabilities of more than {MAX_TOTAL} in all")
 
 
 def _malformed(detail: str) -> NoReturn:

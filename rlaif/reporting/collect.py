@@ -129,7 +129,7 @@ def _paired(evaluation: Evaluation, other: Evaluation) -> Comparison:
     figures = {}
     for judge, identity in (("gold", "gold"), ("pm", "preference_model_id")):
         key = f"{judge}_score"
-        if evaluation.text(identity) != other.text(identity):
+        if evaluation.text(identity) is None or evaluation.text(identity) != other.text(identity):
             continue
         pairs = [
             (name, mine[key], theirs[key])

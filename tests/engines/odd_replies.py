@@ -29,6 +29,8 @@ MALFORMED: dict[str, str] = {
     "not UTF-8": "\ud800",
     **{f"log-probability {value}": with_logprob(value) for value in ("5", "0.01", "NaN", "Infinity", "true", '"-1"')},
     **{f"log-probability {value}": with_logprob(value) for value in ("null", "[]", HUGE, "-" + HUGE, "1e400")},
+    "a token twice": json.dumps(logprobs([("A", 0.6), ("B", 0.3), ("A", 0.6)]).body),
+    "probabilities of 3": json.dumps(logprobs([("A", 1.0), ("B", 1.0), (" A", 1.0)]).body),
     **{f"tokens {value}": with_usage(value) for value in (HUGE, "-1", "true", "1.5", '"12"', "[1]", "NaN", "1e400")},
     "choices of texts": '{"choices": ["A"]}',
     "choices of nothing": '{"choices": [null]}',

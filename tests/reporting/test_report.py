@@ -174,6 +174,10 @@ def test_what_cannot_be_paired_has_no_figure(tmp_path: Path) -> None:
     assert over(tmp_path, "one", "other")[0] == {"pm_gain": 1.5}
     change(other / "metrics.json", preference_model_id="bbbb")
     assert over(tmp_path, "one", "other") == ({}, "no judge scored both")
+    # Of two that are not known nobody can say that they are one.
+    for folder in (one, other):
+        change(folder / "metrics.json", preference_model_id=None)
+    assert over(tmp_path, "one", "other") == ({}, "no judge scored both")
 
 
 def test_a_row_is_compared_with_its_own_run(tmp_path: Path) -> None:
