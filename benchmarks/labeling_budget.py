@@ -29,7 +29,7 @@ from benchmarks.harness import RESULTS, finish, parser, say
 from rlaif.config import LabelingConfig, Pairs, ScriptedConfig
 from rlaif.constitution import Constitution, Principle
 from rlaif.engines.scripted import ScriptedEngine
-from rlaif.evaluation.statistics import Estimate, clustered_mean
+from rlaif.evaluation.statistics import Estimate, clustered_mean, clustered_share
 from rlaif.labeling.aggregate import Calibration
 from rlaif.labeling.audit import Comparison
 from rlaif.labeling.calibration import measure
@@ -181,7 +181,7 @@ def difference(one: Sequence[float], other: Sequence[float]) -> Estimate:
 
 def row(policy: Policy, outcome: Outcome, reference: Outcome) -> dict[str, Any]:
     """One line of the table; the saving is against ``reference``."""
-    agreement, ends = clustered_mean(outcome.agreement), clustered_mean(outcome.best_worst)
+    agreement, ends = clustered_share(outcome.agreement), clustered_share(outcome.best_worst)
     assert agreement is not None
     assert ends is not None
     return {
