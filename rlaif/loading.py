@@ -144,6 +144,25 @@ def whole_adapter() -> Iterator[None]:
         yield
 
 
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_MOST_LAYERS = 10_000
+
+
+def check_layers(path: str) -> None:
+    """Refuse a number of layers that fills the memory, which transformers does before it looks at the weights.
+
+    Raises:
+        ValueError: if ``config.json`` names one.
+    """
+    try:
+        found = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # What is loaded next says it best.
+    for key in _LAYERS if isinstance(found, dict) else ():
+        if isinstance(found.get(key), int | float) and found[key] > _MOST_LAYERS:
+            raise ValueError(f"config.json: {key} is more than {_MOST_LAYERS}")
+
+
 def check_generation_config(path: str) -> None:
     """Refuse a broken ``generation_config.json``, which transformers passes over: it says where completions end.
 

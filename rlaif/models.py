@@ -18,6 +18,7 @@ from rlaif.loading import (
     adapter_config,
     check_generation_config,
     check_hub,
+    check_layers,
     check_weights,
     loading,
     name_key,
@@ -228,6 +229,7 @@ def load_causal_lm(
         arguments["dtype"] = torch.float32
     check_hub(path, config.revision, config.name, name_key(key))
     with loading(config.name, name_key(key), path):
+        check_layers(path)
         check_generation_config(path)
         model, found = AutoModelForCausalLM.from_pretrained(path, **arguments)
         check_weights(found)
@@ -364,6 +366,7 @@ def load_sequence_scorer(
         arguments |= _four_bit(config, device)
     check_hub(base, config.revision, config.name, name_key(key))
     with loading(config.name, name_key(key), base):
+        check_layers(base)
         model, found = AutoModelForSequenceClassification.from_pretrained(base, **arguments)
         # The head of an adapter's base is new, and the adapter's own takes its place.
         check_weights(found, but="score" if new_head or is_adapter(path) else None)

@@ -76,6 +76,7 @@ CONFIG = {
     "vocab_smaller": {"vocab_size": 100},
     "vocab_larger": {"vocab_size": 300},
     "layers_more": {"num_hidden_layers": 3},
+    "layers_huge": {"num_hidden_layers": 10**23},
     "layers_text": {"num_hidden_layers": "two"},
     "heads_zero": {"num_attention_heads": 0},
     "heads_odd": {"num_attention_heads": 5, "head_dim": ...},
