@@ -315,10 +315,10 @@ def with_tables(text: str) -> str:
         return text
     result = read_json(RESULTS / "ppo_defaults.json")
     for name, rows in default_tables(result["details"]):
-        begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
         found = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         assert found.search(text), name
-        text = found.sub(lambda match: f"{begin}\n{rows}\n{end}", text)  # noqa: B023
+        text = found.sub(lambda match: f"{begin}\n{rows}\n\n{end}", text)  # noqa: B023
     return text
 
 
