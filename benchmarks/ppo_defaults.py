@@ -374,7 +374,7 @@ def main() -> None:
             "penalties": penalties(run, rate["best"], found, seeds, lengths[0]),
         }
     if options.part == "embedded" or not (options.part or options.quick):
-        details["embedded"] = {"rates": rates(run, "embedded", range(3), ())}
+        details["embedded"] = {"rates": rates(run, "embedded", range(2), ())}
     run.pool.shutdown()
     ratios: dict[str, Any] = {}
     for tuning, rows in details.get("tiny", {}).get("confirmed", {}).items():

@@ -407,7 +407,8 @@ def lora_config(
     ``task`` is ``CAUSAL_LM`` or ``SEQ_CLS``; ``revision`` the hub revision of ``model``, by which it is found again.
 
     Raises:
-        UserError: if ``lora.target_modules`` names what the model has no linear layers of.
+        UserError: if ``lora.target_modules`` names what the model has no linear layers of, or ``lora.r`` is above the
+            rank that any of them can have.
     """
     from peft import LoraConfig
 
@@ -418,6 +419,9 @@ def lora_config(
             f"lora.target_modules: the model has no linear layer named {bounded_examples(unknown)}; it has "
             f"{', '.join(_linear_names(model))}"
         )
+    width = getattr(model.config.get_text_config(), "hidden_size", None)
+    if width is not None and settings.r > width:
+        raise UserError(f"lora.r={settings.r}: the model's layers have at most rank {width}, its hidden size")
     layers = None
     if settings.top_layers < 1:
         depth = model.config.get_text_config().num_hidden_layers

@@ -182,6 +182,12 @@ def test_layers_that_lora_cannot_adapt(names: list[str]) -> None:
         load_policy(TINY, Tuning.lora, LoraSettings(target_modules=names))
 
 
+def test_a_rank_above_that_of_the_layers() -> None:
+    """It would fill the memory and add nothing."""
+    with pytest.raises(UserError, match=r"lora\.r=99999999: the model's layers have at most rank 48"):
+        load_policy(TINY, Tuning.lora, LoraSettings(r=99999999))
+
+
 def test_a_broken_adapter_is_named_and_not_its_base(good: Path, tmp_path: Path) -> None:
     shutil.copytree(good / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
