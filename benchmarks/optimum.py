@@ -214,7 +214,8 @@ def by_dpo(problem: Problem, folder: Path, seed: int = 0, **changes: Any) -> Ten
     return problem.distribution(ModelConfig(name=str(policy), device="cpu", dtype=Dtype.float32))
 
 
-FULL: dict[str, Any] = {"tuning": Tuning.full}
+FULL: dict[str, Any] = {"tuning": Tuning.full, "learning_rate": 1e-3}
+"""Each tuning has the rate that was best for it on the tiny model of docs/defaults.md."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "ppo": NORMALISED,
     "ppo_full": NORMALISED | FULL,
