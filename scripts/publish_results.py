@@ -1,7 +1,7 @@
 """Write the demo's results into README.md (between its markers) and docs/results.md.
 
-python -m rlaif.run experiment=demo seed=1,2,3 -m
-python scripts/publish_results.py runs/demo
+python -m rlaif.run experiment=demo_controls seed=0,1,2 output_dir=runs/demo_seeds -m
+python scripts/publish_results.py runs/demo_seeds demo_controls
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 from rlaif.records import UserError
 from rlaif.reporting import write_report
 from rlaif.reporting.collect import Evaluation, collect
-from rlaif.reporting.text import estimate_text
+from rlaif.reporting.statement import values
+from rlaif.reporting.text import estimate_text, origin_text, seeds_text
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
@@ -22,29 +23,35 @@ COLUMNS = {
     "win_rate": "win rate",
     "kl": "KL (nats)",
     "length": "tokens",
+    "eos_rate": "ended",
 }
 
 
 def readme_table(rows: list[Evaluation]) -> str:
-    """One line per policy and seed."""
-    lines = ["| policy | seed | " + " | ".join(COLUMNS.values()) + " |", "|" + " --- |" * (len(COLUMNS) + 2)]
-    for row in rows:
-        cells = [estimate_text(row.estimate(key)) or "–" for key in COLUMNS]
-        lines.append(f"| {row.name} | {row.seed} | " + " | ".join(cells) + " |")
+    """One line per policy: its figures with their intervals, or of several seeds the mean and range."""
+    lines = ["| policy | labels | " + " | ".join(COLUMNS.values()) + " |", "|" + " --- |" * (len(COLUMNS) + 2)]
+    for name in dict.fromkeys(row.name for row in rows):
+        group = [row for row in rows if row.name == name]
+        cells = [
+            (seeds_text(values(group, key)) if len(group) > 1 else estimate_text(group[0].estimate(key))) or "–"
+            for key in COLUMNS
+        ]
+        lines.append(f"| {name} | {origin_text(group[0])} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def main(folder: Path) -> None:
-    """Publish the runs below ``folder``."""
+def main(folder: Path, experiment: str) -> None:
+    """Publish the runs of an experiment below ``folder``."""
     folders = sorted(folder.glob("seed=*")) or [folder]
     found = collect(folders)
     rows = sorted(found.evaluations, key=lambda row: (row.name != "base", row.name, row.seed or 0))
     seeds = sorted({row.seed for row in rows if row.seed is not None})
-    command = f"python -m rlaif.run experiment=demo seed={','.join(map(str, seeds))}"
+    command = f"python -m rlaif.run experiment={experiment} seed={','.join(map(str, seeds))}"
     command += " -m" if len(seeds) > 1 else ""
     block = (
-        f"{BEGIN}\n`{command}`; mean [95 % interval] (n prompts), held-out prompts; `rlhf_ppo` is trained on "
-        f"`simulated_human` labels (a programmatic annotator, not people).\n\n{readme_table(rows)}\n{END}"
+        f"{BEGIN}\n`{command}`, on the held-out prompts of each seed; "
+        f"{'mean (range over the seeds)' if len(seeds) > 1 else 'mean [95 % interval] (n prompts)'}.\n\n"
+        f"{readme_table(rows)}\n{END}"
     )
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
@@ -59,6 +66,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 3:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
