@@ -125,8 +125,6 @@ MEANING: dict[str, tuple[str, dict[str, str]]] = {
             "ppo_raw_full_total_variation": "all weights",
             "ppo_raw_full_backprop_total_variation": "all weights, with such a critic",
             "ppo_raw_k3_total_variation": "with k3 in the reward, which is biased",
-            "ppo_k3_total_variation": "with k3 in the reward, which is biased",
-            "ppo_to_dpo_total_variation": "between PPO and DPO",
         },
     ),
     "ppo_defaults": (
