@@ -130,6 +130,7 @@ def generate(
     eos: Sequence[int],
     pad: int,
     observe: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    training: bool = False,
 ) -> list[Generation]:
     """Sample one completion for each prompt.
 
@@ -143,9 +144,10 @@ def generate(
         eos: token ids that end a completion.
         pad: token id to pad with.
         observe: a value of the hidden states (B, 1, H) -> (B, 1) before each token, for example a value head.
+        training: what is not finite is the training's to refuse, in all processes at once.
 
     Raises:
-        UserError: if the model gives no probabilities.
+        UserError: if the model gives no probabilities, unless it is in training.
     """
     from rlaif.decoding import grouped_heads, with_room
 
@@ -194,7 +196,7 @@ def generate(
                 active, ids, mask, positions = active[left], ids[left], mask[left], positions[left]
                 cache.batch_select_indices(left)
             mask = torch.cat([mask, mask.new_ones((len(mask), 1))], dim=-1)
-    if logps.isnan().any():
+    if not training and logps.isnan().any():
         name = getattr(model.config, "name_or_path", "") or "the model"
         raise UserError(f"{name} gives NaN for what comes next: its weights are damaged, or its training diverged")
     rows = zip(tokens.tolist(), lengths.tolist(), ended.tolist(), logps.tolist(), values.tolist(), strict=True)

@@ -72,6 +72,7 @@ class _OwnSampling:
                 temperature=self.args.temperature,
                 eos=self.eos_token_ids,
                 pad=self.processing_class.pad_token_id,
+                training=True,
             )
         return [generation.tokens for generation in found]
 

@@ -170,6 +170,7 @@ class Actor:
                     eos=self.eos,
                     pad=self.pad,
                     observe=self.value_head if self.value_adapter is None else None,
+                    training=True,
                 )
             return found
 
