@@ -11,11 +11,12 @@ from pathlib import Path
 
 from rlaif.records import UserError
 from rlaif.reporting import write_report
-from rlaif.reporting.collect import Evaluation, collect
+from rlaif.reporting.collect import Collection, collect
 from rlaif.reporting.statement import values
 from rlaif.reporting.text import estimate_text, origin_text, seeds_text
 
 ROOT = Path(__file__).parent.parent
+BASELINE = "base"
 BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 COLUMNS = {
     "gold_score": "gold score (VADER)",
@@ -27,16 +28,13 @@ COLUMNS = {
 }
 
 
-def readme_table(rows: list[Evaluation]) -> str:
+def readme_table(found: Collection) -> str:
     """One line per policy: its figures with their intervals, or of several seeds the mean and range."""
     lines = ["| policy | labels | " + " | ".join(COLUMNS.values()) + " |", "|" + " --- |" * (len(COLUMNS) + 2)]
-    for name in dict.fromkeys(row.name for row in rows):
-        group = [row for row in rows if row.name == name]
-        cells = [
-            (seeds_text(values(group, key)) if len(group) > 1 else estimate_text(group[0].estimate(key))) or "–"
-            for key in COLUMNS
-        ]
-        lines.append(f"| {name} | {origin_text(group[0])} | " + " | ".join(cells) + " |")
+    for name in found.names(BASELINE):
+        first, *others = group = found.group(name)
+        cells = [seeds_text(values(group, key)) if others else estimate_text(first.estimate(key)) for key in COLUMNS]
+        lines.append(f"| {name} | {origin_text(first)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -44,14 +42,13 @@ def main(folder: Path, experiment: str) -> None:
     """Publish the runs of an experiment below ``folder``."""
     folders = sorted(folder.glob("seed=*")) or [folder]
     found = collect(folders)
-    rows = sorted(found.evaluations, key=lambda row: (row.name != "base", row.name, row.seed or 0))
-    seeds = sorted({row.seed for row in rows if row.seed is not None})
+    seeds = sorted({row.seed for row in found.evaluations if row.seed is not None})
     command = f"python -m rlaif.run experiment={experiment} seed={','.join(map(str, seeds))}"
     command += " -m" if len(seeds) > 1 else ""
     block = (
         f"{BEGIN}\n`{command}`, on the held-out prompts of each seed; "
         f"{'mean (range over the seeds)' if len(seeds) > 1 else 'mean [95 % interval] (n prompts)'}.\n\n"
-        f"{readme_table(rows)}\n{END}"
+        f"{readme_table(found)}\n{END}"
     )
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
@@ -60,7 +57,7 @@ def main(folder: Path, experiment: str) -> None:
     if not found_end:
         raise UserError(f"{readme}: no {BEGIN} ... {END} block")
     readme.write_text(before + block + after, encoding="utf-8")
-    write_report(folders, folder, "Demo: a 135M model warms its own tone", "base", 10, 0)
+    write_report(folders, folder, "Demo: a 135M model warms its own tone", BASELINE, 10, 0)
     results = (folder / "report.md").read_text(encoding="utf-8")
     (ROOT / "docs" / "results.md").write_text(f"<!-- made by: {command} -->\n\n{results}\n", encoding="utf-8")
 
