@@ -6,7 +6,6 @@ A circuit breaker (Nygard 2007, Release It!), for any client that runs on an eve
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -24,7 +23,7 @@ MAX_WAIT_S = 10.0
 
 
 class Breaker:
-    """Open while the server does not answer. Any answer, a refusal too, closes it.
+    """Open while the server does not answer. An answer to the probe, a refusal too, closes it.
 
     Args:
         where: names the server in the lines that are logged, and in the one that ends the run.
@@ -46,16 +45,12 @@ class Breaker:
         self._failures = 0
         self._since = 0.0
         self._watch: asyncio.Task[bool] | None = None
-        self._back = asyncio.Event()
         self._jitter = random.Random()
 
     def answered(self) -> None:
-        """The server has answered a request."""
-        self._failures = 0
-        if self.open:
-            self.open = False
-            self._back.set()
-            self._resume(self._down)
+        """The server has answered a request. If it is suspected to be down, that was sent before, and says nothing."""
+        if not self.open:
+            self._failures = 0
 
     def failed(self, problem: AttemptError) -> None:
         """An attempt has ended without an answer, for a reason that may be the server's (``problem.outage``)."""
@@ -67,7 +62,7 @@ class Breaker:
             self._suspect()
 
     async def is_up(self) -> bool:
-        """Whether the server answers a question now. What it has answered meanwhile may have been asked before."""
+        """Whether the server answers a question now."""
         self._suspect()
         return self._watch is not None and await asyncio.shield(self._watch)
 
@@ -76,7 +71,6 @@ class Breaker:
         if self.stopped is None and (self._watch is None or self._watch.done()):
             loop = asyncio.get_running_loop()
             self.open, self._down = True, False
-            self._back.clear()
             if not self._failures:
                 self._since = loop.time()
             self._watch = loop.create_task(self._until_up())
@@ -84,44 +78,41 @@ class Breaker:
     async def _until_up(self) -> bool:
         """Ask until the server answers, or for too long; returns whether it answered the first question."""
         clock = asyncio.get_running_loop().time
-        wait, tries, at_once = FIRST_WAIT_S, 0, True
-        while self.open:
+        wait, tries = FIRST_WAIT_S, 0
+        while True:
             tries += 1
             try:
                 await self._probe()
+                break
             except AttemptError as problem:
-                if problem.outage:
-                    at_once = False
-                    if not self.open:  # another request has been answered
-                        break
-                    down = clock() - self._since
-                    if down >= self._patience_s:
-                        self._stop(self._gave_up(down, tries, problem))
-                        return False
-                    if not self._down:
-                        self._down = True
-                        log.warning(
-                            "%s does not answer (%s: %s); asking pauses until it does, for at most "
-                            "labeler.outage_s=%g seconds",
-                            self._where,
-                            problem.reason,
-                            problem.detail,
-                            self._patience_s,
-                        )
-                    with contextlib.suppress(TimeoutError):
-                        pause = min(wait * self._jitter.uniform(0.8, 1), self._patience_s - down)
-                        await asyncio.wait_for(self._back.wait(), pause)
-                    wait = min(2 * wait, MAX_WAIT_S)
-                    continue
+                if not problem.outage:
+                    break
+                down = clock() - self._since
+                if down >= self._patience_s:
+                    self._stop(self._gave_up(down, tries, problem))
+                    return False
+                if not self._down:
+                    self._down = True
+                    log.warning(
+                        "%s does not answer (%s: %s); asking pauses until it does, for at most "
+                        "labeler.outage_s=%g seconds",
+                        self._where,
+                        problem.reason,
+                        problem.detail,
+                        self._patience_s,
+                    )
+                await asyncio.sleep(min(wait * self._jitter.uniform(0.8, 1), self._patience_s - down))
+                wait = min(2 * wait, MAX_WAIT_S)
             except Exception as error:  # the key is refused, for example
                 self._stop(error)
                 return False
-            self.answered()
+        self.open, self._failures = False, 0
+        self._resume(self._down)
         if self._down:
             down = clock() - self._since
             self.waited_s += down
             log.warning("%s answers again after %.0f seconds", self._where, down)
-        return at_once
+        return not self._down
 
     def _gave_up(self, down: float, tries: int, problem: AttemptError) -> UserError:
         return UserError(

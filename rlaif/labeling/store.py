@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import sqlite3
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -74,6 +75,8 @@ class VerdictStore:
         self._together: list[tuple[str, str]] = []
         self._finished: list[tuple[str]] = []
         self._beside: sqlite3.Connection | None = None
+        # A connection that one thread closes while another uses it crashes the process.
+        self._beside_lock = threading.Lock()
         try:
             try:
                 self.connection = self._open()
@@ -239,10 +242,11 @@ class VerdictStore:
             UserError: if it cannot be written.
         """
         try:
-            if self._beside is None:
-                self._beside = sqlite3.connect(self.path, isolation_level=None, timeout=60, check_same_thread=False)
-                self._beside.execute("PRAGMA synchronous=NORMAL")
-            self._beside.execute(_SPEND, (json.dumps(list(value)),))
+            with self._beside_lock:
+                if self._beside is None:
+                    self._beside = sqlite3.connect(self.path, isolation_level=None, timeout=60, check_same_thread=False)
+                    self._beside.execute("PRAGMA synchronous=NORMAL")
+                self._beside.execute(_SPEND, (json.dumps(list(value)),))
         except sqlite3.Error as error:
             raise UserError(f"{self.path}: what may be spent cannot be noted ({error})") from None
 
@@ -268,8 +272,9 @@ class VerdictStore:
     def close(self) -> None:
         """Fold the write-ahead log into the file and close it."""
         self.commit()
-        if self._beside is not None:
-            self._beside.close()
+        with self._beside_lock:
+            if self._beside is not None:
+                self._beside.close()
         self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.connection.close()
 

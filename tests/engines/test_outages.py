@@ -83,6 +83,31 @@ def test_a_short_outage_leaves_nothing_unanswered(
     assert re.search(r"answers again after \d seconds$", said[-1])
 
 
+def test_what_was_sent_before_an_outage_may_be_answered_in_it(
+    server: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such an answer does not say that the server is up, and what fails meanwhile must not use up its attempts."""
+    down: list[float] = []
+
+    def stops_taking(body: dict[str, Any]) -> Reply:
+        number = content(body).split()[-1]
+        if number == "100":
+            down.append(time.monotonic())
+        if down and time.monotonic() < down[0] + 0.8:
+            return DOWN["failing"]
+        reply = answer(body)
+        # Those that are in flight come one by one.
+        reply.delay_s = 0.004 * (int(number) % 64) if number.isdigit() else 0.0
+        return reply
+
+    server.default = stops_taking
+    with build(server, max_retries=0, concurrency=64) as engine:
+        results = [result for _, result in engine.score_options(asks(600))]
+    assert reasons(results) == {"answered": 600}
+    assert len([line for line in caplog.messages if "answers again" in line]) == 1
+    assert len(server.bodies) <= 600 + 64 + 2 * 8
+
+
 def test_a_server_that_is_started_anew_is_asked_on(server: FakeServer) -> None:
     server.default = answer
     timers = [threading.Timer(0.2, server.go_down), threading.Timer(1.0, server.come_back)]

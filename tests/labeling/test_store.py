@@ -132,6 +132,31 @@ def test_a_killed_writer_loses_nothing(tmp_path):
         assert store.connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
+NOTER = """
+import contextlib, sys, threading
+from pathlib import Path
+from rlaif.labeling.store import VerdictStore
+from rlaif.records import UserError
+def note(store):
+    with contextlib.suppress(UserError):
+        for number in range(200):
+            store.set_aside([number])
+for number in range(30):
+    store = VerdictStore(Path(sys.argv[1]) / f"{number}.sqlite")
+    store.set_aside([0])
+    thread = threading.Thread(target=note, args=(store,))
+    thread.start()
+    store.close()
+    thread.join()
+"""
+
+
+def test_a_store_may_be_closed_while_another_thread_notes_what_it_spends(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", NOTER, str(tmp_path)], env=environment, timeout=60)
+    assert result.returncode == 0
+
+
 def test_a_store_that_cannot_be_written(tmp_path):
     path = tmp_path / "s.sqlite"
     with VerdictStore(path) as store:
