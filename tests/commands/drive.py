@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import io
 import logging
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -95,15 +95,16 @@ def composed_once() -> Iterator[set[str]]:
 
     compose = Hydra.compose_config
     tried: set[str] = set()
-    made: dict[Any, Any] = {}
+    made: dict[Any, bytes] = {}
 
     def composed(self: Any, config_name: str, overrides: list[str], **settings: Any) -> Any:
         own = [override for override in overrides if override in tried]
         parsed = OverridesParser.create().parse_overrides(own)
         base = tuple(override for override in overrides if override not in own)
         if (config_name, base) not in made:
-            made[config_name, base] = compose(self, config_name, list(base), **settings)
-        config = copy.deepcopy(made[config_name, base])
+            # A copy by pickle takes a third of the time of a deep copy.
+            made[config_name, base] = pickle.dumps(compose(self, config_name, list(base), **settings))
+        config = pickle.loads(made[config_name, base])
         ConfigLoaderImpl._apply_overrides_to_config(parsed, config)
         return config
 
