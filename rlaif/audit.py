@@ -170,7 +170,7 @@ def main(config: AuditConfig, output: Path) -> None:
         from rlaif.labeling.modes import Setup
         from rlaif.labeling.store import VerdictStore
 
-        with VerdictStore(folder / STORE) as store, build_labeler(config.labeler, config.seed) as engine:
+        with build_labeler(config.labeler, config.seed) as engine, VerdictStore(folder / STORE) as store:
             setup = Setup(constitution, engine.name, config.labeling, config.seed)
             measure(comparisons, setup, engine, store, folder, config.labeler.price, others)
 

@@ -121,7 +121,7 @@ def _label_with_ai(lines: CandidatesFile, config: LabelConfig, output: Path) -> 
         from rlaif.labeling.verdicts import advice
 
         started = time.perf_counter()
-        with VerdictStore(folder / STORE) as store, build_labeler(config.labeler, config.seed) as engine, _loaded():
+        with build_labeler(config.labeler, config.seed) as engine, VerdictStore(folder / STORE) as store, _loaded():
             loading = time.perf_counter() - started
             setup = Setup(constitution, engine.name, config.labeling, config.seed)
             calibration: dict[str, Any] = {}

@@ -146,7 +146,7 @@ class LabelerReward:
             yield AskedByMain(None)
             return
         constitution = load_constitution(self.constitution)
-        with VerdictStore(folder / STORE) as store, build_labeler(self.labeler, self.seed) as engine:
+        with build_labeler(self.labeler, self.seed) as engine, VerdictStore(folder / STORE) as store:
             scores = LabelerScores(engine, constitution, self.labeling, store, self.seed)
             yield scores if world_size() == 1 else AskedByMain(scores)
 
