@@ -1,8 +1,8 @@
 # Every target sets up .venv by itself. PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
-# Tests at once. On two cores a third fills the time in which others wait for servers and processes.
-JOBS ?= 3
+# Tests at once.
+JOBS ?= 2
 # Slow files stand first; sorted by their number of tests they would come last, and one worker would idle.
 SPREAD := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
