@@ -40,7 +40,7 @@ log = logging.getLogger("rlaif")
 USAGE = """
 Run the whole comparison: sample, label, train every arm, evaluate, report.
 
-  python -m rlaif.run experiment=demo                 the demo on the embedded model (9 to 17 minutes on 2 cores)
+  python -m rlaif.run experiment=demo                 the demo on the embedded model (23 minutes on 2 cores without AMX)
   python -m rlaif.run experiment=demo seed=1,2,3 -m   three seeds, one folder each
   python -m rlaif.run experiment=smoke                the same stages on a tiny random model (under a minute)
 
