@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Awaitable, Callable
 
@@ -41,15 +42,22 @@ class Breaker:
         """Why nothing will be sent any more."""
         self.waited_s = 0.0
         """Seconds of all outages that have ended."""
+        self.back_at = -math.inf
+        """When the last outage ended, by the loop's clock."""
         self._down = False
         self._failures = 0
-        self._since = 0.0
+        self._since = self._heard = 0.0
         self._watch: asyncio.Task[bool] | None = None
         self._jitter = random.Random()
 
     def answered(self) -> None:
-        """The server has answered a request. If it is suspected to be down, that was sent before, and says nothing."""
-        if not self.open:
+        """The server has answered a request.
+
+        If it is suspected to be down, that was sent before. It does not end the outage, but the patience lasts longer.
+        """
+        if self.open:
+            self._heard = asyncio.get_running_loop().time()
+        else:
             self._failures = 0
 
     def failed(self, problem: AttemptError) -> None:
@@ -78,7 +86,7 @@ class Breaker:
     async def _until_up(self) -> bool:
         """Ask until the server answers, or for too long; returns whether it answered the first question."""
         clock = asyncio.get_running_loop().time
-        wait, tries = FIRST_WAIT_S, 0
+        wait, tries, answered = FIRST_WAIT_S, 0, True
         while True:
             tries += 1
             try:
@@ -86,8 +94,9 @@ class Breaker:
                 break
             except AttemptError as problem:
                 if not problem.outage:
+                    answered = problem.sent  # else the limits forbid another question
                     break
-                down = clock() - self._since
+                down = clock() - max(self._since, self._heard)
                 if down >= self._patience_s:
                     self._stop(self._gave_up(down, tries, problem))
                     return False
@@ -108,8 +117,9 @@ class Breaker:
                 return False
         self.open, self._failures = False, 0
         self._resume(self._down)
-        if self._down:
-            down = clock() - self._since
+        if self._down and answered:
+            self.back_at = clock()
+            down = self.back_at - self._since
             self.waited_s += down
             log.warning("%s answers again after %.0f seconds", self._where, down)
         return not self._down

@@ -215,12 +215,13 @@ class Client:
         data = json.dumps(body).encode()
         attempt = outages = 0
         while True:
+            began = self._loop.time()
             try:
                 return parse(await self._attempt(path, data, worst))
             except AttemptError as problem:
                 last = attempt >= self._max_retries or (problem.retry_after or 0) > MAX_RETRY_AFTER_S
                 last = last or not problem.retry
-                if problem.outage and outages < OUTAGES_A_REQUEST and await self._is_down(last):
+                if problem.outage and outages < OUTAGES_A_REQUEST and await self._was_down(began, last):
                     outages += 1
                     continue  # the next attempt waits until the server is back
                 if last:
@@ -250,11 +251,12 @@ class Client:
             self._jitter.shuffle(self._waiting)
         self._admit()
 
-    async def _is_down(self, find_out: bool) -> bool:
-        """Whether it is for the server, not the request, that an attempt has failed."""
+    async def _was_down(self, began: float, find_out: bool) -> bool:
+        """Whether it is for the server, not the request, that an attempt has failed which began at that time."""
         if self._breaker is None:
             return False
-        return self._breaker.open or (find_out and not await self._breaker.is_up())
+        known = self._breaker.open or began < self._breaker.back_at
+        return known or (find_out and not await self._breaker.is_up())
 
     async def _attempt(self, path: str, data: bytes, worst: Usage, is_probe: bool = False) -> dict[str, Any]:
         """One request within the limits, which learn how it ended."""
@@ -311,9 +313,9 @@ class Client:
                 try:
                     answer = self._may_go(worst, is_probe)
                 except BudgetSpentError as error:
-                    place.set_exception(AttemptError("budget", str(error), retry=False))
+                    place.set_exception(AttemptError("budget", str(error), retry=False, sent=False))
                 except NeverAllowedError as error:
-                    place.set_exception(AttemptError("over_limit", str(error), retry=False))
+                    place.set_exception(AttemptError("over_limit", str(error), retry=False, sent=False))
                 except Exception as error:  # what it may cost could not be noted, or the server is down for good
                     place.set_exception(error)
                 else:

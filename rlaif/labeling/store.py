@@ -77,6 +77,7 @@ class VerdictStore:
         self._beside: sqlite3.Connection | None = None
         # A connection that one thread closes while another uses it crashes the process.
         self._beside_lock = threading.Lock()
+        self._closed = False
         try:
             try:
                 self.connection = self._open()
@@ -243,6 +244,8 @@ class VerdictStore:
         """
         try:
             with self._beside_lock:
+                if self._closed:
+                    raise sqlite3.ProgrammingError("the store is closed")
                 if self._beside is None:
                     self._beside = sqlite3.connect(self.path, isolation_level=None, timeout=60, check_same_thread=False)
                     self._beside.execute("PRAGMA synchronous=NORMAL")
@@ -273,6 +276,7 @@ class VerdictStore:
         """Fold the write-ahead log into the file and close it."""
         self.commit()
         with self._beside_lock:
+            self._closed = True
             if self._beside is not None:
                 self._beside.close()
         self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")

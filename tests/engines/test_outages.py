@@ -108,6 +108,29 @@ def test_what_was_sent_before_an_outage_may_be_answered_in_it(
     assert len(server.bodies) <= 600 + 64 + 2 * 8
 
 
+def test_answers_to_what_was_sent_before_keep_the_patience(server: FakeServer) -> None:
+    """The question hangs for longer than ``outage_s``, while those that are in flight are answered one by one."""
+    state = {"failing": 8, "hanging": 1}
+
+    def overloaded(body: dict[str, Any]) -> Reply:
+        if content(body) == PLAIN and len(server.bodies) > 50 and state["hanging"]:
+            state["hanging"] -= 1
+            return Reply(delay_s=60)
+        number = content(body).split()[-1]
+        if number.isdigit() and int(number) >= 60 and state["failing"]:
+            state["failing"] -= 1
+            return DOWN["failing"]
+        reply = answer(body)
+        reply.delay_s = 0.1 * (int(number) % 16) if number.isdigit() else 0.0
+        return reply
+
+    server.default = overloaded
+    with build(server, outage_s=1.2, timeout_s=2.0) as engine:
+        results = [result for _, result in engine.score_options(asks(120))]
+    assert reasons(results) == {"answered": 120}
+    assert state == {"failing": 0, "hanging": 0}
+
+
 def test_a_server_that_is_started_anew_is_asked_on(server: FakeServer) -> None:
     server.default = answer
     timers = [threading.Timer(0.2, server.go_down), threading.Timer(1.0, server.come_back)]
@@ -172,13 +195,17 @@ def test_a_request_that_takes_the_server_down_with_it_fails_in_the_end(server: F
     assert asked["Which? 7"] <= client.OUTAGES_A_REQUEST + 7
 
 
-def test_questions_about_an_outage_are_within_the_budget(server: FakeServer) -> None:
+def test_questions_about_an_outage_are_within_the_budget(
+    server: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
     server.default = error(500, "oops")
     with build(server, budget=BudgetConfig(requests=30), outage_s=30.0) as engine:
         results = [result for _, result in engine.score_options(asks(200))]
         assert engine.spent.requests == 30
+        assert engine.waited_s == 0
     assert len(server.bodies) == 30
     assert reasons(results) == {"budget": 200}
+    assert not any("answers again" in line for line in caplog.messages)
 
 
 def test_a_key_that_is_revoked_during_an_outage_ends_the_run(server: FakeServer) -> None:

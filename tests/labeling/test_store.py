@@ -137,17 +137,22 @@ import contextlib, sys, threading
 from pathlib import Path
 from rlaif.labeling.store import VerdictStore
 from rlaif.records import UserError
+noted = [0]
 def note(store):
     with contextlib.suppress(UserError):
         for number in range(200):
             store.set_aside([number])
+            noted[:] = [number]
 for number in range(30):
-    store = VerdictStore(Path(sys.argv[1]) / f"{number}.sqlite")
+    path = Path(sys.argv[1]) / f"{number}.sqlite"
+    store = VerdictStore(path)
     store.set_aside([0])
     thread = threading.Thread(target=note, args=(store,))
     thread.start()
     store.close()
     thread.join()
+    with VerdictStore(path) as again:
+        assert again.spent() == noted
 """
 
 
@@ -155,6 +160,14 @@ def test_a_store_may_be_closed_while_another_thread_notes_what_it_spends(tmp_pat
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", NOTER, str(tmp_path)], env=environment, timeout=60)
     assert result.returncode == 0
+
+
+def test_a_closed_store_takes_no_note(tmp_path):
+    store = VerdictStore(tmp_path / "s.sqlite")
+    store.close()
+    with pytest.raises(UserError, match=r"what may be spent cannot be noted \(the store is closed\)"):
+        store.set_aside([1])
+    assert [path.name for path in tmp_path.iterdir()] == ["s.sqlite"]
 
 
 def test_a_store_that_cannot_be_written(tmp_path):
