@@ -195,9 +195,7 @@ def test_a_request_that_takes_the_server_down_with_it_fails_in_the_end(server: F
     assert asked["Which? 7"] <= client.OUTAGES_A_REQUEST + 7
 
 
-def test_questions_about_an_outage_are_within_the_budget(
-    server: FakeServer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_questions_about_an_outage_are_within_the_budget(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
     server.default = error(500, "oops")
     with build(server, budget=BudgetConfig(requests=30), outage_s=30.0) as engine:
         results = [result for _, result in engine.score_options(asks(200))]
