@@ -102,7 +102,7 @@ def composed_once() -> Iterator[set[str]]:
         parsed = OverridesParser.create().parse_overrides(own)
         base = tuple(override for override in overrides if override not in own)
         if (config_name, base) not in made:
-            # A copy by pickle takes a third of the time of a deep copy.
+            # Several times as fast as a deep copy.
             made[config_name, base] = pickle.dumps(compose(self, config_name, list(base), **settings))
         config = pickle.loads(made[config_name, base])
         ConfigLoaderImpl._apply_overrides_to_config(parsed, config)

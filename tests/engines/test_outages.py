@@ -48,6 +48,14 @@ def asks(many: int) -> Iterator[OptionRequest]:
         yield OptionRequest(({"role": "user", "content": f"Which? {number}"},), AB)
 
 
+def one_by_one(body: dict[str, Any], step_s: float, many: int) -> Reply:
+    """An answer after a time of its own, so that those to ``many`` requests in flight come one after the other."""
+    number = content(body).split()[-1]
+    reply = answer(body)
+    reply.delay_s = step_s * (int(number) % many) if number.isdigit() else 0.0
+    return reply
+
+
 def content(body: dict[str, Any]) -> str:
     return str(body["messages"][0]["content"])
 
@@ -90,15 +98,11 @@ def test_what_was_sent_before_an_outage_may_be_answered_in_it(
     down: list[float] = []
 
     def stops_taking(body: dict[str, Any]) -> Reply:
-        number = content(body).split()[-1]
-        if number == "100":
+        if content(body) == "Which? 100":
             down.append(time.monotonic())
         if down and time.monotonic() < down[0] + 0.8:
             return DOWN["failing"]
-        reply = answer(body)
-        # Those that are in flight come one by one.
-        reply.delay_s = 0.004 * (int(number) % 64) if number.isdigit() else 0.0
-        return reply
+        return one_by_one(body, 0.004, 64)
 
     server.default = stops_taking
     with build(server, max_retries=0, concurrency=64) as engine:
@@ -120,9 +124,7 @@ def test_answers_to_what_was_sent_before_keep_the_patience(server: FakeServer) -
         if number.isdigit() and int(number) >= 60 and state["failing"]:
             state["failing"] -= 1
             return DOWN["failing"]
-        reply = answer(body)
-        reply.delay_s = 0.1 * (int(number) % 16) if number.isdigit() else 0.0
-        return reply
+        return one_by_one(body, 0.1, 16)
 
     server.default = overloaded
     with build(server, outage_s=1.2, timeout_s=2.0) as engine:

@@ -137,7 +137,7 @@ import contextlib, sys, threading
 from pathlib import Path
 from rlaif.labeling.store import VerdictStore
 from rlaif.records import UserError
-noted = [0]
+noted = []
 def note(store):
     with contextlib.suppress(UserError):
         for number in range(200):
@@ -147,6 +147,7 @@ for number in range(30):
     path = Path(sys.argv[1]) / f"{number}.sqlite"
     store = VerdictStore(path)
     store.set_aside([0])
+    noted[:] = [0]
     thread = threading.Thread(target=note, args=(store,))
     thread.start()
     store.close()
